@@ -1,0 +1,38 @@
+"""``eplbctl report``: what a finished run spent its time on, what moved, and what it brought."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from eplbctl.options import Destination, format_option, output_options
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@format_option("text", "json", "markdown")
+@output_options
+def command(run: Path, form: str, destination: Destination) -> None:
+    """Print the tables of a run folder: stages, moves, balancedness, overlap, first violation.
+
+    RUN is a run folder. It needs neither the machine of the run nor torch.
+
+    \b
+    Examples:
+      eplbctl report runs/quickstart-20260102T030405Z
+      eplbctl report runs/quickstart-20260102T030405Z --format markdown -o report.md
+    """
+    from eplbctl.render import report as render
+    from moe_eplb.analysis import run_folder, stages
+
+    folder = run_folder.load(run)
+    made = stages.make_report(folder)
+    if form == "json":
+        destination.write(render.json_text(made))
+    elif form == "markdown":
+        destination.write(render.markdown(made, f"{folder.scenario.name}: {run.name}"))
+    else:
+        destination.write(render.text(made))

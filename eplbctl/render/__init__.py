@@ -1,0 +1,1 @@
+"""From results to text. Nothing here knows how a result came about."""

@@ -1,0 +1,98 @@
+"""From paths on a command line to scenarios and run folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_eplb.core.errors import ScenarioError, UsageError
+
+if TYPE_CHECKING:
+    from moe_eplb.core.scenario import Scenario
+
+__all__ = ["Target", "is_run_folder", "load_all", "select", "targets"]
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A scenario file, or a run folder, which has been run already."""
+
+    path: Path
+    finished: bool
+
+    @property
+    def name(self) -> str:
+        """What --select and --exclude match: the file's name without its suffix, or the folder's name."""
+        return self.path.resolve().name if self.finished else self.path.stem
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a run wrote this folder."""
+    return (path / "meta.json").is_file()
+
+
+def targets(paths: Sequence[Path]) -> list[Target]:
+    """Every scenario and run folder that the paths name, folders recursively and in name order, each once."""
+    unique: dict[Path, Target] = {}
+    for path in paths:
+        for target in _under(path):
+            unique.setdefault(target.path.resolve(), target)
+    return list(unique.values())
+
+
+def select(found: Sequence[Target], wanted: Sequence[str], unwanted: Sequence[str]) -> list[Target]:
+    """The targets whose name matches one of the `wanted` globs (all without any) and none of the `unwanted`.
+
+    Raises:
+        UsageError: E001 when nothing is left, because nothing checked is no success.
+    """
+    kept = [t for t in found if not wanted or _matches(t, wanted)]
+    kept = [t for t in kept if not _matches(t, unwanted)]
+    if not kept:
+        names = ", ".join(target.name for target in found[:10]) or "none"
+        raise UsageError("E001", "no scenario is selected", why=f"found: {names}", hint="check paths and globs")
+    return kept
+
+
+def load_all(chosen: Sequence[Target], overrides: Sequence[str] = ()) -> list[Scenario]:
+    """The scenarios of the targets; a run folder's is the one it ran with. All bad files are reported at once."""
+    from moe_eplb.core import scenario
+
+    loaded, errors = [], []
+    for target in chosen:
+        path = target.path / "scenario.yaml" if target.finished else target.path
+        try:
+            loaded.append(scenario.load(path, overrides))
+        except ScenarioError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UsageError("E005", f"{len(errors)} scenarios are not acceptable", why="\n".join(["", *map(str, errors)]))
+    return loaded
+
+
+def _under(path: Path) -> Iterator[Target]:
+    if not path.exists():
+        raise UsageError("E003", f"there is no {path}", hint="give a scenario file, a folder of them, or a run folder")
+    if path.is_file():
+        yield Target(path, finished=False)
+        return
+    for folder, folders, files in os.walk(path):
+        here = Path(folder)
+        folders.sort()
+        if is_run_folder(here):
+            folders.clear()
+            yield Target(here, finished=True)
+            continue
+        yield from (Target(here / name, finished=False) for name in sorted(files) if name.endswith(_SUFFIXES))
+
+
+def _matches(target: Target, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(target.name, glob) for glob in globs)

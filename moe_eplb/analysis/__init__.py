@@ -1,0 +1,1 @@
+"""Judging a run from what it left behind, without torch and without the code that ran."""

@@ -1,0 +1,103 @@
+"""Exact sums over sets of half-open time intervals, in integer nanoseconds.
+
+A set is an int64 array [N, 2] of (start, end). `union` sorts and merges, `coverage` says how much of a union lies
+before a moment, `clip` cuts intervals along a union; the rest is made from these. A union is in order and disjoint.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "EMPTY",
+    "Intervals",
+    "clip",
+    "coverage",
+    "grouped_length",
+    "intersect_length",
+    "intervals",
+    "length",
+    "union",
+]
+
+Intervals: TypeAlias = NDArray[np.int64]
+EMPTY: Intervals = np.empty((0, 2), dtype=np.int64)
+
+
+def intervals(starts: ArrayLike, ends: ArrayLike) -> Intervals:
+    """A set from starts [N] and ends [N]; intervals without length are left out.
+
+    Raises:
+        ValueError: an end lies before its start.
+    """
+    pairs = np.stack([np.asarray(starts, np.int64), np.asarray(ends, np.int64)], axis=1)
+    if np.any(pairs[:, 1] < pairs[:, 0]):
+        at = int(np.flatnonzero(pairs[:, 1] < pairs[:, 0])[0])
+        raise ValueError(f"interval {at} ends at {pairs[at, 1]}, before its start {pairs[at, 0]}")
+    return pairs[pairs[:, 1] > pairs[:, 0]]
+
+
+def union(pairs: Intervals) -> Intervals:
+    """The same points as disjoint intervals in order; touching ones are merged."""
+    if not len(pairs):
+        return EMPTY
+    ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(ordered[:, 1])
+    begins = np.concatenate([[True], ordered[1:, 0] > reach[:-1]])
+    ends = reach[np.concatenate([begins[1:], [True]])]
+    return np.stack([ordered[begins, 0], ends], axis=1)
+
+
+def length(disjoint: Intervals) -> int:
+    """Total length of a union."""
+    return int((disjoint[:, 1] - disjoint[:, 0]).sum())
+
+
+def coverage(disjoint: Intervals, moments: ArrayLike) -> NDArray[np.int64]:
+    """For each moment, how much of a union lies before it."""
+    at = np.asarray(moments, np.int64)
+    if not len(disjoint):
+        return np.zeros(at.shape, np.int64)
+    before = np.concatenate([[0], np.cumsum(disjoint[:, 1] - disjoint[:, 0])])
+    index = np.searchsorted(disjoint[:, 0], at, side="right")
+    last = np.maximum(index - 1, 0)
+    beyond = np.where(index > 0, np.maximum(disjoint[last, 1] - at, 0), 0)
+    return np.asarray(before[index] - beyond, np.int64)
+
+
+def intersect_length(a: Intervals, b: Intervals) -> int:
+    """Length of what two unions have in common."""
+    return int((coverage(b, a[:, 1]) - coverage(b, a[:, 0])).sum())
+
+
+def clip(pairs: Intervals, cover: Intervals) -> tuple[Intervals, NDArray[np.int64]]:
+    """The pieces of each interval that a union covers, and the index [pieces] of the interval they come from."""
+    if not len(pairs) or not len(cover):
+        return EMPTY, np.empty(0, dtype=np.int64)
+    first = np.searchsorted(cover[:, 1], pairs[:, 0], side="right")
+    beyond = np.searchsorted(cover[:, 0], pairs[:, 1], side="left")
+    counts = np.maximum(beyond - first, 0)
+    owner = np.repeat(np.arange(len(pairs)), counts)
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    covering = cover[first[owner] + nth]
+    starts = np.maximum(pairs[owner, 0], covering[:, 0])
+    ends = np.minimum(pairs[owner, 1], covering[:, 1])
+    return np.stack([starts, ends], axis=1), owner
+
+
+def grouped_length(pairs: Intervals, group: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+    """Length [groups] of each group's own union, for intervals [N, 2] with a group number [N] each.
+
+    Every group is moved to a stretch of time of its own, so that one union serves all of them.
+    """
+    lengths = np.zeros(groups, dtype=np.int64)
+    if not len(pairs):
+        return lengths
+    origin = pairs.min()
+    span = int(pairs.max() - origin) + 1
+    moved = union(pairs - origin + (group * span)[:, np.newaxis])
+    np.add.at(lengths, moved[:, 0] // span, moved[:, 1] - moved[:, 0])
+    return lengths

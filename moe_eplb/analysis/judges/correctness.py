@@ -1,0 +1,73 @@
+"""Is the model's output right while experts move: dispatch, weights and outputs."""
+
+from __future__ import annotations
+
+from moe_eplb.analysis.judges.findings import Findings
+from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
+from moe_eplb.core.evidence import Row
+from moe_eplb.core.verdict import CheckResult
+
+__all__ = ["attestation", "equality", "exactly_once"]
+
+_FAULTS = ("missing", "duplicated", "wrong_expert", "invalid_slot")
+
+
+def exactly_once(folder: RunFolder) -> CheckResult:
+    """Each (token, k) was computed once over all ranks, in a slot that holds the routed expert."""
+    findings = Findings("exactly_once", "every (token, k) reaches exactly one slot, which holds the routed expert")
+    dispatched = folder.evidence.by_place(Row.DISPATCH)
+    for place in folder.places:
+        findings.need_ranks("dispatch", folder, dispatched.get(place, {}), place)
+    rows = folder.evidence.rows(Row.DISPATCH)
+    for row in rows:
+        _judge_dispatch(folder, row, findings)
+    once, expected = (sum(row[name] for row in rows) for name in ("once", "expected"))
+    return findings.result(f"{once} of {expected} entries once")
+
+
+def _judge_dispatch(folder: RunFolder, row: EvidenceRow, findings: Findings) -> None:
+    where = f"rank {row['rank']}, {_place(row)}"
+    faults = [f"{row[name]} {name}" for name in _FAULTS if row[name]]
+    routed = folder.scenario.tokens(row["rank"]) * folder.scenario.model.top_k
+    if faults or row["once"] != row["expected"]:
+        said = f": {row['first']}" if row["first"] else ""
+        findings.wrong(
+            f"{row['once']} of {row['expected']} entries once, {', '.join(faults) or 'others lost'}{said}", where
+        )
+    elif row["expected"] != routed:
+        findings.wrong(f"{row['expected']} entries looked at, the rank routes {routed}", where)
+
+
+def attestation(folder: RunFolder) -> CheckResult:
+    """After every commit, each slot's bytes are those of the expert it must hold."""
+    findings = Findings("attestation", "every slot holds its expert's master weights after every commit")
+    attested = folder.evidence.by_place(Row.ATTEST)
+    commits = folder.evidence.rows(Row.COMMIT)
+    for row in commits:
+        if row["rank"] not in attested.get(Place(row["layer"], row["iteration"]), {}):
+            findings.missing(f"a commit of rank {row['rank']} was not attested", _place(row))
+    rows = folder.evidence.rows(Row.ATTEST)
+    if not any(row["slots"] for row in rows):
+        findings.missing("no slot was attested")
+    for row in rows:
+        for slot, expert, digest in row["mismatched"]:
+            findings.wrong(f"slot {slot} does not hold expert {expert}: its digest is {digest}", _place(row))
+    return findings.result(f"{sum(row['slots'] for row in rows)} slots attested, {len(commits)} commits")
+
+
+def equality(folder: RunFolder) -> CheckResult:
+    """Sampled outputs equal the slow reference within the data type's tolerance."""
+    findings = Findings("equality", "max|a-b| / max|b| within the tolerance of the data type")
+    rows = [row for row in folder.evidence.rows(Row.EQUALITY) if row["tokens"] > 0]
+    if not rows:
+        findings.missing("no output was compared")
+    for row in rows:
+        # A ratio that is not a number compares false and must not pass.
+        if not row["ratio"] <= row["tolerance"]:
+            findings.wrong(f"ratio {row['ratio']:.3g} > {row['tolerance']:.3g}", f"rank {row['rank']}, {_place(row)}")
+    worst = max((row["ratio"] for row in rows), default=float("nan"))
+    return findings.result(f"{len(rows)} outputs compared, largest ratio {worst:.3g}")
+
+
+def _place(row: EvidenceRow) -> Place:
+    return Place(row["layer"], row["iteration"])

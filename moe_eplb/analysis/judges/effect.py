@@ -1,0 +1,152 @@
+"""Did the balancer do what it was scheduled to do, and did weights, tables and measured load really change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_eplb.analysis.judges.findings import Findings
+from moe_eplb.analysis.judges.measured import judge_received
+from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
+from moe_eplb.core.evidence import Row
+from moe_eplb.core.placement import Placement
+from moe_eplb.core.schedule import UpdateSchedule
+from moe_eplb.core.verdict import CheckResult
+
+__all__ = ["effect", "scheduled_updates"]
+
+
+class Due(NamedTuple):
+    """An update that the schedule demands."""
+
+    layer: int
+    taken: int
+    due: int
+
+
+def effect(folder: RunFolder) -> CheckResult:
+    """Scheduled updates became plans, plans commits, and commits new bytes, new tables and the predicted load."""
+    findings = Findings("effect", "each scheduled update is planned, committed when due, and seen in weights and loads")
+    updates = scheduled_updates(folder) if folder.moving else []
+    if folder.moving:
+        _judge_plans(folder, updates, findings)
+        _judge_commits(folder, findings)
+        _judge_tables(folder, findings)
+        if not any(row["changed"] for row in folder.evidence.rows(Row.COMMIT)):
+            findings.wrong("not a single slot was moved in the whole run")
+    judge_received(folder, findings)
+    commits = folder.evidence.by_place(Row.COMMIT)
+    moved = sum(len(rows[min(rows)]["changed"]) for rows in commits.values())
+    return findings.result(f"{len(updates)} updates due, {len(commits)} commits, {moved} slots moved")
+
+
+def scheduled_updates(folder: RunFolder) -> list[Due]:
+    """Updates that must be committed within the run. A layer whose plan is still pending takes no new one."""
+    scenario, options = folder.scenario, folder.scenario.balancer
+    assert options is not None
+    schedule = UpdateSchedule(scenario.model.layers, options.layer_updates_per_iter, empty_group=options.empty_group)
+    schedule.warm_up_until = options.warm_up - 1
+    pending_until: dict[int, int] = {}
+    updates = []
+    for iteration in range(scenario.iterations):
+        for layer in schedule.begin(iteration):
+            if pending_until.get(layer, -1) <= iteration:
+                pending_until[layer] = iteration + options.commit_delay
+                updates.append(Due(layer, iteration, pending_until[layer]))
+    return [update for update in updates if update.due < scenario.iterations]
+
+
+def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> None:
+    dropped = {(row["layer"], row["due"]): row["reason"] for row in folder.evidence.rows(Row.DROPPED)}
+    plans: dict[tuple[Due, int], EvidenceRow] = {}
+    for row in folder.evidence.rows(Row.PLAN):
+        plans[Due(row["layer"], row["taken"], row["due"]), row["rank"]] = row
+    commits = folder.evidence.by_place(Row.COMMIT)
+    for update in updates:
+        where = Place(update.layer, update.due)
+        for rank in folder.ranks:
+            plan = plans.pop((update, rank), None)
+            commit = commits.get(where, {}).get(rank)
+            if plan is None or (plan["changed"] and commit is None):
+                what = "no plan" if plan is None else "a plan but no commit"
+                why = dropped.get((update.layer, update.due), "no reason was recorded")
+                findings.wrong(f"rank {rank}: the update taken in iteration {update.taken} led to {what}: {why}", where)
+            elif commit is not None and (commit["digest"], commit["changed"]) != (plan["digest"], plan["changed"]):
+                findings.wrong(f"rank {rank} committed another placement than it planned", where)
+    for (update, rank), plan in plans.items():
+        if update.due < folder.scenario.iterations:
+            findings.wrong(
+                f"rank {rank}: a plan taken in iteration {plan['taken']} that the schedule does not know", update
+            )
+
+
+def _judge_commits(folder: RunFolder, findings: Findings) -> None:
+    """Commits, and nothing else, changed the contents of just the slots they name, by the digests of their bytes."""
+    per_rank = folder.scenario.slots_per_rank
+    moved: dict[tuple[Place, int], int] = {}
+    for place, rows in folder.evidence.by_place(Row.COMMIT).items():
+        for rank, row in rows.items():
+            mine = [slot - rank * per_rank for slot in row["changed"] if slot // per_rank == rank]
+            moved[place, rank] = len(mine)
+            if sorted(row["local_changed"]) != sorted(mine):
+                findings.wrong(f"rank {rank} changed local slots {row['local_changed']}, planned were {mine}", place)
+    if folder.scenario.checks.attestation:
+        _judge_contents(folder, moved, findings)
+
+
+def _judge_contents(folder: RunFolder, moved: dict[tuple[Place, int], int], findings: Findings) -> None:
+    changed: dict[tuple[Place, int], int] = {}
+    # The first reading of a layer, before the first iteration, has nothing to differ from.
+    for row in folder.evidence.rows(Row.ATTEST):
+        if row["iteration"] >= 0:
+            key = (Place(row["layer"], row["iteration"]), row["rank"])
+            changed[key] = changed.get(key, 0) + row["changed_bytes"]
+    for key in sorted(moved.keys() | changed.keys(), key=lambda key: (key[0].iteration, key)):
+        place, rank = key
+        if key not in changed:
+            findings.missing(f"rank {rank}: no digests of slot contents after the commit", place)
+        elif changed[key] != moved.get(key, 0):
+            findings.wrong(
+                f"rank {rank}: the contents of {changed[key]} slots changed, {moved.get(key, 0)} moved", place
+            )
+
+
+def _judge_tables(folder: RunFolder, findings: Findings) -> None:
+    """Route used the committed placement from its commit on, and changed in nothing else."""
+    commits = folder.evidence.by_place(Row.COMMIT)
+    known: dict[tuple[int, ...], int] = {}
+    last: dict[int, EvidenceRow] = {}
+    for place in folder.places:
+        rows = folder.placements.get(place)
+        if not rows:
+            findings.missing("no placement row", place)
+            continue
+        row = rows[min(rows)]
+        if _digest(folder, row["slots"], known) != row["digest"]:
+            findings.wrong(f"the placement's slots have another digest than {row['digest']}", place)
+        previous = last.get(place.layer)
+        if previous is not None:
+            _judge_step(previous, row, next(iter(commits.get(place, {}).values()), None), place, findings)
+        last[place.layer] = row
+
+
+def _judge_step(
+    previous: EvidenceRow, row: EvidenceRow, commit: EvidenceRow | None, place: Place, findings: Findings
+) -> None:
+    expected = previous["digest"] if commit is None else commit["digest"]
+    changed = np.flatnonzero(np.not_equal(previous["slots"], row["slots"])).tolist()
+    if row["digest"] != expected:
+        what = "without a commit" if commit is None else f"not to the committed {expected}"
+        findings.wrong(f"the tables changed from {previous['digest']} to {row['digest']}, {what}", place)
+    elif commit is not None and changed != sorted(commit["changed"]):
+        findings.wrong(f"the tables changed in slots {changed}, the commit says {commit['changed']}", place)
+
+
+def _digest(folder: RunFolder, slots: list[int], known: dict[tuple[int, ...], int]) -> int:
+    key = tuple(slots)
+    if key not in known:
+        experts = np.array(slots, dtype=np.int32)
+        placement = Placement(ranks=len(folder.ranks), experts=folder.scenario.model.experts, slot_to_expert=experts)
+        known[key] = placement.digest()
+    return known[key]

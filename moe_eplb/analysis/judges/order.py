@@ -1,0 +1,129 @@
+"""Was the API called in a legal order, and did the streams' work happen in the order that the joins promise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_eplb.analysis.conformance import Replay, Violation, replay
+from moe_eplb.analysis.judges.findings import Findings
+from moe_eplb.analysis.run_folder import Place, RunFolder
+from moe_eplb.analysis.trace import OPEN, Records, Trace
+from moe_eplb.core.events import Kind
+from moe_eplb.core.verdict import CheckResult
+
+__all__ = ["call_order", "stream_join"]
+
+
+def call_order(folder: RunFolder) -> CheckResult:
+    """Every rank's calls follow the protocol; where the scenario expects a protocol error, just that one breaks it."""
+    findings = Findings("call_order", "every call is legal where it is made")
+    if folder.trace is None:
+        findings.missing("the run left no trace")
+        return findings.result("nothing")
+    outcome = replay(folder.trace, folder.dynamic_layers)
+    _judge_replay(folder, outcome, findings)
+    _need_complete_logs(folder, folder.trace, findings)
+    for rank in folder.ranks:
+        if not outcome.calls.get(rank):
+            findings.missing(f"rank {rank} recorded no stage call")
+    return findings.result(f"{sum(outcome.calls.values())} stage calls on {len(outcome.calls)} ranks")
+
+
+def _judge_replay(folder: RunFolder, outcome: Replay, findings: Findings) -> None:
+    expect = folder.scenario.expect_error
+    for found in outcome.violations:
+        # The call that raises is the last that a script makes; anything recorded after it is a second fault.
+        if expect is None or found.code != expect.code or found.after:
+            findings.wrong(f"{found.code} {found.what}{_around(found)}", f"rank {found.rank}, record {found.seq}")
+    if expect is None and not folder.scripted:
+        for rank, what in outcome.unfinished.items():
+            findings.wrong(f"rank {rank}: {what}")
+
+
+def _around(found: Violation) -> str:
+    return f"; after {' / '.join(found.before) or 'nothing'}; before {' / '.join(found.after) or 'nothing'}"
+
+
+def _need_complete_logs(folder: RunFolder, trace: Trace, findings: Findings) -> None:
+    for rank in folder.ranks:
+        if rank not in trace.ranks:
+            findings.missing(f"rank {rank} left no event log")
+    if incomplete := trace.incomplete():
+        findings.missing(incomplete)
+
+
+class Stage(NamedTuple):
+    """One layer of one iteration on one rank."""
+
+    rank: int
+    layer: int
+    iteration: int
+
+
+class Span(NamedTuple):
+    """From the first start to the last end of records."""
+
+    start: int
+    end: int
+
+
+def stream_join(folder: RunFolder) -> CheckResult:
+    """The work itself was in order, by the records that the device wrote: the wait ended before route and experts began,
+    the hand-over began after the experts and ended before `done_set_cpu_stage` returned."""
+    findings = Findings(
+        "stream_join", "wait before route and experts, hand-over after experts and before done_set returns"
+    )
+    if folder.trace is None:
+        findings.missing("the run left no trace")
+        return findings.result("nothing")
+    _need_complete_logs(folder, folder.trace, findings)
+    spans = _Spans(folder.trace.records)
+    for place in folder.places:
+        for rank in folder.ranks:
+            _judge_joins(spans, Stage(rank, place.layer, place.iteration), findings)
+    return findings.result(f"{len(folder.places) * len(folder.ranks)} layers x iterations x ranks")
+
+
+class _Spans:
+    """Spans of the five kinds of records that the joins order."""
+
+    def __init__(self, records: Records) -> None:
+        device, host = records.device, records.host.where(records.host.end != OPEN)
+        self.wait = _spans(device.kinds(Kind.START_WAIT_GPU_STAGE))
+        self.route = _spans(device.kinds(Kind.ROUTE))
+        self.experts = _spans(device.kinds(Kind.EXPERTS))
+        self.hand_over = _spans(device.kinds(Kind.START_SET_CPU_STAGE))
+        self.done = _spans(host.kinds(Kind.DONE_SET_CPU_STAGE))
+
+
+def _spans(records: Records) -> dict[Stage, Span]:
+    if not len(records):
+        return {}
+    keys = np.stack([records.rank, records.layer, records.iteration], axis=1)
+    names, index = np.unique(keys, axis=0, return_inverse=True)
+    starts = np.full(len(names), np.iinfo(np.int64).max)
+    ends = np.zeros(len(names), dtype=np.int64)
+    np.minimum.at(starts, index.reshape(-1), records.start)
+    np.maximum.at(ends, index.reshape(-1), records.end)
+    rows = zip(names.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    return {Stage(*name): Span(start, end) for name, start, end in rows}
+
+
+def _judge_joins(spans: _Spans, stage: Stage, findings: Findings) -> None:
+    where = f"rank {stage.rank}, {Place(stage.layer, stage.iteration)}"
+    needed = {name: getattr(spans, name).get(stage) for name in ("wait", "route", "experts", "hand_over", "done")}
+    absent = [name for name, span in needed.items() if span is None]
+    if absent:
+        findings.missing(f"no record of {', '.join(absent)}", where)
+        return
+    wait, route, experts, hand_over, done = (span for span in needed.values() if span is not None)
+    for what, earlier, later in (
+        ("route began {} ns before the wait ended", wait.end, route.start),
+        ("experts began {} ns before the wait ended", wait.end, experts.start),
+        ("the hand-over began {} ns before the experts ended", experts.end, hand_over.start),
+        ("done_set_cpu_stage returned {} ns before the hand-over ended", hand_over.end, done.end),
+    ):
+        if earlier > later:
+            findings.wrong(what.format(earlier - later), where)

@@ -1,0 +1,161 @@
+"""Everything that a run left behind, loaded once: scenario, provenance, evidence of all ranks, and the trace."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_eplb.analysis.trace import Trace, read_trace
+from moe_eplb.core import scenario as scenarios
+from moe_eplb.core.errors import TraceError
+from moe_eplb.core.evidence import Row, read_evidence
+from moe_eplb.core.scenario import Scenario
+
+__all__ = ["Evidence", "EvidenceRow", "Place", "RunFolder", "load"]
+
+EvidenceRow = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where in a run: a layer in an iteration."""
+
+    layer: int
+    iteration: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, iteration {self.iteration}"
+
+
+class Evidence:
+    """The rows of all ranks by kind, each kind in rank order and, within a rank, as written."""
+
+    def __init__(self, rows: Iterable[EvidenceRow]) -> None:
+        self._rows: dict[str, list[EvidenceRow]] = defaultdict(list)
+        for row in rows:
+            self._rows[row["row"]].append(row)
+        self._places: dict[Row, dict[Place, dict[int, EvidenceRow]]] = {}
+
+    def rows(self, kind: Row) -> list[EvidenceRow]:
+        """All rows of a kind."""
+        return self._rows.get(kind.value, [])
+
+    def by_place(self, kind: Row) -> dict[Place, dict[int, EvidenceRow]]:
+        """Rows of a kind by layer and iteration, then by rank; a later row of the same rank replaces an earlier one."""
+        if kind not in self._places:
+            places: dict[Place, dict[int, EvidenceRow]] = defaultdict(dict)
+            for row in self.rows(kind):
+                places[Place(row["layer"], row["iteration"])][row["rank"]] = row
+            self._places[kind] = dict(sorted(places.items(), key=lambda item: (item[0].iteration, item[0].layer)))
+        return self._places[kind]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A loaded run folder. `trace` is None when the run left none."""
+
+    path: Path
+    scenario: Scenario
+    meta: dict[str, Any]
+    evidence: Evidence
+    trace: Trace | None
+
+    @property
+    def scripted(self) -> bool:
+        """Whether the run was a list of calls instead of a model."""
+        return self.scenario.calls is not None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scenario says that experts move."""
+        return self.scenario.balancer_off_reason() is None
+
+    @property
+    def moving(self) -> bool:
+        """Whether a model ran whose experts move."""
+        return self.dynamic and not self.scripted
+
+    @property
+    def dynamic_layers(self) -> int:
+        """How many layers must run in every iteration for the balancer; 0 in static routing."""
+        return self.scenario.model.layers if self.dynamic else 0
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that must have left evidence."""
+        return range(self.scenario.ranks)
+
+    @cached_property
+    def placements(self) -> dict[Place, dict[int, EvidenceRow]]:
+        """Placement rows by place and rank, each with its ``slots``, which ranks write down only when they change.
+
+        A row whose slots were never written is left out.
+        """
+        known: dict[tuple[int, int, int], list[int]] = {}
+        filled: dict[Place, dict[int, EvidenceRow]] = {}
+        for place, rows in self.evidence.by_place(Row.PLACEMENT).items():
+            for rank, row in rows.items():
+                key = (rank, place.layer, row["digest"])
+                if "slots" in row:
+                    known[key] = row["slots"]
+                if key in known:
+                    filled.setdefault(place, {})[rank] = row | {"slots": known[key]}
+        return filled
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Every layer of every iteration."""
+        layers = self.scenario.model.layers
+        return [Place(layer, iteration) for iteration in range(self.scenario.iterations) for layer in range(layers)]
+
+
+def load(path: Path) -> RunFolder:
+    """Load a run folder.
+
+    Raises:
+        TraceError: the folder or a needed file is missing, truncated or damaged.
+        ScenarioError: its scenario is not acceptable.
+    """
+    if not path.is_dir():
+        raise TraceError("E057", "there is no such run folder", where=str(path))
+    scenario_path = path / "scenario.yaml"
+    if not scenario_path.is_file():
+        raise TraceError(
+            "E057", "this is no run folder: it holds no scenario.yaml", where=str(path),
+            hint="give the folder that a run wrote, the one with scenario.yaml and events.rank0.bin",
+        )  # fmt: skip
+    trace_path = path / "trace.sqlite"
+    return RunFolder(
+        path=path,
+        scenario=scenarios.load(scenario_path),
+        meta=_read_meta(path / "meta.json"),
+        evidence=Evidence(row for file in _evidence_files(path) for row in read_evidence(file)),
+        trace=read_trace(trace_path) if trace_path.exists() else None,
+    )
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TraceError("E057", "this is no complete run folder: meta.json is missing", where=str(path)) from error
+    except ValueError as error:
+        raise TraceError("E054", "meta.json is damaged", why=str(error), where=str(path)) from error
+    if not isinstance(meta, dict):
+        raise TraceError("E054", "meta.json is no object", why=type(meta).__name__, where=str(path))
+    return meta
+
+
+def _evidence_files(path: Path) -> list[Path]:
+    def rank_of(file: Path) -> int:
+        match = re.fullmatch(r"evidence\.rank(\d+)\.jsonl", file.name)
+        if match is None:
+            raise TraceError("E050", "an evidence file has no rank in its name", where=str(file))
+        return int(match[1])
+
+    return sorted(path.glob("evidence.rank*.jsonl"), key=rank_of)

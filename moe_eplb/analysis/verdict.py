@@ -1,0 +1,142 @@
+"""Judges a run folder: every check of the scenario, the run's metrics, and notes on what was left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_eplb.analysis import run_folder
+from moe_eplb.analysis.judges import agreement, completeness, correctness, effect, limits, measured, order
+from moe_eplb.analysis.metrics import Measures, measure_run
+from moe_eplb.analysis.run_folder import RunFolder
+from moe_eplb.core.verdict import CheckResult, Status, Verdict
+
+__all__ = ["judge"]
+
+_LOG = logging.getLogger(__name__)
+
+Judge = Callable[[RunFolder], CheckResult]
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """A judge, the runs it applies to, and whether `scenario.checks` can switch it off."""
+
+    name: str
+    judge: Judge
+    applies: Callable[[RunFolder], bool]
+    switchable: bool = True
+
+
+def _always(folder: RunFolder) -> bool:
+    return True
+
+
+def _model_runs(folder: RunFolder) -> bool:
+    return not folder.scripted
+
+
+def _experts_move(folder: RunFolder) -> bool:
+    return folder.moving
+
+
+def _calls_matter(folder: RunFolder) -> bool:
+    return folder.moving or folder.scripted
+
+
+def _errors_matter(folder: RunFolder) -> bool:
+    return folder.scripted or folder.scenario.expect_error is not None
+
+
+_CHECKS = (
+    _Check("run_complete", completeness.run_complete, _always, switchable=False),
+    _Check("balancer", completeness.balancer, _always, switchable=False),
+    _Check("expected_error", completeness.expected_error, _errors_matter, switchable=False),
+    _Check("call_order", order.call_order, _calls_matter),
+    _Check("stream_join", order.stream_join, _experts_move),
+    _Check("exactly_once", correctness.exactly_once, _model_runs),
+    _Check("attestation", correctness.attestation, _model_runs),
+    _Check("equality", correctness.equality, _model_runs),
+    _Check("statistics", agreement.statistics, _experts_move),
+    _Check("agreement", agreement.agreement, _experts_move),
+    _Check("effect", effect.effect, _model_runs),
+    _Check("balancedness", measured.balancedness, _experts_move),
+    _Check("leaks", completeness.leaks, _always),
+)
+
+
+def judge(folder: Path) -> Verdict:
+    """Judge a run from what it left behind.
+
+    Raises:
+        TraceError, ScenarioError: the folder cannot be read. A judge that fails is no error but an unknown check.
+    """
+    loaded = run_folder.load(folder)
+    measures, notes = _measures(loaded)
+    checks = [_run(check, loaded) for check in _CHECKS if _wanted(check, loaded)]
+    for threshold in loaded.scenario.checks.parsed_thresholds():
+        checks.append(limits.judge_threshold(threshold, measures))
+    return Verdict(
+        scenario=loaded.scenario.name or folder.name,
+        checks=tuple(checks),
+        metrics=measures.single,
+        notes=tuple([*_notes(loaded), *notes]),
+        failure=_failure(loaded),
+    )
+
+
+def _wanted(check: _Check, folder: RunFolder) -> bool:
+    return check.applies(folder) and not _switched_off(check, folder)
+
+
+def _switched_off(check: _Check, folder: RunFolder) -> bool:
+    return check.switchable and not getattr(folder.scenario.checks, check.name)
+
+
+def _run(check: _Check, folder: RunFolder) -> CheckResult:
+    try:
+        return check.judge(folder)
+    except Exception as error:  # whatever is wrong with the evidence or the judge, this one check is not proved
+        _LOG.exception("the check %s could not be judged", check.name)
+        where = str(folder.path)
+        return CheckResult(check.name, Status.UNKNOWN, "not judged", "a judged check", _named(error), where)
+
+
+def _measures(folder: RunFolder) -> tuple[Measures, list[str]]:
+    try:
+        return measure_run(folder), []
+    except Exception as error:  # thresholds then have no value and are unknown
+        _LOG.exception("the metrics could not be computed")
+        return Measures(), [f"no metrics: {_named(error)}"]
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _notes(folder: RunFolder) -> Iterator[str]:
+    reason = folder.scenario.balancer_off_reason()
+    if reason is not None:
+        yield f"balancer: off, because {reason}"
+    for check in _CHECKS:
+        if check.applies(folder) and _switched_off(check, folder):
+            yield f"check {check.name} is switched off in the scenario"
+        elif not check.applies(folder) and check.switchable:
+            yield f"check {check.name} does not apply: {_why_not(folder)}"
+    if folder.trace is not None:
+        costs = [state.overhead_ns for state in folder.trace.ranks.values() if state.overhead_ns is not None]
+        if costs:
+            yield f"recording cost {max(costs):.0f} ns a record on the slowest rank, {len(folder.trace.records)} records"
+
+
+def _why_not(folder: RunFolder) -> str:
+    return "the run is a list of calls" if folder.scripted else "no expert moves in this run"
+
+
+def _failure(folder: RunFolder) -> str:
+    state = folder.meta.get("state")
+    if state == "finished":
+        return ""
+    return folder.meta.get("failure") or f"the run did not finish (state {state!r})"

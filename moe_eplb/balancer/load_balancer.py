@@ -1,0 +1,278 @@
+"""The online expert-parallel load balancer of a model, and the functions that models call to take part.
+
+Public names and their meaning follow TensorRT-LLM's ``moe_load_balancer.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_eplb.balancer import agreement
+from moe_eplb.balancer.host_memory import clean_segments, new_instance
+from moe_eplb.balancer.layer_update import LayerUpdate
+from moe_eplb.balancer.options import BalancerOptions
+from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
+from moe_eplb.balancer.updater import Updater
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.events import HOST, Kind, NullSink
+from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import initial_slots
+from moe_eplb.core.probe import NullProbe, Probe
+from moe_eplb.core.protocol import Illegal, IterState, iter_step, violation
+from moe_eplb.core.schedule import UpdateSchedule
+from moe_eplb.device import Device, Stream, get_device
+
+__all__ = [
+    "MoeLoadBalancer",
+    "get_moe_load_balancer",
+    "moe_load_balancer_add_single_layer",
+    "moe_load_balancer_set_repeated_for_next_layer",
+]
+
+_CURRENT = threading.local()
+
+
+class MoeLoadBalancer:
+    """Counts, replicates and moves experts of all MoE layers of a model while it runs.
+
+    A context manager: models built inside the block find it through `get_moe_load_balancer`. Tearing down is explicit
+    and collective: call `shutdown` on every rank.
+
+    Args:
+        ep_rank, ep_size: This rank among the R ranks that share the experts.
+        layer_updates_per_iter: How many layers get a new placement in an iteration; 0 is static routing.
+        shared_memory_base_name: Name part of the shared host copies; by default one that nobody else has.
+        device: Where the model runs; the CPU reference by default.
+        group: Process group of the R ranks for set-up exchanges, apart from the model's; needed for R > 1.
+        options: See `BalancerOptions`.
+        probe: Watches what the balancer does.
+    """
+
+    def __init__(
+        self,
+        ep_rank: int,
+        ep_size: int,
+        layer_updates_per_iter: int,
+        shared_memory_base_name: str | None = None,
+        *,
+        device: Device | None = None,
+        group: dist.ProcessGroup | None = None,
+        options: BalancerOptions | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        if ep_size > 1 and group is None and layer_updates_per_iter:
+            raise BalancerError(
+                "E142", "no process group for the balancer", why=f"{ep_size} ranks exchange statistics and host memory",
+                hint="pass group=torch.distributed.new_group(ranks)",
+            )  # fmt: skip
+        self.ep_rank, self.ep_size = ep_rank, ep_size
+        self.layer_updates_per_iter = layer_updates_per_iter
+        self.device = device or get_device("cpu", NullSink())
+        self.group = group
+        self.options = options or BalancerOptions()
+        self.probe: Probe = probe or NullProbe()
+        self.instance = shared_memory_base_name or self._agree_on_instance()
+        self.layers: list[SingleLayerMoeLoadBalancer] = []
+        self.enable_statistic = False
+        self.enable_update_weights = False
+        self.updater = Updater(
+            self.device.sink, timeout_s=self.options.update_timeout_s, preserve_slots=self.options.preserve_slots
+        )
+        self._iter = IterState(next_iteration=0, in_iter=False)
+        self._schedule: UpdateSchedule | None = None
+        self._group_now: tuple[int, ...] = ()
+        self._repeated_for_next_layer = 1
+        self._previous: list[MoeLoadBalancer | None] = []
+
+    # -- building the model ----------------------------------------------------------------------------------------
+
+    def is_static_routing(self) -> bool:
+        """Whether placements never change."""
+        return self.layer_updates_per_iter == 0
+
+    def is_dynamic_routing(self) -> bool:
+        """Whether experts move while the model runs."""
+        return self.layer_updates_per_iter > 0
+
+    def set_repeated_for_next_layer(self, count: int) -> None:
+        """The next layer that is added runs `count` times an iteration (a shared layer such as MTP)."""
+        if count < 1:
+            raise BalancerError("E143", "a layer runs at least once an iteration", why=f"repeated count {count}")
+        self._repeated_for_next_layer = count
+
+    def add_layer(
+        self, expert_count: int, top_k: int, slot_count_per_rank: int, aux_stream: Stream | None = None
+    ) -> SingleLayerMoeLoadBalancer:
+        """Register the next MoE layer; layers run in the order in which they are added."""
+        if self._schedule is not None:
+            raise BalancerError("E144", "a layer was added after finalize_model", hint="build the whole model first")
+        slots = initial_slots(expert_count, self.ep_size, slot_count_per_rank)
+        layer = SingleLayerMoeLoadBalancer(
+            self, len(self.layers), expert_count, top_k, Placement(self.ep_size, expert_count, slots),
+            aux_stream=aux_stream, repeated_count=self._repeated_for_next_layer,
+        )  # fmt: skip
+        self._repeated_for_next_layer = 1
+        self.layers.append(layer)
+        return layer
+
+    def finalize_model(self) -> None:
+        """Share the host copies, check what was registered and start the updater (dynamic routing)."""
+        if self.is_dynamic_routing():
+            if len(self.layers) == 1 and self.options.commit_delay < 2 and self.ep_size > 1:
+                raise BalancerError(
+                    "E145", "one layer cannot commit in the iteration after its hand-over",
+                    why="its plan is agreed on in a later sum of statistics, and there is no other layer to carry it",
+                    hint="use commit_delay=2 or more",
+                )  # fmt: skip
+            if self.ep_rank == 0:
+                clean_segments()
+            for layer in self.layers:
+                layer.updates.host.finalize()
+                layer.updates.slots.check(layer.updates.host.names)
+            self.updater.start()
+        self._schedule = UpdateSchedule(
+            len(self.layers), self.layer_updates_per_iter, empty_group=self.options.empty_group
+        )
+
+    # -- iterations --------------------------------------------------------------------------------------------------
+
+    @property
+    def iter_id(self) -> int:
+        """The iteration under way, or the next one."""
+        return self._iter.next_iteration
+
+    def set_warm_up_iter_count(self, count: int) -> None:
+        """The next `count` iterations count tokens but move nothing."""
+        self._finalized().warm_up_until = self.iter_id - 1 + count
+
+    def set_iter_info(self, enable_statistic: bool | None = None, enable_update_weights: bool | None = None) -> None:
+        """Switch statistics and updates for the coming iterations; None keeps."""
+        statistic = self.enable_statistic if enable_statistic is None else enable_statistic
+        update = self.enable_update_weights if enable_update_weights is None else enable_update_weights
+        if update and not statistic:
+            raise BalancerError(
+                "E146", "updates without statistics", why="a placement would be made from loads that nobody counts",
+                hint="enable statistics too, or switch updates off",
+            )  # fmt: skip
+        self.enable_statistic, self.enable_update_weights = statistic, update
+
+    def start_iter(self) -> None:
+        """Begin an iteration: one for each real execution of the model."""
+        schedule = self._finalized()
+        flags = self.enable_statistic | self.enable_update_weights << 1
+        self.device.sink.mark(Kind.START_ITER, -1, self.iter_id, HOST, flags)
+        self._step_iteration("start_iter")
+        self.device.iteration = self.iter_id
+        updates = self.enable_update_weights and self.is_dynamic_routing()
+        self._group_now = schedule.begin(self.iter_id) if updates else ()
+
+    def end_iter(self) -> None:
+        """End the iteration; every dynamic layer has run."""
+        self.device.sink.mark(Kind.END_ITER, -1, self.iter_id, HOST)
+        self._step_iteration("end_iter")
+
+    def abort_iter(self) -> None:
+        """Leave an iteration that ended in an exception: every layer starts clean in the next one."""
+        self.device.sink.mark(Kind.ABORT_ITER, -1, self.iter_id, HOST)
+        self.device.discard()
+        for layer in self.layers:
+            layer.abort()
+        self._step_iteration("abort_iter")
+
+    def enter_layer(self, layer: int) -> None:
+        """A layer begins its iteration (called by the layer); raises `Illegal` out of turn."""
+        if self.is_dynamic_routing():
+            self._iter = iter_step(self._iter, "layer", layers=len(self.layers), layer=layer)
+
+    def takes_update(self, layer: int) -> bool:
+        """Whether the layer hands its load over for a plan in this iteration."""
+        return layer in self._group_now and self.layers[layer].updates.pending is None
+
+    # -- agreement: the sum over ranks of layer m carries the vote on the plan of the layer that runs next --------------
+
+    def agreement_lanes(self, layer: int) -> Tensor:
+        """This rank's vote that rides with the statistics of `layer`, int64 [5]."""
+        carried = self._carried(layer)
+        return agreement.lanes(carried.lanes_digest() if carried else None)
+
+    def settle(self, layer: int, summed: Tensor) -> None:
+        """The sum of all ranks' votes that rode with the statistics of `layer`."""
+        carried = self._carried(layer)
+        if carried is not None:
+            carried.settle(agreement.outcome(summed))
+
+    def _carried(self, layer: int) -> LayerUpdate | None:
+        following = (layer + 1) % len(self.layers)
+        due = self.device.iteration + (following == 0)
+        updates = self.layers[following].updates
+        pending = updates.pending
+        return updates if pending is not None and pending.due == due and pending.agreed is None else None
+
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Stop the updater and remove this rank's shared memory. Call it on every rank; a second call does nothing."""
+        self.updater.stop()
+        for layer in self.layers:
+            layer.updates.host.close()
+
+    def __enter__(self) -> MoeLoadBalancer:
+        self._previous.append(get_moe_load_balancer())
+        _CURRENT.balancer = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        previous = self._previous.pop()
+        if previous is None:
+            del _CURRENT.balancer
+        else:
+            _CURRENT.balancer = previous
+
+    def _finalized(self) -> UpdateSchedule:
+        if self._schedule is None:
+            raise BalancerError("E147", "the model is not finalized", hint="call finalize_model() after loading weights")
+        return self._schedule
+
+    def _step_iteration(self, what: Any) -> None:
+        layers = len(self.layers) if self.is_dynamic_routing() else 0
+        try:
+            self._iter = iter_step(self._iter, what, layers=layers)
+        except Illegal as error:
+            raise violation(-1, self.iter_id, error) from None
+
+    def _agree_on_instance(self) -> str:
+        """A name that all ranks share: rank 0's draw, passed on as integers."""
+        name = new_instance()
+        if self.group is None or self.ep_size == 1:
+            return name
+        value = torch.tensor([int(name, 16) if self.ep_rank == 0 else 0], dtype=torch.int64)
+        dist.all_reduce(value, group=self.group)
+        return f"{int(value):012x}"
+
+
+def get_moe_load_balancer() -> MoeLoadBalancer | None:
+    """The balancer in whose context this thread builds a model."""
+    return getattr(_CURRENT, "balancer", None)
+
+
+def moe_load_balancer_add_single_layer(
+    expert_count: int, top_k: int, slots_per_rank: int, aux_stream: Stream | None = None
+) -> SingleLayerMoeLoadBalancer | None:
+    """Add a layer to the current balancer; None without one."""
+    balancer = get_moe_load_balancer()
+    return balancer.add_layer(expert_count, top_k, slots_per_rank, aux_stream) if balancer else None
+
+
+def moe_load_balancer_set_repeated_for_next_layer(count: int) -> None:
+    """See `MoeLoadBalancer.set_repeated_for_next_layer`; nothing without a current balancer."""
+    balancer = get_moe_load_balancer()
+    if balancer:
+        balancer.set_repeated_for_next_layer(count)

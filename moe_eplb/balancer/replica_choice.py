@@ -1,0 +1,89 @@
+"""Which replica of its expert a token goes to: the reference's round-robin, and an option that stays on the rank."""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_eplb.core.placement import Placement
+
+__all__ = ["BLOCK", "ReplicaChoice", "RouteTables"]
+
+BLOCK = 1024
+"""Entries per block; the round-robin starts again in each (TensorRT-LLM's routing kernel)."""
+
+
+class ReplicaChoice(enum.StrEnum):
+    """`round_robin`: over all replicas. `local_first`: over the source rank's own replicas where it has any."""
+
+    ROUND_ROBIN = "round_robin"
+    LOCAL_FIRST = "local_first"
+
+
+class RouteTables:
+    """Replica tables of one layer on one rank, kept at the same addresses for the life of the layer.
+
+    Args:
+        placement: The initial placement.
+        rank: The source rank that routes with these tables.
+        choice: See `ReplicaChoice`.
+    """
+
+    def __init__(self, placement: Placement, *, rank: int, choice: ReplicaChoice) -> None:
+        self._rank, self._choice = rank, choice
+        self._count = torch.zeros(placement.experts, dtype=torch.int32)
+        self._start = torch.zeros(placement.experts, dtype=torch.int32)
+        self._slots = torch.zeros(placement.slots, dtype=torch.int32)
+        self._invalid = placement.slots
+        self.set(placement)
+
+    def set(self, placement: Placement) -> None:
+        """Overwrite the tables by those of `placement`."""
+        counts, starts, slots = self._tables(placement)
+        self._count.copy_(torch.from_numpy(counts))
+        self._start.copy_(torch.from_numpy(starts))
+        self._slots[: len(slots)].copy_(torch.from_numpy(slots))
+
+    def _tables(self, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self._choice is ReplicaChoice.ROUND_ROBIN:
+            return placement.replica_count, placement.start_offset, placement.slot_ids
+        per_rank = placement.slots_per_rank
+        chosen = []
+        for expert in range(placement.experts):
+            start = int(placement.start_offset[expert])
+            replicas = placement.slot_ids[start : start + int(placement.replica_count[expert])]
+            local = replicas[replicas // per_rank == self._rank]
+            chosen.append(local if len(local) else replicas)
+        counts = np.array([len(c) for c in chosen], dtype=np.int32)
+        starts = (np.cumsum(counts) - counts).astype(np.int32)
+        return counts, starts, np.concatenate(chosen).astype(np.int32)
+
+    def route(self, ids: Tensor, *, offset: int) -> Tensor:
+        """Global slot ids int32 [T, K] for expert ids [T, K]; P for ids outside [0, E).
+
+        Entry i of the flattened ids lies in block b = i // 1024 and takes replica
+        ``(seen + b + offset) mod count``, where `seen` counts earlier entries of its expert in its block.
+        """
+        experts = self._count.numel()
+        flat = ids.reshape(-1).to(torch.int64)
+        valid = (flat >= 0) & (flat < experts)
+        expert = torch.where(valid, flat, 0)
+        block = torch.arange(flat.numel()) // BLOCK
+        seen = _seen_before(torch.where(valid, block * experts + expert, -1))
+        replica = (seen + block + offset) % self._count[expert]
+        slot = self._slots[self._start[expert] + replica]
+        return torch.where(valid, slot, self._invalid).to(torch.int32).reshape(ids.shape)
+
+
+def _seen_before(key: Tensor) -> Tensor:
+    """For each entry, how many earlier entries have the same key."""
+    order = torch.argsort(key, stable=True)
+    ordered = key[order]
+    position = torch.arange(key.numel())
+    first = torch.searchsorted(ordered, ordered)
+    seen = torch.empty_like(position)
+    seen[order] = position - first
+    return seen

@@ -1,0 +1,73 @@
+"""Counting tokens per expert, summing over ranks, and folding the sum into the load that placements are made from."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_eplb.core.errors import BalancerError
+
+__all__ = ["AllReduce", "LoadWindow", "accumulate"]
+
+_INT32_MAX = 2**31 - 1
+
+
+class AllReduce:
+    """Exact integer sum over the ranks of a group of its own, apart from the model's collectives."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, tensor: Tensor) -> None:
+        """Replace an int64 tensor by its sum over the ranks."""
+        dist.all_reduce(tensor, group=self._group)
+
+
+def accumulate(ids: Tensor, counts: Tensor) -> None:
+    """Add the histogram of `ids` (any integer shape) to `counts` int32 [E]; ids outside [0, E) are ignored.
+
+    Raises:
+        BalancerError: A count would not fit int32.
+    """
+    experts = counts.numel()
+    flat = ids.reshape(-1).to(torch.int64)
+    flat = flat[(flat >= 0) & (flat < experts)]
+    total = counts.to(torch.int64) + torch.bincount(flat, minlength=experts)
+    top = int(total.max())
+    if top > _INT32_MAX:
+        raise BalancerError(
+            "E134", f"the count of expert {int(total.argmax())} overflows",
+            why=f"{top} in one iteration, int32 holds {_INT32_MAX}", hint="split the batch into more iterations",
+        )  # fmt: skip
+    counts.copy_(total)
+
+
+class LoadWindow:
+    """The load of one layer's experts: a decayed sum of counts since the layer's last plan.
+
+    Each iteration ``load = load * decay + sample``, where the sample is the mean of the last `window` iterations' counts.
+    Product and sum are separate float32 operations, so that no device contracts them into a fused multiply-add and all
+    compute the same bits. TensorRT-LLM: window 1, decay 0.95.
+    """
+
+    def __init__(self, experts: int, *, decay: float, window: int) -> None:
+        self._load = torch.zeros(experts, dtype=torch.float32)
+        self._decay = decay
+        self._recent: deque[Tensor] = deque(maxlen=window)
+
+    def fold(self, counts: Tensor) -> None:
+        """Fold in the reduced counts int64 [E] of one iteration."""
+        self._recent.append(counts.clone())
+        sample = torch.stack(list(self._recent)).sum(0).to(torch.float32) / len(self._recent)
+        decayed = self._load * self._decay
+        self._load = decayed + sample
+
+    def take(self) -> np.ndarray:
+        """The load float64 [E] for a plan; it starts again from zero."""
+        load = self._load.numpy().astype(np.float64)
+        self._load = torch.zeros_like(self._load)
+        return load

@@ -1,0 +1,52 @@
+"""A layer's output against a slow reference that knows experts only by their logical ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOLERANCE", "Difference", "compare", "reference_output"]
+
+TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest allowed max|a-b| / max|b| by weight dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """max|a-b|, max|b| and their ratio; a NaN anywhere makes the ratio infinite."""
+
+    max_abs: float
+    max_ref: float
+    ratio: float
+
+
+def reference_output(
+    x: Tensor, expert_ids: Tensor, scales: Tensor, master: Callable[[int], Mapping[str, Tensor]]
+) -> Tensor:
+    """y [T, D] in float32 from x [T, D], ids [T, K], scales [T, K] and master weights ``w3_w1`` [2I, D], ``w2`` [D, I]."""
+    x = x.to(torch.float32)
+    y = torch.zeros_like(x)
+    for expert in torch.unique(expert_ids).tolist():
+        token, k = torch.nonzero(expert_ids == expert, as_tuple=True)
+        weights = master(int(expert))
+        up, gate = weights["w3_w1"].to(torch.float32).chunk(2, dim=0)
+        rows = x[token]
+        hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        out = hidden @ weights["w2"].to(torch.float32).T
+        y.index_add_(0, token, out * scales[token, k].to(torch.float32).unsqueeze(1))
+    return y
+
+
+def compare(y: Tensor, reference: Tensor) -> Difference:
+    """How far `y` is from `reference`, relative to the largest element of the reference."""
+    if y.numel() == 0:
+        return Difference(0.0, 0.0, 0.0)
+    max_abs = float((y.to(torch.float32) - reference).abs().max())
+    max_ref = float(reference.abs().max())
+    if max_abs == 0.0:
+        return Difference(0.0, max_ref, 0.0)
+    ratio = max_abs / max_ref if max_ref > 0 else float("inf")
+    return Difference(max_abs, max_ref, ratio if ratio == ratio else float("inf"))

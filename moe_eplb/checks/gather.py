@@ -1,0 +1,209 @@
+"""Collects one rank's evidence while its layers run. Gathers only: what the evidence means is judged elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_eplb.balancer import SingleLayerMoeLoadBalancer
+from moe_eplb.checks.attestation import SlotAttestation
+from moe_eplb.checks.equality import TOLERANCE, compare, reference_output
+from moe_eplb.checks.exactly_once import exchange, tally
+from moe_eplb.checks.replica_twin import expected_slot_counts
+from moe_eplb.core.evidence import EvidenceWriter, Row
+from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import Plan
+
+__all__ = ["EvidenceGatherer", "WatchedLayer"]
+
+
+@dataclass(slots=True)
+class WatchedLayer:
+    """What the gatherer knows of a layer.
+
+    `slots`: by local slot, the tensors the kernel reads. `master`: weights by expert. `placement`: the committed one.
+    """
+
+    slots: Sequence[Mapping[str, Tensor]]
+    master: Callable[[int], Mapping[str, Tensor]]
+    placement: Callable[[], Placement]
+    dtype: torch.dtype
+    attestation: SlotAttestation
+
+
+class EvidenceGatherer:
+    """A `Probe` that writes evidence rows.
+
+    Args:
+        writer: This rank's evidence file.
+        rank, ranks: This rank among R.
+        group: Process group of the check's own exchanges, None for one rank.
+        local_first: Whether replicas are chosen local-first.
+        checks: Names of the checks that are on.
+    """
+
+    def __init__(
+        self,
+        writer: EvidenceWriter,
+        *,
+        rank: int,
+        ranks: int,
+        group: dist.ProcessGroup | None,
+        local_first: bool,
+        checks: frozenset[str],
+    ) -> None:
+        self._writer, self._rank, self._ranks, self._group = writer, rank, ranks, group
+        self._local_first, self._checks = local_first, checks
+        self._layers: dict[int, WatchedLayer] = {}
+        self._wanted: dict[int, Tensor] = {}
+        self._processed: dict[int, list[Tensor]] = {}
+        self._written_digest: dict[int, int] = {}
+        self.iteration = -1
+        self.topk_ids: list[np.ndarray] | None = None
+
+    def watch(self, index: int, layer: WatchedLayer) -> None:
+        """Watch a layer and attest its initial weights."""
+        self._layers[index] = layer
+        self._attest(index, ())
+
+    # -- Probe -----------------------------------------------------------------------------------------------------
+
+    def routed(self, layer: int, expert_ids: Tensor, slot_ids: Tensor) -> None:
+        watched = self._layers[layer]
+        placement = watched.placement()
+        ids = expert_ids.cpu()
+        self._wanted[layer] = ids
+        if self.topk_ids is not None:
+            self.topk_ids.append(ids.numpy().copy())
+        counts = np.bincount(ids.numpy().reshape(-1), minlength=placement.experts)
+        expected = expected_slot_counts(
+            ids.numpy(), placement.slot_to_expert, rank=self._rank, ranks=self._ranks, local_first=self._local_first
+        )
+        self._write(Row.ROUTED, layer, counts=counts.tolist())
+        self._write(Row.EXPECTED, layer, slots=expected.tolist())
+        self._write_placement(layer, placement)
+
+    def processed(self, layer: int, source_rank: Tensor, token: Tensor, k: Tensor, slot: Tensor) -> None:
+        watched = self._layers[layer]
+        per_rank = len(watched.slots)
+        local = slot.to(torch.int64) - self._rank * per_rank
+        held = torch.tensor([watched.attestation.expert(s) for s in range(per_rank)] + [-1], dtype=torch.int64)
+        inside = (local >= 0) & (local < per_rank)
+        found = held[torch.where(inside, local, per_rank)]
+        rows = torch.stack([t.to(torch.int64) for t in (source_rank, token, k, slot, found)], dim=1)
+        self._processed.setdefault(layer, []).append(rows)
+
+    def output(self, layer: int, x: Tensor, expert_ids: Tensor, scales: Tensor, y: Tensor) -> None:
+        if "equality" not in self._checks:
+            return
+        watched = self._layers[layer]
+        difference = compare(y, reference_output(x, expert_ids, scales, watched.master))
+        tolerance = TOLERANCE[watched.dtype]
+        self._write(Row.EQUALITY, layer, **asdict(difference), tolerance=tolerance, tokens=x.shape[0])
+
+    def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
+        self._write(Row.REDUCED, layer, counts=counts.tolist())
+        self._write(Row.BALANCE, layer, value=balancedness)
+
+    def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
+        self._write(
+            Row.PLAN, layer, taken=taken, due=due, digest=plan.placement.digest(), changed=plan.changed.tolist(),
+            bytes=staged_bytes, predicted=plan.predicted.tolist(),
+        )  # fmt: skip
+
+    def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
+        first = self._rank * placement.slots_per_rank
+        local = [int(s) - first for s in changed if first <= s < first + placement.slots_per_rank]
+        self._write(
+            Row.COMMIT, layer, taken=taken, digest=placement.digest(), changed=changed.tolist(), local_changed=local,
+            bytes=moved_bytes,
+        )  # fmt: skip
+        self._attest(layer, local)
+
+    def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
+        self._write(
+            Row.DROPPED, layer, due=due, ready=ready, ranks=self._ranks, digests_differ=digests_differ, reason=reason
+        )
+
+    # -- iteration boundaries -----------------------------------------------------------------------------------------
+
+    def end_iteration(self) -> None:
+        """Exchange what was processed with the source ranks and write the iteration's dispatch evidence."""
+        if self._wanted:
+            entries = torch.cat([self._rows(layer) for layer in sorted(self._layers)])
+            arrived = exchange(entries[:, 1:], entries[:, 0], ranks=self._ranks, group=self._group)
+            self._write_dispatch(arrived)
+        self._wanted.clear()
+        self._processed.clear()
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Attest all slots once more after the last iteration."""
+        for layer in sorted(self._layers):
+            self._attest(layer, ())
+
+    def _write_dispatch(self, arrived: Tensor) -> None:
+        """What all ranks processed of this rank's tokens, rows (layer, token, k, slot, found expert)."""
+        for layer, expert_ids in sorted(self._wanted.items()):
+            mine = arrived[arrived[:, 0] == layer][:, 1:]
+            evidence = tally(expert_ids, mine, slots=self._layers[layer].placement().slots)
+            self._write(Row.DISPATCH, layer, **asdict(evidence))
+
+    def _rows(self, layer: int) -> Tensor:
+        """This rank's processed entries (source, layer, token, k, slot, found expert); writes their counts per slot."""
+        parts = self._processed.get(layer, [])
+        rows = torch.cat(parts) if parts else torch.empty(0, 5, dtype=torch.int64)
+        per_rank = len(self._layers[layer].slots)
+        local = rows[:, 3] - self._rank * per_rank
+        inside = local[(local >= 0) & (local < per_rank)]
+        self._write(Row.RECEIVED, layer, slots=torch.bincount(inside, minlength=per_rank).tolist())
+        tag = torch.full((rows.shape[0], 1), layer, dtype=torch.int64)
+        return torch.cat([rows[:, :1], tag, rows[:, 1:]], dim=1)
+
+    def _attest(self, layer: int, changed: Sequence[int]) -> None:
+        watched = self._layers[layer]
+        placement = watched.placement()
+        first = self._rank * placement.slots_per_rank
+        expected = placement.slot_to_expert[first : first + placement.slots_per_rank].tolist()
+        changed_bytes = watched.attestation.read()
+        mismatched = [
+            [first + slot, expected[slot], watched.attestation.digest(slot)]
+            for slot in watched.attestation.mismatches(expected)
+        ]
+        self._write(
+            Row.ATTEST, layer, slots=len(expected), mismatched=mismatched, changed_bytes=changed_bytes,
+            local_changed=len(changed),
+        )  # fmt: skip
+
+    def _write_placement(self, layer: int, placement: Placement) -> None:
+        """The digest each iteration; the slots only when they changed, which they rarely do."""
+        digest = placement.digest()
+        fields: dict[str, Any] = {"digest": digest}
+        if self._written_digest.get(layer) != digest:
+            fields["slots"] = placement.slot_to_expert.tolist()
+            self._written_digest[layer] = digest
+        self._write(Row.PLACEMENT, layer, **fields)
+
+    def _write(self, row: Row, layer: int, **fields: Any) -> None:
+        self._writer.write(row, layer, self.iteration, **fields)
+
+
+def watched_layer(
+    slots: Sequence[Mapping[str, Tensor]],
+    master: Callable[[int], Mapping[str, Tensor]],
+    placement: Callable[[], Placement],
+    dtype: torch.dtype,
+) -> WatchedLayer:
+    """A `WatchedLayer` with its attestation."""
+    return WatchedLayer(slots, master, placement, dtype, SlotAttestation(slots, master, placement().experts))
+
+
+def placement_of(layer: SingleLayerMoeLoadBalancer) -> Callable[[], Placement]:
+    """The committed placement of a balanced layer, read anew at each call."""
+    return lambda: layer.placement

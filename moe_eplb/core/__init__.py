@@ -1,0 +1,1 @@
+"""Pure data and rules: no torch, no processes, no clocks. Everything else may import it; it imports nothing of ours."""

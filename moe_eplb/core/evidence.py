@@ -1,0 +1,98 @@
+"""What a rank writes down for the judge: one JSON object a line, facts only, no judgement.
+
+The running half appends rows through `EvidenceWriter`; `moe_eplb.analysis.verdict` reads them. Every row carries
+``row`` (one of `Row`), ``rank``, ``layer`` and ``iteration`` (-1 where they do not apply).
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from moe_eplb.core.errors import TraceError
+
+__all__ = ["EvidenceWriter", "Row", "read_evidence"]
+
+
+class Row(enum.StrEnum):
+    """Kinds of evidence. The fields beside the common ones:
+
+    BEGIN        pid, ranks, layers, experts, slots, top_k, dynamic (bool), off (reason or "")
+    ROUTED       counts [E]: routed (token, k) entries per expert on this rank, counted by the checker from the ids
+    EXPECTED     slots [P]: entries per slot that the replica rule must give for those ids, by an independent twin
+    RECEIVED     slots [P/R]: entries per local slot that this rank's experts really processed
+    DISPATCH     expected, once, missing, duplicated, wrong_expert, invalid_slot, first (str): exactly-once, by source rank
+    REDUCED      counts [E]: the reduced statistics as the balancer folded them
+    BALANCE      value: the balancedness the balancer itself reported for this iteration
+    PLACEMENT    digest (int), slots [P]: the placement whose tables this iteration's route used; slots only when they
+                 differ from the rank's previous row of the layer
+    PLAN         taken, due, digest, changed [global slot ids], bytes, predicted [R] rank loads
+    COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes, stall_us
+    DROPPED      due, ready, ranks, digests_differ (bool), reason
+    ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many slots
+                 have another digest than at the previous attestation); the first, in iteration -1, before all
+    EQUALITY     max_abs, max_ref, ratio, tolerance, tokens
+    MEMORY       slots_bytes, host_bytes, staging_bytes
+    CALL         index, call, error {code, what} or null, expected (bool)
+    LEAK         threads [names], segments [names], pending (thunks left on streams), balancer (bool), in_iter (bool)
+    END          iterations, seconds, peak_rss_bytes
+    """
+
+    BEGIN = "begin"
+    ROUTED = "routed"
+    EXPECTED = "expected"
+    RECEIVED = "received"
+    DISPATCH = "dispatch"
+    REDUCED = "reduced"
+    BALANCE = "balance"
+    PLACEMENT = "placement"
+    PLAN = "plan"
+    COMMIT = "commit"
+    DROPPED = "dropped"
+    ATTEST = "attest"
+    EQUALITY = "equality"
+    MEMORY = "memory"
+    CALL = "call"
+    LEAK = "leak"
+    END = "end"
+
+
+class EvidenceWriter:
+    """Appends evidence rows of one rank to a file; what was written survives the rank's death."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._rank = rank
+
+    def write(self, row: Row, layer: int = -1, iteration: int = -1, **fields: Any) -> None:
+        """Append one row; values must be plain JSON types."""
+        record = {"row": row.value, "rank": self._rank, "layer": layer, "iteration": iteration, **fields}
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        """Hand the rows written so far to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one file in order. A last line cut off by a dying rank is left out; any other damage is an error."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise TraceError("E050", "the evidence file is damaged", why=str(error), where=f"{path}:{number}") from error
+        if not isinstance(row, dict) or "row" not in row:
+            raise TraceError("E050", "the evidence file holds a line that is no row", where=f"{path}:{number}")
+        yield row

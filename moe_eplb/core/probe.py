@@ -1,0 +1,65 @@
+"""What a checker may watch while the model runs. The running half calls a probe; it never asks it anything.
+
+Tensors are typed `Any` because this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import Plan
+
+__all__ = ["NullProbe", "Probe"]
+
+
+class Probe(Protocol):
+    """Observer of one rank. Every method is called on the model's thread."""
+
+    def routed(self, layer: int, expert_ids: Any, slot_ids: Any) -> None:
+        """A source rank chose slots: both int32 [T, K], slots global."""
+
+    def processed(self, layer: int, source_rank: Any, token: Any, k: Any, slot: Any) -> None:
+        """The entries [N] whose expert computation this rank does, from the tensors handed to it; slots global."""
+
+    def output(self, layer: int, x: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+        """A layer finished: x and y [T, D], ids int32 [T, K], scales float32 [T, K]."""
+
+    def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
+        """Statistics int64 [E] were reduced and folded; the balancer reports this balancedness for them."""
+
+    def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
+        """A plan is put to the vote; this rank has staged so many bytes for it."""
+
+    def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
+        """The plan became the layer's placement: weights and tables are new."""
+
+    def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
+        """A plan was given up by all ranks."""
+
+
+class NullProbe:
+    """A probe that watches nothing."""
+
+    def routed(self, layer: int, expert_ids: Any, slot_ids: Any) -> None:
+        return None
+
+    def processed(self, layer: int, source_rank: Any, token: Any, k: Any, slot: Any) -> None:
+        return None
+
+    def output(self, layer: int, x: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+        return None
+
+    def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
+        return None
+
+    def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
+        return None
+
+    def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
+        return None
+
+    def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
+        return None

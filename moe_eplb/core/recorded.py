@@ -1,0 +1,157 @@
+"""Recorded expert choices as a workload: files of ids of every token, or of counts per window.
+
+An ``.npz`` file holds either ``topk_ids``, integer [tokens, layers, K] with distinct experts per token, or ``counts``,
+integer [windows, layers, experts]. Beside ``topk_ids`` it may hold ``sequence_id`` [tokens] and ``num_experts``.
+"""
+
+from __future__ import annotations
+
+import tokenize
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_eplb.core.errors import ScenarioError
+
+if TYPE_CHECKING:
+    from moe_eplb.core.scenario_model import Scenario
+
+__all__ = ["Recorded", "check", "in_order", "load"]
+
+_ARRAYS = ("topk_ids", "counts", "sequence_id", "num_experts")
+# What numpy and zipfile raise on a damaged archive: RuntimeError is an encrypted one, SyntaxError and TokenError a
+# damaged header, MemoryError and OverflowError a header that promises too much.
+_UNREADABLE = (
+    OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError,
+    SyntaxError, tokenize.TokenError, MemoryError, OverflowError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One file. Exactly one of `topk_ids` int32 [tokens, layers, K] and `counts` int64 [windows, layers, E] is given.
+
+    `experts` of a file of ids is what the file says, else the highest id + 1; `top_k` of a file of counts is 0.
+    """
+
+    topk_ids: np.ndarray | None
+    counts: np.ndarray | None
+    experts: int
+    layers: int
+    top_k: int
+    sequence_id: np.ndarray | None = None
+    experts_known: bool = True
+
+
+def load(path: str | Path) -> Recorded:
+    """Read and check a file; E040 when it cannot be read, E041 when its content is not as described."""
+    arrays = _arrays(Path(path))
+    kinds = [key for key in ("topk_ids", "counts") if key in arrays]
+    if len(kinds) != 1:
+        why = f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
+        raise _bad(path, "the file must hold either 'topk_ids' or 'counts'", why)
+    for key in kinds:
+        if arrays[key].ndim != 3 or arrays[key].dtype.kind not in "iu" or 0 in arrays[key].shape:
+            why = f"{arrays[key].dtype} {list(arrays[key].shape)}"
+            raise _bad(path, f"{key!r} must be integers in three dimensions, none of them empty", why)
+    return _of_ids(path, arrays) if kinds == ["topk_ids"] else _of_counts(path, arrays["counts"])
+
+
+def in_order(file: Recorded, order: str) -> np.ndarray:
+    """The ids int32 [tokens, layers, K] as they stand ("file"), or by position within their sequence and then by
+    sequence ("position"), so that the sequences decode side by side."""
+    assert file.topk_ids is not None, "only a file of ids has an order"
+    if order == "file":
+        return file.topk_ids
+    if file.sequence_id is None:
+        raise ScenarioError("E041", "order 'position' needs 'sequence_id' in the file", hint="use order 'file'")
+    _, sequence, length = np.unique(file.sequence_id, return_inverse=True, return_counts=True)
+    by_sequence = np.argsort(sequence, kind="stable")
+    position = np.empty(len(sequence), dtype=np.int64)
+    position[by_sequence] = np.arange(len(sequence)) - np.repeat(np.cumsum(length) - length, length)
+    ordered: np.ndarray = file.topk_ids[np.lexsort((sequence, position))]
+    return ordered
+
+
+def check(scenario: Scenario) -> None:
+    """That the file of a recorded workload fits the model and lasts for all iterations; E041 and E042 if not."""
+    path = scenario.workload.path
+    if scenario.workload.kind != "recorded" or path is None:
+        return
+    file, model = load(path), scenario.model
+    wanted = {"layers": model.layers, "experts": model.experts, "top_k": model.top_k}
+    unfit = {name: n for name, n in wanted.items() if _unfit(file, name, n)}
+    wrong = [f"{name} {getattr(file, name)} in the file, {n} in the model" for name, n in unfit.items()]
+    if wrong:
+        raise _bad(path, "the recorded file does not fit the model", "; ".join(wrong))
+    if file.topk_ids is not None:
+        in_order(file, scenario.workload.order)
+        _check_length(scenario, len(file.topk_ids), path)
+
+
+def _unfit(file: Recorded, name: str, wanted: int) -> bool:
+    if name == "layers":
+        return file.layers < wanted
+    if name == "experts":
+        return file.experts != wanted if file.experts_known else file.experts > wanted
+    return file.top_k not in (0, wanted)
+
+
+def _check_length(scenario: Scenario, tokens: int, path: str) -> None:
+    each = sum(scenario.tokens(rank) for rank in range(scenario.ranks))
+    fit = tokens // each if each else scenario.iterations
+    if fit < scenario.iterations:
+        why = f"{tokens} tokens, {each} an iteration: {fit} iterations fit, {scenario.iterations} are asked for"
+        hint = f"iterations: {fit}" if fit else "use fewer tokens_per_rank"
+        raise ScenarioError("E042", "the recorded file runs out of tokens", why=why, hint=hint, where=path)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise _bad(path, "the file is a single array", "an .npz file with named arrays is needed")
+            with file:
+                return {key: file[key] for key in file.files if key in _ARRAYS}
+    except _UNREADABLE as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ScenarioError("E040", "the recorded file cannot be read", why=why, where=str(path)) from error
+
+
+def _of_ids(path: str | Path, arrays: dict[str, np.ndarray]) -> Recorded:
+    ids = arrays["topk_ids"].astype(np.int64)
+    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise _bad(path, "'topk_ids' are out of range", f"{ids.min()} to {ids.max()}")
+    repeated = (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any(axis=(1, 2))
+    if repeated.any():
+        raise _bad(path, "a token asks for one expert twice", f"token {int(repeated.argmax())}")
+    known, experts = "num_experts" in arrays, int(ids.max()) + 1
+    if known:
+        given = arrays["num_experts"]
+        if given.size != 1 or given.dtype.kind not in "iu" or int(given.item()) < experts:
+            raise _bad(
+                path, "'num_experts' must be one number above the highest id", f"the highest id is {experts - 1}"
+            )
+        experts = int(given.item())
+    sequence = arrays.get("sequence_id")
+    if sequence is not None and (sequence.shape != (len(ids),) or sequence.dtype.kind not in "iu"):
+        raise _bad(path, "'sequence_id' must be one integer for each token", f"{sequence.dtype} {list(sequence.shape)}")
+    return Recorded(ids.astype(np.int32), None, experts, ids.shape[1], ids.shape[2], sequence, known)
+
+
+def _of_counts(path: str | Path, counts: np.ndarray) -> Recorded:
+    if (counts < 0).any():
+        raise _bad(path, "'counts' must not be negative", f"the lowest is {counts.min()}")
+    if (counts.sum(axis=2) == 0).any():
+        window, layer = (int(i) for i in np.argwhere(counts.sum(axis=2) == 0)[0])
+        raise _bad(path, "a layer without any count gives no workload", f"window {window}, layer {layer}")
+    return Recorded(None, counts.astype(np.int64), counts.shape[2], counts.shape[1], 0)
+
+
+def _bad(path: str | Path, what: str, why: str) -> ScenarioError:
+    return ScenarioError("E041", what, why=why, where=str(path))

@@ -1,0 +1,190 @@
+"""What must hold between the sections of a scenario. Each rule names the place, the numbers and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from moe_eplb.core import thresholds
+from moe_eplb.core.errors import ScenarioError
+from moe_eplb.core.yaml_source import Loc
+
+if TYPE_CHECKING:
+    from moe_eplb.core.scenario_model import Scenario
+    from moe_eplb.core.scenario_parts import Balancer
+
+__all__ = ["Problem", "problems"]
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a scenario."""
+
+    loc: Loc
+    what: str
+    hint: str = ""
+    code: str = "E032"
+
+
+def problems(s: Scenario) -> tuple[Problem, ...]:
+    """Everything that does not fit together in a scenario whose values are each acceptable."""
+    rules = [_model, _routing, _dispatch, _workload, _calls, _thresholds]
+    found = [problem for rule in rules for problem in rule(s)]
+    if s.balancer is not None:
+        found += [problem for rule in (_slots, _updates, _assignments) for problem in rule(s, s.balancer)]
+    return tuple(found)
+
+
+def _model(s: Scenario) -> Iterator[Problem]:
+    if s.model.top_k > s.model.experts:
+        yield Problem(("model", "top_k"), f"top_k {s.model.top_k} is more than the {s.model.experts} experts")
+    if s.balancer is not None and s.model.backend != "wide_ep":
+        what = f"backend {s.model.backend!r} keeps every expert on every rank and cannot have a balancer"
+        yield Problem(("model", "backend"), what, "use backend 'wide_ep' or remove the balancer section")
+
+
+def _routing(s: Scenario) -> Iterator[Problem]:
+    routing, experts = s.model.routing, s.model.experts
+    loc: Loc = ("model", "routing")
+    if s.workload.kind != "model" and routing != type(routing)():
+        what = f"the router has no say with workload kind {s.workload.kind!r}"
+        yield Problem(loc, what, "use workload kind 'model' or remove the routing section")
+    if routing.method != "deepseek_v3":
+        for name in ("groups", "top_groups", "scale"):
+            if getattr(routing, name) != 1:
+                yield Problem(
+                    (*loc, name), f"{name!r} has no effect with routing {routing.method!r}", f"remove {name!r}"
+                )
+        return
+    if experts % routing.groups:
+        yield Problem((*loc, "groups"), f"{routing.groups} groups do not divide {experts} experts")
+    elif routing.top_groups > routing.groups:
+        yield Problem((*loc, "top_groups"), f"top_groups {routing.top_groups} of only {routing.groups} groups")
+    elif s.model.top_k > routing.top_groups * (experts // routing.groups):
+        room = routing.top_groups * (experts // routing.groups)
+        yield Problem((*loc, "top_groups"), f"top_k {s.model.top_k} experts out of groups that hold only {room}")
+    elif routing.groups > 1 and experts // routing.groups < 2:
+        yield Problem((*loc, "groups"), "a group is scored by its two best experts", "use fewer groups")
+
+
+def _dispatch(s: Scenario) -> Iterator[Problem]:
+    if s.statistics == "gathered" and s.dispatch != "alltoall":
+        hint = "use dispatch 'alltoall', or statistics 'local_ids'"
+        yield Problem(("statistics",), "gathered statistics ride in the exchange that only 'alltoall' has", hint)
+    if s.statistics == "global_ids" and s.dispatch != "allgather":
+        hint = "use dispatch 'allgather', or statistics 'gathered'"
+        yield Problem(("statistics",), "the ids of all ranks reach every rank only with dispatch 'allgather'", hint)
+
+
+_OF_KIND = {
+    "skew": ("zipf",),
+    "hot_experts": ("hot",),
+    "hot_share": ("hot",),
+    "drift_every": ("zipf", "hot"),
+    "path": ("recorded",),
+    "order": ("recorded",),
+}
+
+
+def _workload(s: Scenario) -> Iterator[Problem]:
+    work = s.workload
+    loc: Loc = ("workload",)
+    for name, kinds in _OF_KIND.items():
+        if work.kind not in kinds and getattr(work, name) != type(work).model_fields[name].default:
+            hint = f"remove it, or use kind {' or '.join(kinds)}"
+            yield Problem((*loc, name), f"{name!r} has no effect with kind {work.kind!r}", hint)
+    if work.kind == "recorded" and not work.path:
+        yield Problem((*loc, "path"), "a recorded workload needs the path of its file", "add 'path: loads.npz'")
+    if work.kind == "hot" and work.hot_experts > s.model.experts:
+        yield Problem((*loc, "hot_experts"), f"{work.hot_experts} hot experts of only {s.model.experts}")
+    tokens = work.tokens_per_rank
+    if isinstance(tokens, tuple) and len(tokens) != s.ranks:
+        yield Problem((*loc, "tokens_per_rank"), f"{len(tokens)} numbers of tokens for {s.ranks} ranks")
+    elif s.calls is None and not (sum(tokens) if isinstance(tokens, tuple) else tokens):
+        yield Problem((*loc, "tokens_per_rank"), "no rank has any token", "give at least one rank a token")
+
+
+def _calls(s: Scenario) -> Iterator[Problem]:
+    if s.calls is None:
+        if s.expect_error is not None:
+            yield Problem(("expect_error",), "an error is expected of 'calls', and there are none", "add 'calls'")
+        return
+    if s.balancer is None:
+        yield Problem(("calls",), "calls need a balancer to call", "add a balancer section")
+    for index, step in enumerate(s.calls):
+        if step.layer >= s.model.layers:
+            yield Problem(("calls", index, "layer"), f"layer {step.layer} of only {s.model.layers} layers")
+    if s.expect_error is not None and s.expect_error.at is not None and s.expect_error.at >= len(s.calls):
+        what = f"call {s.expect_error.at} is expected to fail and there are {len(s.calls)} calls, counted from 0"
+        yield Problem(("expect_error", "at"), what)
+
+
+def _thresholds(s: Scenario) -> Iterator[Problem]:
+    for metric, text in s.checks.thresholds.items():
+        try:
+            thresholds.parse(metric, text)
+        except ScenarioError as error:
+            what = f"{error.what}: {error.why}" if error.why else error.what
+            yield Problem(("checks", "thresholds", metric), what, error.hint, error.code)
+
+
+def _slots(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    given = [name for name in ("num_slots", "slots_per_rank") if getattr(b, name) is not None]
+    if len(given) != 1 and b.config is None:
+        what = "give either num_slots or slots_per_rank" + (", not both" if given else "")
+        yield Problem(
+            ("balancer", *given[-1:]), what, f"slots_per_rank: {-(-s.model.experts // s.ranks)} is the fewest"
+        )
+    if len(given) != 1:
+        return
+    loc: Loc = ("balancer", given[0])
+    slots = b.num_slots if b.num_slots is not None else s.ranks * (b.slots_per_rank or 0)
+    fewest = -(-s.model.experts // s.ranks) * s.ranks
+    legal = max(fewest, round(slots / s.ranks) * s.ranks)
+    hint = (
+        f"num_slots: {legal} is the nearest that fits"
+        if given[0] == "num_slots"
+        else f"slots_per_rank: {legal // s.ranks}"
+    )
+    if slots < s.model.experts:
+        yield Problem(loc, f"{slots} slots cannot hold {s.model.experts} experts", hint)
+    elif slots % s.ranks:
+        yield Problem(loc, f"{slots} slots cannot be shared out evenly over {s.ranks} ranks", hint)
+
+
+def _updates(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    if b.update_timeout_s >= s.timeout_s:
+        what = f"an update may take {b.update_timeout_s:g} s and the whole run only {s.timeout_s:g} s"
+        yield Problem(("balancer", "update_timeout_s"), what, "make it smaller than timeout_s")
+    if b.layer_updates_per_iter == 0 or s.ranks == 1:
+        return
+    if s.model.layers == 1 and b.commit_delay < 2:
+        what = "with one layer there is no other layer behind which a move could hide"
+        yield Problem(("balancer", "commit_delay"), what, "commit_delay: 2")
+    needed = b.warm_up + b.commit_delay + 1
+    if s.calls is None and s.iterations < needed:
+        what = f"nothing can move in {s.iterations} iterations: the first commit needs {needed}"
+        why = f"warm_up {b.warm_up} + commit_delay {b.commit_delay} + 1"
+        yield Problem(("iterations",), f"{what} ({why})", f"iterations: {needed} or more")
+
+
+def _assignments(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    if b.initial_global_assignments is None:
+        return
+    loc: Loc = ("balancer", "initial_global_assignments")
+    missing = sorted(set(range(s.model.layers)) - set(b.initial_global_assignments))
+    if missing:
+        yield Problem(loc, f"layers without an assignment: {_some(missing)}", "give every layer one, or none of them")
+    for layer, experts in b.initial_global_assignments.items():
+        if not 0 <= layer < s.model.layers:
+            yield Problem((*loc, layer), f"there is no layer {layer}: layers are 0 to {s.model.layers - 1}")
+        if len(experts) != s.slots:
+            yield Problem((*loc, layer), f"layer {layer} assigns {len(experts)} slots, there are {s.slots}")
+        if unknown := sorted({e for e in experts if e >= s.model.experts}):
+            yield Problem((*loc, layer), f"there are no experts {_some(unknown)}: the last is {s.model.experts - 1}")
+        if absent := sorted(set(range(s.model.experts)) - set(experts)):
+            yield Problem((*loc, layer), f"layer {layer} has no slot for experts {_some(absent)}")
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"{shown} and {len(numbers) - 5} more" if len(numbers) > 5 else shown

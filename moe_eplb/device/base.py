@@ -1,0 +1,107 @@
+"""The small interface between the balancer and a device. Nothing outside this package knows what runs behind it."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from moe_eplb.core.events import EventSink, Kind
+from moe_eplb.device.streams import AuxStreamType
+
+__all__ = ["Device", "Event", "Stream"]
+
+T = TypeVar("T")
+
+
+class Stream:
+    """A queue of work in order. `index` 0 is the main stream, n the n-th `AuxStreamType` plus one."""
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name = name
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"Stream({self.name})"
+
+
+class Event:
+    """A reusable mark in a stream. Waiting uses the mark of the latest `Device.record`."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+
+class Device(abc.ABC):
+    """Streams, events and recorded work of one rank.
+
+    Args:
+        sink: Receives one device record for each piece of work, at the time at which it really runs.
+    """
+
+    kind: str
+
+    def __init__(self, sink: EventSink) -> None:
+        self.sink = sink
+        self.iteration = -1
+        self.main = self._make_stream("Main", 0)
+        self.current = self.main
+
+    def stream(self, kind: AuxStreamType) -> Stream:
+        """A new auxiliary stream of that kind."""
+        return self._make_stream(kind.name, list(AuxStreamType).index(kind) + 1)
+
+    @contextlib.contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        """Make `stream` current inside the block."""
+        previous, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    @abc.abstractmethod
+    def _make_stream(self, name: str, index: int) -> Stream: ...
+
+    @abc.abstractmethod
+    def new_event(self, name: str = "") -> Event:
+        """A reusable event."""
+
+    @abc.abstractmethod
+    def record(self, event: Event, stream: Stream) -> None:
+        """Mark the work submitted to `stream` so far."""
+
+    @abc.abstractmethod
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Later work on `stream` runs after the marked work. The host does not wait."""
+
+    @abc.abstractmethod
+    def run(self, kind: Kind, layer: int, fn: Callable[[], T], *, a: int = 0, b: int = 0) -> T:
+        """Do `fn` on the current stream as one recorded piece of work and return what it returns."""
+
+    @abc.abstractmethod
+    def submit(
+        self,
+        stream: Stream,
+        kind: Kind,
+        layer: int,
+        fn: Callable[[], None],
+        *,
+        collective: bool = False,
+        a: int = 0,
+        b: int = 0,
+    ) -> None:
+        """Put `fn` on `stream`. `collective` says that it talks to other ranks, so all must do it at a like point."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Return when all submitted work has run."""
+
+    @abc.abstractmethod
+    def discard(self) -> int:
+        """Forget work that has not run yet (after an exception) and return how much it was."""
+
+    @abc.abstractmethod
+    def pending(self) -> int:
+        """How many pieces of work have not run yet."""

@@ -1,0 +1,178 @@
+"""The CPU reference backend: auxiliary streams whose work runs late, at seeded legal points.
+
+The main stream runs at once. Work on another stream waits in a queue and runs somewhere between its submission and the
+join that needs it. A missing join therefore reads stale data here, without a GPU.
+
+Work that holds a collective may only move at points which every rank passes equally often (the main stream's own
+collectives), and its seed is common to all ranks; else two ranks would wait for each other in different collectives.
+Purely local work moves at every point, with a seed of the rank's own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.events import KINDS, EventSink, Kind, Role
+from moe_eplb.device.base import Device, Event, Stream
+
+__all__ = ["CpuDevice"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Work:
+    run: Callable[[], None]
+    collective: bool
+
+
+class _CpuStream(Stream):
+    def __init__(self, name: str, index: int) -> None:
+        super().__init__(name, index)
+        self.queue: deque[_Work] = deque()
+        self.submitted = 0
+        self.done = 0
+
+
+class _CpuEvent(Event):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.stream: _CpuStream | None = None
+        self.position = 0
+
+
+class CpuDevice(Device):
+    """Reference device.
+
+    Args:
+        sink: See `Device`.
+        seed: Seed of the reordering, common to all ranks; None runs all work at once, in the order of submission.
+        rank: Makes the seed of local work the rank's own.
+    """
+
+    kind = "cpu"
+
+    def __init__(self, sink: EventSink, *, seed: int | None = None, rank: int = 0) -> None:
+        self._streams: list[_CpuStream] = []
+        self._waiting = 0
+        self._eager = seed is None
+        self._common = random.Random(f"common {seed}")
+        self._local = random.Random(f"rank {rank} {seed}")
+        super().__init__(sink)
+
+    def _make_stream(self, name: str, index: int) -> Stream:
+        stream = _CpuStream(name, index)
+        self._streams.append(stream)
+        return stream
+
+    def new_event(self, name: str = "") -> Event:
+        return _CpuEvent(name)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        assert isinstance(event, _CpuEvent) and isinstance(stream, _CpuStream)
+        event.stream, event.position = stream, stream.submitted
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        assert isinstance(event, _CpuEvent) and isinstance(stream, _CpuStream)
+        source, position = event.stream, event.position
+        if source is None:
+            raise BalancerError(
+                "E133", f"stream {stream.name} waits for event {event.name!r}, which was never recorded",
+                hint="record the event on the stream whose work is needed, then wait",
+            )  # fmt: skip
+        if source is stream or source.done >= position:
+            return
+        if stream is self.main:
+            self._drain(source, position)
+        else:
+            self._enqueue(stream, _Work(lambda: self._drain(source, position), collective=False))
+
+    def run(self, kind: Kind, layer: int, fn: Callable[[], T], *, a: int = 0, b: int = 0) -> T:
+        if self._waiting:
+            self._advance(collectives=KINDS[kind].role is Role.COMM)
+        token = self.sink.begin(kind, layer, self.iteration, self.current.index, a, b)
+        try:
+            return fn()
+        finally:
+            self.sink.end(token)
+
+    def submit(
+        self,
+        stream: Stream,
+        kind: Kind,
+        layer: int,
+        fn: Callable[[], None],
+        *,
+        collective: bool = False,
+        a: int = 0,
+        b: int = 0,
+    ) -> None:
+        assert isinstance(stream, _CpuStream)
+        iteration = self.iteration
+
+        def recorded() -> None:
+            token = self.sink.begin(kind, layer, iteration, stream.index, a, b)
+            previous, self.current = self.current, stream
+            try:
+                fn()
+            finally:
+                self.current = previous
+                self.sink.end(token)
+
+        if stream is self.main or self._eager:
+            recorded()
+        else:
+            self._enqueue(stream, _Work(recorded, collective))
+
+    def synchronize(self) -> None:
+        for stream in self._streams:
+            self._drain(stream, stream.submitted)
+
+    def discard(self) -> int:
+        left = self._waiting
+        for stream in self._streams:
+            stream.queue.clear()
+            stream.done = stream.submitted
+        self._waiting = 0
+        return left
+
+    def pending(self) -> int:
+        return self._waiting
+
+    def _enqueue(self, stream: _CpuStream, work: _Work) -> None:
+        stream.queue.append(work)
+        stream.submitted += 1
+        self._waiting += 1
+
+    def _drain(self, stream: _CpuStream, position: int) -> None:
+        while stream.done < position:
+            self._run_next(stream)
+
+    def _run_next(self, stream: _CpuStream) -> None:
+        work = stream.queue.popleft()
+        stream.done += 1
+        self._waiting -= 1
+        work.run()
+
+    def _advance(self, *, collectives: bool) -> None:
+        """Let some of the waiting work run now; which, only the seeds know."""
+        for stream in self._streams:
+            if collectives:
+                self._pass_collectives(stream)
+            while stream.queue and not stream.queue[0].collective and self._local.random() < 0.5:
+                self._run_next(stream)
+
+    def _pass_collectives(self, stream: _CpuStream) -> None:
+        # One draw for each waiting collective: their number is the same on all ranks, that of local work is not.
+        ahead = sum(1 for work in stream.queue if work.collective)
+        passing = 0
+        while passing < ahead and self._common.random() < 0.5:
+            passing += 1
+        while passing:
+            passing -= stream.queue[0].collective
+            self._run_next(stream)

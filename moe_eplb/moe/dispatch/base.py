@@ -1,0 +1,73 @@
+"""What every dispatch offers: prepare once, then send rows to the ranks of their slots and bring the sums back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Dispatcher", "Exchange", "Received"]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """M rows that a rank received, in order of their source rank."""
+
+    hidden: Tensor
+    """[M, D] in the model's dtype; rows without a slot may hold anything."""
+    slots: Tensor
+    """int32 [M, K]: local slot of this rank, -1 where another rank or none processes the entry."""
+    scales: Tensor
+    """float32 [M, K]."""
+    token: Tensor
+    """int64 or int32 [M]: the row's token within its source rank."""
+    source_counts: tuple[int, ...]
+    """Rows by source rank, R numbers that sum to M."""
+    entries: int
+    """Number of (row, k) with a slot."""
+    expert_ids: Tensor | None = None
+    """int32 [sum of T over ranks, K] of all ranks, where the dispatch was asked to gather them."""
+
+    def source_rank(self) -> Tensor:
+        """int64 [M]: the rank that each row came from."""
+        counts = torch.tensor(self.source_counts, device=self.hidden.device)
+        return torch.arange(len(self.source_counts), device=self.hidden.device).repeat_interleave(counts)
+
+
+class Exchange(Protocol):
+    """One layer's exchange of one forward; every rank of the group makes the same calls in the same order."""
+
+    riders: Tensor | None
+    """int64 [R, V]: the riders of all ranks, None where none were given."""
+
+    @property
+    def dispatch_bytes(self) -> int:
+        """Bytes that this rank puts into the dispatch collective, 0 in a group of one."""
+
+    @property
+    def combine_bytes(self) -> int:
+        """Bytes that this rank puts into the combine collective, 0 in a group of one."""
+
+    def dispatch(self, x: Tensor, scales: Tensor) -> Received:
+        """Send hidden states [T, D] and scales float32 [T, K]; return the rows for this rank's slots."""
+
+    def combine(self, partial: Tensor) -> Tensor:
+        """Bring partial sums float32 [M, D] back to their tokens; return their sum [T, D] in the model's dtype."""
+
+
+class Dispatcher(Protocol):
+    """Makes exchanges over one process group."""
+
+    def prepare(self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None) -> Exchange:
+        """Tell all ranks what will be sent.
+
+        Args:
+            slot_ids: Global slot ids int32 [T, K]; ids outside [0, P) are dispatched nowhere.
+            expert_ids: Expert ids int32 [T, K]; sent only by a dispatch that was built to gather them.
+            riders: int64 [V] of numbers that every rank shall see, the same V on all ranks, or None on all ranks.
+        """
+
+    def prepare_bytes(self, riders: Tensor | None) -> int:
+        """Bytes that this rank puts into the prepare collective, 0 in a group of one."""

@@ -1,0 +1,149 @@
+"""Storage of the expert weights in slots, and the SwiGLU feed-forward over entries that are grouped by slot.
+
+An entry is one (token, k): a row of hidden state that one slot has to process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_eplb.core.errors import BalancerError
+
+__all__ = ["WEIGHT_NAMES", "ExpertSlots", "Grouping", "ffn_twin", "group_by_slot", "sum_over_k"]
+
+WEIGHT_NAMES = ("w3_w1", "w2")
+"""Names of a slot's tensors: "w3_w1" [2I, D], the rows of w3 before those of w1, and "w2" [D, I]."""
+
+_ROW_BYTES = 16
+
+_grouped_mm = cast(
+    "Callable[..., Tensor]", getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+)
+
+
+class Grouping(NamedTuple):
+    """N entries in order of their local slot, entries of one slot in order of arrival."""
+
+    row: Tensor
+    """int64 [N]: row of the hidden states."""
+    k: Tensor
+    """int64 [N]: position in the row's top-k."""
+    slot: Tensor
+    """int32 [N]: local slot."""
+    offs: Tensor
+    """int32 [S]: end of each slot's entries."""
+
+
+def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:
+    """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by slot."""
+    ordered, source = slots.flatten().sort(stable=True)
+    # Rows without a slot carry -1 and so come first.
+    slot, flat = ordered[ordered.numel() - entries :], source[source.numel() - entries :]
+    offs = torch.bincount(slot, minlength=num_slots).cumsum(0, dtype=torch.int32)
+    top_k = slots.shape[1]
+    row = flat.div(top_k, rounding_mode="floor")
+    return Grouping(row, flat - row * top_k, slot, offs)
+
+
+def sum_over_k(output: Tensor, grouping: Grouping, scales: Tensor) -> Tensor:
+    """Weighted sum float32 [M, D] of the entries' outputs [N, D] with `scales` float32 [M, K], zero without entries.
+
+    The sum runs in order of k whatever the order of the slots, so it does not depend on the device or the placement of
+    the other experts.
+    """
+    rows, top_k = scales.shape
+    flat = grouping.row * top_k + grouping.k
+    weighted = output.float() * scales.flatten()[flat].unsqueeze(1)
+    spread = weighted.new_zeros(rows * top_k, output.shape[1]).index_copy_(0, flat, weighted)
+    return spread.view(rows, top_k, output.shape[1]).sum(dim=1)
+
+
+class ExpertSlots(nn.Module):
+    """The S slots of a rank: one tensor a weight name, "w3_w1" [S, 2I, D] and "w2" [S, D, I].
+
+    The balancer overwrites single slots in place; the tensors keep their addresses for the life of the module.
+
+    Raises:
+        BalancerError: E152 when a row of D or I elements is not a multiple of 16 bytes, which grouped GEMM needs.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        hidden_size: int,
+        intermediate_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        _check_alignment(hidden_size, intermediate_size, dtype)
+        self.num_slots = num_slots
+        shapes = {
+            "w3_w1": (num_slots, 2 * intermediate_size, hidden_size),
+            "w2": (num_slots, hidden_size, intermediate_size),
+        }
+        for name, shape in shapes.items():
+            weight = torch.zeros(shape, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+    def weight(self, name: str) -> Tensor:
+        """The tensor of all slots: the very storage that `grouped_ffn` reads."""
+        return self.get_parameter(name).data
+
+    def slot_tensor(self, local_slot: int, name: str) -> Tensor:
+        """View of one slot's tensor."""
+        return self.weight(name)[local_slot]
+
+    def by_slot(self) -> list[dict[str, Tensor]]:
+        """For each local slot, the tensors by name that `grouped_ffn` reads."""
+        return [{name: self.slot_tensor(slot, name) for name in WEIGHT_NAMES} for slot in range(self.num_slots)]
+
+    def load(self, local_slot: int, weights: Mapping[str, Tensor]) -> None:
+        """Copy an expert's tensors, by name, into a slot.
+
+        Raises:
+            BalancerError: E153 when a tensor is missing or has another shape than the slot's.
+        """
+        for name in WEIGHT_NAMES:
+            target, source = self.slot_tensor(local_slot, name), weights.get(name)
+            if source is None or source.shape != target.shape:
+                raise BalancerError(
+                    "E153",
+                    f"expert weight {name} does not fit its slot",
+                    why=f"slot {tuple(target.shape)}, expert {'none' if source is None else tuple(source.shape)}",
+                    hint=f"an expert needs the tensors {', '.join(WEIGHT_NAMES)}, the rows of w3 before those of w1",
+                )
+            target.copy_(source)
+
+    def grouped_ffn(self, hidden: Tensor, offs: Tensor) -> Tensor:
+        """w2 @ (silu(w1 x) * (w3 x)) of hidden states [N, D] that are grouped by slot, as `offs` int32 [S] says."""
+        up, gate = self._multiply(hidden, "w3_w1", offs).chunk(2, dim=-1)
+        return self._multiply(nn.functional.silu(gate) * up, "w2", offs)
+
+    def _multiply(self, rows: Tensor, name: str, offs: Tensor) -> Tensor:
+        return _grouped_mm(rows, self.weight(name).transpose(1, 2), offs=offs)
+
+
+def _check_alignment(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
+    step = _ROW_BYTES // dtype.itemsize
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size < 1 or size % step:
+            raise BalancerError(
+                "E152",
+                f"{name} does not fit grouped GEMM",
+                why=f"{size} elements of {dtype} are {size * dtype.itemsize} bytes, not a multiple of {_ROW_BYTES}",
+                hint=f"choose a multiple of {step}, such as {max(step, -(-size // step) * step)}",
+            )
+
+
+def ffn_twin(hidden: Tensor, slots: Tensor, w3_w1: Tensor, w2: Tensor) -> Tensor:
+    """The same feed-forward one entry at a time in float64: hidden [N, D], slots int [N] -> float64 [N, D]. Slow."""
+    outputs = [torch.zeros(0, hidden.shape[1], dtype=torch.float64)]
+    for row, slot in zip(hidden.double(), slots.tolist(), strict=True):
+        w3, w1 = w3_w1[slot].double().chunk(2)
+        gate = w1 @ row
+        outputs.append((w2[slot].double() @ (gate * torch.sigmoid(gate) * (w3 @ row))).unsqueeze(0))
+    return torch.cat(outputs)

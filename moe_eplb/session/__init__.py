@@ -1,0 +1,9 @@
+"""From a scenario to a judged run folder: starting ranks, driving them, watching over them. Importable without torch."""
+
+from __future__ import annotations
+
+from moe_eplb.session.pool import RankPool, run_scenario
+from moe_eplb.session.result import Progress, RunResult
+from moe_eplb.session.torchrun import joined, run_joined
+
+__all__ = ["Progress", "RankPool", "RunResult", "joined", "run_joined", "run_scenario"]

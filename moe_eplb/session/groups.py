@@ -1,0 +1,40 @@
+"""Process groups: the model's, the balancer's and the checks' collectives never share one."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+__all__ = ["Groups", "GroupsBySize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Groups of the same ranks for dispatch and combine, for statistics, for set-up exchanges, and for checks."""
+
+    model: dist.ProcessGroup | None
+    statistics: dist.ProcessGroup | None
+    setup: dist.ProcessGroup | None
+    checks: dist.ProcessGroup | None
+
+
+class GroupsBySize:
+    """Groups over the first n ranks, made when first needed and kept."""
+
+    def __init__(self, timeout_s: float = 600.0) -> None:
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._made: dict[int, Groups] = {}
+
+    def of(self, size: int) -> Groups:
+        """The groups over ranks 0 to size - 1; called by all of them, none for one rank."""
+        if size not in self._made:
+            self._made[size] = self._make(size) if size > 1 else Groups(None, None, None, None)
+        return self._made[size]
+
+    def _make(self, size: int) -> Groups:
+        model, statistics, setup, checks = (
+            dist.new_group(list(range(size)), timeout=self._timeout, use_local_synchronization=True) for _ in range(4)
+        )
+        return Groups(model, statistics, setup, checks)

@@ -1,0 +1,36 @@
+"""What parent and ranks say to each other over their pipe."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_eplb.core.errors import EplbError
+
+__all__ = ["Done", "Failed", "Job", "Message", "Step"]
+
+
+class Job(NamedTuple):
+    """Run this scenario into this folder."""
+
+    scenario: str
+    folder: str
+
+
+class Step(NamedTuple):
+    """So many iterations are done."""
+
+    done: int
+    total: int
+
+
+class Done(NamedTuple):
+    """The job has ended and its files are complete."""
+
+
+class Failed(NamedTuple):
+    """The job ended in an exception: a known error, or another one's traceback."""
+
+    error: EplbError | str
+
+
+Message = Step | Done | Failed

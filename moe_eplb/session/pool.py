@@ -1,0 +1,223 @@
+"""The parent's side: rank processes that are started once, run one scenario after another, and never outlive a hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from moe_eplb.balancer.host_memory import clean_segments
+from moe_eplb.core import scenario as scenarios
+from moe_eplb.core.errors import EplbError, RunFailed
+from moe_eplb.core.scenario import Scenario
+from moe_eplb.recording.log_format import last_event
+from moe_eplb.session.entry import rank_main
+from moe_eplb.session.folder import close_folder, events_path, open_folder
+from moe_eplb.session.messages import Done, Failed, Job, Message, Step
+from moe_eplb.session.result import Progress, RunResult
+
+__all__ = ["RankPool", "run_scenario"]
+
+_GRACE_S = 2.0
+"""How long the other ranks may go on once one rank has failed, so that a common cause is reported by all."""
+_STOP_S = 10.0
+
+
+class _Rank(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+class RankPool:
+    """Rank processes of this node, started on demand and kept for the next scenario.
+
+    A scenario of n ranks runs on the first n. After a failure all processes are killed; the next scenario starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: list[_Rank] = []
+        self._store = ""
+        # The server that forks the ranks imports torch once for all of them; on two cores that saves seconds a rank.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["moe_eplb.session.worker"])
+
+    def run(
+        self, scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
+    ) -> RunResult:
+        """Run a scenario into `folder` and judge it; a dead or hanging rank ends it within the scenario's timeout."""
+        started = time.monotonic()
+        open_folder(folder, scenario, launcher="spawn", argv=argv)
+        clean_segments()
+        failure = ""
+        try:
+            self._drive(scenario, folder, started + scenario.timeout_s, progress)
+        except RunFailed as error:
+            failure = f"{error}\n{_last_events(folder, scenario.ranks)}"
+            self.kill()
+        except BaseException:
+            self.kill()
+            raise
+        verdict = close_folder(folder, scenario, failure=failure)
+        return RunResult(folder, verdict, time.monotonic() - started)
+
+    def reserve(self, size: int) -> None:
+        """Have at least `size` ranks, so that later scenarios of up to that size find them."""
+        if len(self._ranks) < size:
+            self.close()
+            self._start(size)
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [rank.process.pid or 0 for rank in self._ranks]
+
+    def _drive(self, scenario: Scenario, folder: Path, deadline: float, progress: Progress | None) -> None:
+        self.reserve(scenario.ranks)
+        job = Job(scenarios.dump(scenario), str(folder))
+        members = self._ranks[: scenario.ranks]
+        for rank in members:
+            rank.pipe.send(job)
+        _Watch(members, deadline, scenario, progress).until_done()
+
+    def _start(self, size: int) -> None:
+        self._store = tempfile.mkdtemp(prefix="moe_eplb-store-")
+        for number in range(size):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=rank_main, args=(number, size, f"{self._store}/store", theirs), name=f"rank{number}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._ranks.append(_Rank(process, ours))
+
+    def close(self) -> None:
+        """End the processes; kills those that do not end by themselves."""
+        for rank in self._ranks:
+            if rank.process.is_alive():
+                rank.pipe.send(None)
+        deadline = time.monotonic() + _STOP_S
+        for rank in self._ranks:
+            rank.process.join(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill all processes at once and remove what they leave behind."""
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            rank.process.join(_STOP_S)
+            rank.pipe.close()
+        self._ranks.clear()
+        clean_segments()
+        if self._store:
+            shutil.rmtree(self._store)
+            self._store = ""
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close() if kind is None else self.kill()
+
+
+class _Watch:
+    """Waits for messages and deaths of the ranks of one job, never longer than to its deadline."""
+
+    def __init__(
+        self, members: Sequence[_Rank], deadline: float, scenario: Scenario, progress: Progress | None
+    ) -> None:
+        self._number = {member.pipe: rank for rank, member in enumerate(members)}
+        self._sentinel = {member.process.sentinel: rank for rank, member in enumerate(members)}
+        self._process = [member.process for member in members]
+        self._deadline, self._scenario, self._progress = deadline, scenario, progress
+        self._failures: dict[int, EplbError | str] = {}
+
+    def until_done(self) -> None:
+        """Return when every rank is done; RunFailed when one died, failed or is late."""
+        while self._number:
+            ready = wait([*self._number, *self._sentinel], max(0.0, self._deadline - time.monotonic()))
+            if not ready:
+                break
+            for item in ready:
+                if isinstance(item, Connection):
+                    self._receive(item)
+            for item in ready:
+                if isinstance(item, int) and item in self._sentinel:
+                    self._died(self._sentinel.pop(item))
+        if self._failures:
+            raise self._failed()
+        if self._number:
+            raise self._late()
+
+    def _receive(self, pipe: Connection) -> None:
+        try:
+            message: Message = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return  # the sentinel tells how the rank ended
+        rank = self._number[pipe]
+        match message:
+            case Step(done, total):
+                if self._progress is not None and rank == 0:
+                    self._progress(done, total)
+            case Done():
+                del self._number[pipe]
+            case Failed(error):
+                del self._number[pipe]
+                self._fail(rank, error)
+
+    def _died(self, rank: int) -> None:
+        pipes = [pipe for pipe, number in self._number.items() if number == rank]
+        if not pipes:
+            return  # it had answered already
+        del self._number[pipes[0]]
+        self._process[rank].join(_STOP_S)
+        self._fail(rank, f"rank {rank} died: {_how(self._process[rank].exitcode)}")
+
+    def _fail(self, rank: int, error: EplbError | str) -> None:
+        self._failures[rank] = error
+        self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
+
+    def _failed(self) -> RunFailed:
+        # A rank that died explains the errors of those that were talking to it, not the other way round.
+        rank, error = min(self._failures.items(), key=lambda item: (isinstance(item[1], EplbError), item[0]))
+        others = sorted(set(self._failures) - {rank} | set(self._number.values()))
+        why = f"ranks {others} failed or were stopped after it" if others else "no other rank was affected"
+        return RunFailed("E180", f"the run failed in rank {rank}", why=f"{error}; {why}")
+
+    def _late(self) -> RunFailed:
+        late = sorted(self._number.values())
+        return RunFailed(
+            "E181", f"the run did not end within {self._scenario.timeout_s:g} s",
+            why=f"ranks {late} were still running", hint="the last events below say where; raise timeout_s if it is slow",
+        )  # fmt: skip
+
+
+def run_scenario(
+    scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
+) -> RunResult:
+    """Run one scenario on ranks of its own."""
+    with RankPool() as pool:
+        return pool.run(scenario, folder, progress=progress, argv=argv)
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "it is still ending"
+    return f"killed by signal {-exitcode}" if exitcode < 0 else f"it ended with code {exitcode}"
+
+
+def _last_events(folder: Path, ranks: int) -> str:
+    lines = []
+    for rank in range(ranks):
+        path = events_path(folder, rank)
+        event = last_event(path) if path.exists() else None
+        lines.append(f"  last event of rank {rank}: {event or 'none, it had not started'}")
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""One rank of a run, from its event log to its last row of evidence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_eplb.balancer import MoeLoadBalancer, MoeLoadBalancerIterContext, get_moe_load_balancer
+from moe_eplb.balancer.host_memory import list_segments
+from moe_eplb.checks import EvidenceGatherer, watched_layer
+from moe_eplb.core.events import Kind
+from moe_eplb.core.evidence import EvidenceWriter, Row
+from moe_eplb.core.scenario import Scenario
+from moe_eplb.device import Device, get_device
+from moe_eplb.recording.event_log import EventLog
+from moe_eplb.session.balancing import make_balancer
+from moe_eplb.session.calls import run_calls
+from moe_eplb.session.folder import events_path, evidence_path
+from moe_eplb.session.groups import Groups
+from moe_eplb.session.result import Progress
+from moe_eplb.session.stack import MoeStack
+from moe_eplb.session.weights import torch_dtype
+
+__all__ = ["run_rank"]
+
+_PARENT_WATCH = "moe_eplb-parent-watch"
+
+
+def run_rank(scenario: Scenario, folder: Path, rank: int, groups: Groups, on_step: Progress) -> None:
+    """Run this rank's part of a scenario and write its event log and evidence into the run folder."""
+    started = time.monotonic()
+    threads = set(threading.enumerate())
+    with (
+        EventLog(events_path(folder, rank), rank) as log,
+        contextlib.closing(EvidenceWriter(evidence_path(folder, rank), rank)) as evidence,
+        torch.inference_mode(),
+    ):
+        seed = None if scenario.overlap == "serial" else scenario.effective_reorder_seed
+        device = get_device(scenario.device, log, seed=seed, rank=rank)
+        balancer = make_balancer(scenario, rank, device, groups)
+        _write_begin(evidence, scenario, balancer)
+        try:
+            if scenario.calls is not None:
+                run_calls(scenario, balancer, device, evidence, groups)
+            else:
+                _Run(scenario, folder, rank, device, balancer, groups, evidence).iterate(on_step)
+        finally:
+            if balancer is not None:
+                balancer.shutdown()
+        _write_leaks(evidence, device, threads)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        done = 0 if scenario.calls is not None else scenario.iterations
+        evidence.write(Row.END, iterations=done, seconds=time.monotonic() - started, peak_rss_bytes=peak)
+
+
+class _Run:
+    """A model under its balancer, watched by the checks."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        folder: Path,
+        rank: int,
+        device: Device,
+        balancer: MoeLoadBalancer | None,
+        groups: Groups,
+        evidence: EvidenceWriter,
+    ) -> None:
+        self._scenario, self._folder, self._rank = scenario, folder, rank
+        self._device, self._balancer = device, balancer
+        self._gatherer = _make_gatherer(scenario, rank, groups, evidence)
+        with balancer or contextlib.nullcontext():
+            self._stack = MoeStack(scenario, rank, device, groups)
+        if balancer is not None:
+            balancer.probe = self._gatherer
+            balancer.finalize_model()
+            balancer.set_iter_info(enable_statistic=True, enable_update_weights=balancer.is_dynamic_routing())
+            if scenario.balancer is not None:
+                balancer.set_warm_up_iter_count(scenario.balancer.warm_up)
+        self._watch_layers()
+        _write_memory(evidence, self._stack, balancer)
+
+    def iterate(self, on_step: Progress) -> None:
+        """Run all iterations, then read all weights back once more."""
+        total = self._scenario.iterations
+        for iteration in range(total):
+            self._step(iteration)
+            on_step(iteration + 1, total)
+        self._gatherer.finish()
+        if self._gatherer.topk_ids is not None:
+            self._save_topk_ids(self._gatherer.topk_ids)
+
+    def _step(self, iteration: int) -> None:
+        self._device.iteration = self._gatherer.iteration = iteration
+        token = self._device.sink.begin(Kind.STEP, -1, iteration, self._device.main.index)
+        with MoeLoadBalancerIterContext(self._balancer):
+            self._stack.step(iteration)
+        self._device.sink.end(token)
+        token = self._device.sink.begin(Kind.CHECK, -1, iteration, self._device.main.index)
+        self._gatherer.end_iteration()
+        self._device.sink.end(token)
+
+    def _watch_layers(self) -> None:
+        for index, (moe, master) in enumerate(zip(self._stack.layers, self._stack.masters, strict=True)):
+            moe.probe = self._gatherer
+            dtype = torch_dtype(self._scenario.model.dtype)
+            self._gatherer.watch(index, watched_layer(moe.experts.by_slot(), master, moe.placement, dtype))
+
+    def _save_topk_ids(self, per_call: list[np.ndarray]) -> None:
+        """Ids [iterations, T, L, K] of this rank, from one [T, K] a layer and iteration."""
+        layers = self._scenario.model.layers
+        steps = [np.stack(per_call[i : i + layers], axis=1) for i in range(0, len(per_call), layers)]
+        np.save(self._folder / f"topk_ids.rank{self._rank}.npy", np.stack(steps))
+
+
+def _make_gatherer(scenario: Scenario, rank: int, groups: Groups, evidence: EvidenceWriter) -> EvidenceGatherer:
+    names = ("exactly_once", "equality", "attestation")
+    gatherer = EvidenceGatherer(
+        evidence, rank=rank, ranks=scenario.ranks, group=groups.checks,
+        local_first=scenario.replica_choice == "local_first",
+        checks=frozenset(name for name in names if getattr(scenario.checks, name)),
+    )  # fmt: skip
+    gatherer.topk_ids = [] if scenario.record.topk_ids else None
+    return gatherer
+
+
+def _write_begin(evidence: EvidenceWriter, scenario: Scenario, balancer: MoeLoadBalancer | None) -> None:
+    evidence.write(
+        Row.BEGIN, pid=os.getpid(), ranks=scenario.ranks, layers=scenario.model.layers, experts=scenario.model.experts,
+        slots=scenario.slots, top_k=scenario.model.top_k,
+        dynamic=balancer is not None and balancer.is_dynamic_routing(), off=scenario.balancer_off_reason() or "",
+    )  # fmt: skip
+    evidence.flush()
+
+
+def _write_memory(evidence: EvidenceWriter, stack: MoeStack, balancer: MoeLoadBalancer | None) -> None:
+    slots = sum(t.numel() * t.element_size() for moe in stack.layers for slot in moe.experts.by_slot() for t in slot.values())
+    host = sum(layer.updates.host.host_bytes for layer in balancer.layers) if balancer is not None else 0
+    evidence.write(Row.MEMORY, slots_bytes=slots, host_bytes=host, staging_bytes=slots if host else 0)
+
+
+def _write_leaks(evidence: EvidenceWriter, device: Device, before: set[threading.Thread]) -> None:
+    """What this scenario left behind in this process."""
+    left = [t.name for t in threading.enumerate() if t not in before and t.name != _PARENT_WATCH]
+    segments = [s.name for s in list_segments() if s.owner_pid == os.getpid()]
+    current = get_moe_load_balancer()
+    evidence.write(
+        Row.LEAK, threads=left, segments=segments, pending=device.pending(), balancer=current is not None, in_iter=False
+    )

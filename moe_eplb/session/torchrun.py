@@ -1,0 +1,73 @@
+"""Joining a run whose ranks torchrun (or Slurm through torchrun) has started."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_eplb.core.errors import ExitCode, UsageError
+from moe_eplb.core.scenario import Scenario
+from moe_eplb.core.verdict import Verdict
+from moe_eplb.session.folder import close_folder, open_folder
+from moe_eplb.session.result import Progress, RunResult
+
+__all__ = ["joined", "run_joined"]
+
+
+def joined() -> bool:
+    """Whether torchrun started this process as one rank of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def run_joined(
+    scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
+) -> RunResult | ExitCode:
+    """Run as one of torchrun's ranks. Rank 0 judges and gets the result, the others get its exit code."""
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    from moe_eplb.session.groups import GroupsBySize
+    from moe_eplb.session.rank import run_rank
+
+    started = time.monotonic()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size != scenario.ranks:
+        raise UsageError(
+            "E012", "torchrun and the scenario disagree about the ranks", why=f"torchrun {size}, scenario {scenario.ranks}",
+            hint=f"use --nproc-per-node {scenario.ranks}, or --ranks {size}",
+        )  # fmt: skip
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=scenario.timeout_s)
+    dist.init_process_group("gloo", timeout=timeout)
+    try:
+        if rank == 0:
+            open_folder(folder, scenario, launcher="torchrun", argv=argv)
+        shared = [str(folder)]
+        dist.broadcast_object_list(shared, src=0)
+        run_rank(scenario, Path(shared[0]), rank, GroupsBySize(scenario.timeout_s).of(size), _only_rank_0(rank, progress))
+        dist.barrier()
+        verdict = close_folder(folder, scenario) if rank == 0 else None
+        code = _agree(verdict)
+    finally:
+        dist.destroy_process_group()
+    return RunResult(folder, verdict, time.monotonic() - started) if verdict is not None else code
+
+
+def _agree(verdict: Verdict | None) -> ExitCode:
+    """Rank 0's exit code on every rank, so that torchrun fails when the verdict does."""
+    import torch
+    import torch.distributed as dist
+
+    code = torch.tensor([int(verdict.exit_code) if verdict is not None else 0], dtype=torch.int64)
+    dist.broadcast(code, src=0)
+    return ExitCode(int(code))
+
+
+def _only_rank_0(rank: int, progress: Progress | None) -> Progress:
+    if rank == 0 and progress is not None:
+        return progress
+    return lambda done, total: None

@@ -1,0 +1,38 @@
+"""Seeded master weights by logical expert: what slots are filled from, and what results are proved against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["MasterWeights", "seeded_generator", "torch_dtype"]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a scenario calls `name`."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def seeded_generator(*parts: int | str) -> torch.Generator:
+    """A generator whose draws depend on nothing but `parts`."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class MasterWeights:
+    """Weights of the E experts of one layer, the same on every rank: ``w3_w1`` [2I, D] and ``w2`` [D, I] by expert."""
+
+    def __init__(
+        self, seed: int, layer: int, *, experts: int, hidden: int, intermediate: int, dtype: torch.dtype
+    ) -> None:
+        generator = seeded_generator("weights", seed, layer)
+        up = torch.randn(experts, 2 * intermediate, hidden, generator=generator) * hidden**-0.5
+        down = torch.randn(experts, hidden, intermediate, generator=generator) * intermediate**-0.5
+        self._up, self._down = up.to(dtype), down.to(dtype)
+
+    def __call__(self, expert: int) -> Mapping[str, Tensor]:
+        """The tensors of one expert by name; callers must not write to them."""
+        return {"w3_w1": self._up[expert], "w2": self._down[expert]}

@@ -1,0 +1,64 @@
+"""A rank process of the pool: waits for jobs, runs each, answers."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import traceback
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_eplb.core import scenario as scenarios
+from moe_eplb.core.errors import EplbError
+from moe_eplb.session.groups import Groups, GroupsBySize
+from moe_eplb.session.messages import Done, Failed, Job, Message, Step
+from moe_eplb.session.rank import run_rank
+
+__all__ = ["main"]
+
+_STORE_TIMEOUT = datetime.timedelta(seconds=120)
+
+
+def main(rank: int, size: int, store: str, pipe: Connection) -> None:
+    """Serve jobs until the parent says stop or is gone."""
+    threading.Thread(target=_end_with_parent, name="moe_eplb-parent-watch", daemon=True).start()
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=_STORE_TIMEOUT)
+    groups = GroupsBySize()
+    while (job := _next_job(pipe)) is not None:
+        pipe.send(_answer(job, rank, groups, pipe))
+    dist.destroy_process_group()
+
+
+def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Message:
+    try:
+        scenario = scenarios.loads(job.scenario, "scenario.yaml")
+        members: Groups = groups.of(scenario.ranks)
+        run_rank(scenario, Path(job.folder), rank, members, lambda done, total: pipe.send(Step(done, total)))
+    except EplbError as error:
+        return Failed(error)
+    except Exception:  # the parent reports it: a rank's traceback must not vanish with its process
+        return Failed(traceback.format_exc())
+    return Done()
+
+
+def _next_job(pipe: Connection) -> Job | None:
+    try:
+        job: Job | None = pipe.recv()
+    except EOFError:
+        return None
+    return job
+
+
+def _end_with_parent() -> None:
+    """Leave at once when the parent is gone: nobody would end a rank that hangs in a collective."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

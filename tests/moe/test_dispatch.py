@@ -1,0 +1,152 @@
+"""Both dispatches against sums computed in one process, with ragged and empty ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher
+from moe_eplb.moe.experts import group_by_slot, sum_over_k
+from tests.support.ranks import run_ranks
+
+HIDDEN, TOP_K, PER_RANK = 8, 3, 3
+CASES = {1: ([5], [0]), 2: ([4, 7], [0, 3], [0, 0]), 4: ([3, 0, 5, 1], [0, 0, 0, 0], [2, 2, 2, 2])}
+"""Tokens of each rank, by number of ranks."""
+
+
+class Inputs(NamedTuple):
+    """What one rank hands to a dispatch."""
+
+    x: torch.Tensor
+    slots: torch.Tensor
+    ids: torch.Tensor
+    scales: torch.Tensor
+    riders: torch.Tensor
+
+
+class Outputs(NamedTuple):
+    """What one rank got out of it: entries are (source rank, token, k, global slot)."""
+
+    y: torch.Tensor
+    entries: list[tuple[int, int, int, int]]
+    riders: list[list[int]]
+    ids: torch.Tensor | None
+    sizes: tuple[int, int, int]
+
+
+def _inputs(rank: int, size: int, tokens: int, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(100 * size + rank)
+    x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
+    order = torch.rand(tokens, PER_RANK * size, generator=generator).argsort(dim=1)
+    slots = order[:, :TOP_K].int()
+    if tokens > 1:
+        slots[1, 2] = PER_RANK * size  # what routing gives for an id that is no expert
+    scales = torch.rand(tokens, TOP_K, generator=generator)
+    return Inputs(x, slots, slots // 2, scales, torch.tensor([rank, 10**12 + tokens]))
+
+
+def _expert(rows: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    return rows.float() * (slot + 1).unsqueeze(1) + slot.unsqueeze(1)
+
+
+def _dispatcher(kind: str, group: dist.ProcessGroup | None, dtype: torch.dtype) -> Dispatcher:
+    sizes: dict[str, Any] = {"slots_per_rank": PER_RANK, "hidden_size": HIDDEN, "top_k": TOP_K, "dtype": dtype}
+    return AllToAll(group, **sizes) if kind == "alltoall" else AllGather(group, **sizes, gather_ids=kind == "ids")
+
+
+def _forward(dispatcher: Dispatcher, rank: int, given: Inputs) -> Outputs:
+    exchange = dispatcher.prepare(given.slots, given.ids, given.riders)
+    received = exchange.dispatch(given.x, given.scales)
+    grouping = group_by_slot(received.slots, received.entries, PER_RANK)
+    slot = grouping.slot + rank * PER_RANK
+    y = exchange.combine(sum_over_k(_expert(received.hidden[grouping.row], slot), grouping, received.scales))
+    columns = (received.source_rank()[grouping.row], received.token[grouping.row], grouping.k, slot)
+    entries = [tuple(entry) for entry in torch.stack([c.long() for c in columns], dim=1).tolist()]
+    assert exchange.riders is not None
+    sizes = (dispatcher.prepare_bytes(given.riders), exchange.dispatch_bytes, exchange.combine_bytes)
+    return Outputs(y, entries, exchange.riders.tolist(), received.expert_ids, sizes)
+
+
+def _rank(rank: int, size: int, kind: str, dtype: torch.dtype) -> list[Outputs]:
+    group = dist.group.WORLD if size > 1 else None
+    dispatcher = _dispatcher(kind, group, dtype)
+    return [_forward(dispatcher, rank, _inputs(rank, size, case[rank], dtype)) for case in CASES[size]]
+
+
+def _run(size: int, kind: str, dtype: torch.dtype) -> list[list[Outputs]]:
+    """Outputs by case and rank."""
+    by_rank = [_rank(0, 1, kind, dtype)] if size == 1 else run_ranks(_rank, size, kind, dtype)
+    return [list(case) for case in zip(*by_rank, strict=True)]
+
+
+def _wanted(given: Inputs, size: int) -> torch.Tensor:
+    y = torch.zeros(given.x.shape[0], HIDDEN)
+    for token, slots in enumerate(given.slots.tolist()):
+        for k, slot in enumerate(slots):
+            if slot < PER_RANK * size:
+                y[token] += given.scales[token, k] * _expert(given.x[token : token + 1], torch.tensor([slot]))[0]
+    return y
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_every_entry_is_processed_once_by_its_slot_and_comes_back(kind: str, size: int) -> None:
+    for tokens, outputs in zip(CASES[size], _run(size, kind, torch.float32), strict=True):
+        given = [_inputs(rank, size, tokens[rank], torch.float32) for rank in range(size)]
+        wanted = {
+            (rank, token, k, slot)
+            for rank, inputs in enumerate(given)
+            for token, slots in enumerate(inputs.slots.tolist())
+            for k, slot in enumerate(slots)
+            if slot < PER_RANK * size
+        }
+        got = [entry for output in outputs for entry in output.entries]
+        assert len(got) == len(wanted)
+        assert set(got) == wanted
+        for rank, output in enumerate(outputs):
+            assert all(slot // PER_RANK == rank for _, _, _, slot in output.entries)
+            assert output.entries == sorted(output.entries, key=lambda entry: (entry[3], entry[0], entry[1], entry[2]))
+            torch.testing.assert_close(output.y, _wanted(given[rank], size), rtol=1e-5, atol=1e-5)
+            assert output.riders == [inputs.riders.tolist() for inputs in given]
+
+
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_bfloat16_states_arrive_unchanged_and_sum_in_float32(kind: str) -> None:
+    for tokens, outputs in zip(CASES[2], _run(2, kind, torch.bfloat16), strict=True):
+        for rank, output in enumerate(outputs):
+            wanted = _wanted(_inputs(rank, 2, tokens[rank], torch.bfloat16), 2)
+            assert output.y.dtype == torch.bfloat16
+            torch.testing.assert_close(output.y.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_allgather_brings_the_ids_of_real_tokens_only_when_asked() -> None:
+    for tokens, outputs in zip(CASES[2], _run(2, "ids", torch.float32), strict=True):
+        wanted = torch.cat([_inputs(rank, 2, tokens[rank], torch.float32).ids for rank in range(2)])
+        for output in outputs:
+            assert output.ids is not None
+            assert torch.equal(output.ids, wanted)
+    assert all(output.ids is None for outputs in _run(1, "allgather", torch.float32) for output in outputs)
+
+
+def test_byte_counts_are_those_of_the_rows_sent() -> None:
+    row = 4 * (HIDDEN + TOP_K)
+    for tokens, outputs in zip(CASES[2], _run(2, "alltoall", torch.float32), strict=True):
+        for rank, output in enumerate(outputs):
+            slots = _inputs(rank, 2, tokens[rank], torch.float32).slots
+            sent = sum(len({s // PER_RANK for s in line if s < 2 * PER_RANK}) for line in slots.tolist())
+            back = len({(source, token) for source, token, _, _ in output.entries})
+            assert output.sizes == (8 * 4, sent * (row + 4 * TOP_K + 4), back * 4 * HIDDEN)
+    for tokens, outputs in zip(CASES[2], _run(2, "allgather", torch.float32), strict=True):
+        block = max(tokens)
+        assert {output.sizes for output in outputs} == {(8 * 3, block * (row + 4 * TOP_K), 2 * block * 4 * HIDDEN)}
+    assert {output.sizes for case in _run(1, "alltoall", torch.float32) for output in case} == {(0, 0, 0)}
+    assert {output.sizes for case in _run(1, "allgather", torch.float32) for output in case} == {(0, 0, 0)}
+
+
+def test_without_riders_there_are_none() -> None:
+    given = _inputs(0, 1, 2, torch.float32)
+    for kind in ("alltoall", "allgather"):
+        assert _dispatcher(kind, None, torch.float32).prepare(given.slots, given.ids, None).riders is None

@@ -1,0 +1,132 @@
+"""Routing methods against per-token implementations written independently."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.moe import (
+    DeepSeekV3MoeRoutingMethod,
+    DefaultMoeRoutingMethod,
+    RenormalizeMoeRoutingMethod,
+    SuppliedMoeRoutingMethod,
+)
+
+
+def _logits(tokens: int, experts: int, seed: int) -> torch.Tensor:
+    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def _largest(values: list[float], count: int, among: list[int]) -> list[int]:
+    return sorted(among, key=lambda e: -values[e])[:count]
+
+
+def _softmax(values: list[float]) -> list[float]:
+    exps = [math.exp(v - max(values)) for v in values]
+    return [e / sum(exps) for e in exps]
+
+
+def _naive_deepseek(
+    logits: list[float], bias: list[float], top_k: int, groups: int, top_groups: int, scale: float
+) -> dict[int, float]:
+    scores = [1 / (1 + math.exp(-v)) for v in logits]
+    biased = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = len(logits) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    worth = [sum(sorted((biased[e] for e in m), reverse=True)[:2]) for m in members]
+    allowed = [e for g in _largest(worth, top_groups, list(range(groups))) for e in members[g]]
+    chosen = _largest(biased, top_k, allowed)
+    return {e: scale * scores[e] / sum(scores[c] for c in chosen) for e in chosen}
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), groups=st.sampled_from([1, 2, 4, 8]), negative=st.booleans(), data=st.data())
+def test_deepseek_v3_equals_the_naive_implementation(
+    seed: int, groups: int, negative: bool, data: st.DataObject
+) -> None:
+    experts = 16
+    top_groups = data.draw(st.integers(1, groups))
+    top_k = data.draw(st.integers(1, min(6, top_groups * experts // groups)))
+    logits = _logits(5, experts, seed)
+    bias = _logits(1, experts, seed + 1)[0] - (5.0 if negative else 0.0)
+    ids, scales = DeepSeekV3MoeRoutingMethod(top_k, groups, top_groups, 2.5, bias).apply(logits)
+    assert ids.dtype == torch.int32
+    assert scales.dtype == torch.float32
+    for token in range(5):
+        wanted = _naive_deepseek(logits[token].tolist(), bias.tolist(), top_k, groups, top_groups, 2.5)
+        got = dict(zip(ids[token].tolist(), scales[token].tolist(), strict=True))
+        assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_deepseek_v3_bias_changes_the_choice_but_not_the_scales() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    bias = torch.tensor([0.0, 0.0, 0.0, 10.0])
+    ids, scales = DeepSeekV3MoeRoutingMethod(2, 1, 1, 1.0, bias).apply(logits)
+    assert ids.tolist() == [[3, 0]]
+    unbiased = torch.sigmoid(torch.tensor([0.0, 3.0]))
+    torch.testing.assert_close(scales[0], unbiased / unbiased.sum())
+
+
+@pytest.mark.parametrize(("top_k", "n_group", "topk_group"), [(2, 3, 1), (5, 4, 2), (1, 0, 1), (1, 4, 0)])
+def test_deepseek_v3_rejects_groups_that_cannot_work(top_k: int, n_group: int, topk_group: int) -> None:
+    with pytest.raises(BalancerError, match="E150"):
+        DeepSeekV3MoeRoutingMethod(top_k, n_group, topk_group, 1.0, torch.zeros(8))
+
+
+def test_default_takes_the_softmax_of_all_experts() -> None:
+    logits = _logits(4, 8, 0)
+    ids, scales = DefaultMoeRoutingMethod(3).apply(logits)
+    for token, values in enumerate(logits.tolist()):
+        chosen = _largest(values, 3, list(range(8)))
+        assert ids[token].tolist() == chosen
+        assert scales[token].tolist() == pytest.approx([_softmax(values)[e] for e in chosen], rel=1e-5)
+
+
+def test_renormalize_takes_the_softmax_of_the_chosen() -> None:
+    logits = _logits(4, 8, 1)
+    ids, scales = RenormalizeMoeRoutingMethod(3).apply(logits)
+    for token, values in enumerate(logits.tolist()):
+        chosen = _largest(values, 3, list(range(8)))
+        assert ids[token].tolist() == chosen
+        assert scales[token].tolist() == pytest.approx(_softmax([values[e] for e in chosen]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DefaultMoeRoutingMethod(2),
+        RenormalizeMoeRoutingMethod(2),
+        DeepSeekV3MoeRoutingMethod(2, 4, 2, 1.0, torch.zeros(8)),
+    ],
+)
+def test_bfloat16_logits_give_float32_scales_and_no_token_gives_none(
+    method: DefaultMoeRoutingMethod | RenormalizeMoeRoutingMethod | DeepSeekV3MoeRoutingMethod,
+) -> None:
+    ids, scales = method.apply(_logits(3, 8, 2).bfloat16())
+    assert (ids.dtype, scales.dtype) == (torch.int32, torch.float32)
+    ids, scales = method.apply(torch.zeros(0, 8))
+    assert (ids.shape, scales.shape) == ((0, 2), (0, 2))
+
+
+def test_supplied_ids_are_used_once() -> None:
+    method = SuppliedMoeRoutingMethod(2)
+    logits = _logits(2, 4, 3)
+    given_ids = torch.tensor([[0, 3], [2, 1]])
+    method.supply(given_ids)
+    ids, scales = method.apply(logits)
+    assert ids.tolist() == given_ids.tolist()
+    assert scales[0].tolist() == pytest.approx(_softmax([logits[0, 0].item(), logits[0, 3].item()]), rel=1e-5)
+    with pytest.raises(BalancerError, match="E151"):
+        method.apply(logits)
+
+
+def test_supplied_ids_of_other_tokens_are_refused() -> None:
+    method = SuppliedMoeRoutingMethod(2)
+    method.supply(torch.zeros(3, 2, dtype=torch.int32))
+    with pytest.raises(BalancerError, match=r"wanted shape \(2, 2\), got \(3, 2\)"):
+        method.apply(_logits(2, 4, 3))

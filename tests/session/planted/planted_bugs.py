@@ -1,0 +1,134 @@
+"""Bugs to plant, each at the seam where it would really happen: name -> (module, function that spoils the module)."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def _rank() -> int:
+    """This process's rank, or -1 in the parent."""
+    name = multiprocessing.current_process().name
+    return int(name.removeprefix("rank")) if name.startswith("rank") else -1
+
+
+def stale_weight(module: ModuleType) -> None:
+    """Rank 1 forgets the last tensor of what a commit writes."""
+    write = module.SlotWeights.write
+
+    def forgetful(self: Any, staged: Any) -> None:
+        kept = staged.tensors[:-1] if _rank() == 1 else staged.tensors
+        write(self, dataclasses.replace(staged, tensors=kept))
+
+    module.SlotWeights.write = forgetful
+
+
+def slot_table_off_by_one(module: ModuleType) -> None:
+    """Every rank's table names the slot after the right one."""
+    tables = module.RouteTables._tables
+
+    def shifted(self: Any, placement: Any) -> Any:
+        counts, starts, slots = tables(self, placement)
+        return counts, starts, (slots + 1) % placement.slots
+
+    module.RouteTables._tables = shifted
+
+
+def late_commit(module: ModuleType) -> None:
+    """Rank 1 commits each plan one iteration after the others."""
+    commit_due = module.LayerUpdate.commit_due
+
+    def late(self: Any, iteration: int) -> bool:
+        if _rank() == 1 and self.pending is not None and self.pending.due == iteration:
+            self.pending.due += 1
+            return False
+        return bool(commit_due(self, iteration))
+
+    module.LayerUpdate.commit_due = late
+
+
+def replica_chosen_by_receiver(module: ModuleType) -> None:
+    """Each receiving rank chooses the replica by its own rank, so that ranks disagree and a token is summed twice."""
+    import torch
+
+    dispatch = module.WideEPMoE._dispatch
+
+    def rechoose(self: Any, exchange: Any, x: Any, scales: Any) -> Any:
+        received = dispatch(self, exchange, x, scales)
+        layer = self.layer_load_balancer
+        local = layer._tables.route(received.expert_ids, offset=layer.ep_rank) - self.rank * self.slots_per_rank
+        mine = (local >= 0) & (local < self.slots_per_rank)
+        return dataclasses.replace(received, slots=torch.where(mine, local, -1), entries=int(mine.sum()))
+
+    module.WideEPMoE._dispatch = rechoose
+
+
+def statistics_never_reduced(module: ModuleType) -> None:
+    """The sum over ranks leaves the counts as they were; only the vote that rides with them is summed."""
+    reduce = module.AllReduce.__call__
+
+    def local_only(self: Any, tensor: Any) -> None:
+        mine = tensor.clone()
+        reduce(self, tensor)
+        tensor[:-5] = mine[:-5]
+
+    module.AllReduce.__call__ = local_only
+
+
+def missing_stream_join(module: ModuleType) -> None:
+    """done_wait_gpu_stage does not make the main stream wait."""
+
+    def no_join(self: Any) -> None:
+        token = self._enter(module.Call.DONE_WAIT_GPU_STAGE)
+        self._device.sink.end(token)
+
+    module.SingleLayerMoeLoadBalancer.done_wait_gpu_stage = no_join
+
+
+def wrong_axis_balancedness(module: ModuleType) -> None:
+    """Mean over maximum along another axis than the ranks'."""
+
+    def wrong(rank_load: Any) -> Any:
+        import numpy as np
+
+        columns = np.asarray(rank_load)[..., None]
+        return (columns.mean(-1) / np.maximum(columns.max(-1), 1)).mean()
+
+    module.balancedness = wrong
+
+
+def updates_silently_off(module: ModuleType) -> None:
+    """No layer ever hands its load over."""
+    module.MoeLoadBalancer.takes_update = lambda self, layer: False
+
+
+def digest_disagreement(module: ModuleType) -> None:
+    """Rank 1 plans from another load than the others."""
+    plan = module.plan
+
+    def other(load: Any, current: Any, **options: Any) -> Any:
+        return plan(load[::-1].copy() if _rank() == 1 else load, current, **options)
+
+    module.plan = other
+
+
+def leaked_segment(module: ModuleType) -> None:
+    """Closing a host copy forgets to remove its segment."""
+    module.HostMoeTensorSharer.close = lambda self: self._views.clear()
+
+
+BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
+    "stale_weight": ("moe_eplb.balancer.migrate", stale_weight),
+    "slot_table_off_by_one": ("moe_eplb.balancer.replica_choice", slot_table_off_by_one),
+    "late_commit": ("moe_eplb.balancer.layer_update", late_commit),
+    "replica_chosen_by_receiver": ("moe_eplb.moe.wide_ep", replica_chosen_by_receiver),
+    "statistics_never_reduced": ("moe_eplb.balancer.statistics", statistics_never_reduced),
+    "missing_stream_join": ("moe_eplb.balancer.single_layer", missing_stream_join),
+    "wrong_axis_balancedness": ("moe_eplb.balancer.single_layer", wrong_axis_balancedness),
+    "updates_silently_off": ("moe_eplb.balancer.load_balancer", updates_silently_off),
+    "digest_disagreement": ("moe_eplb.balancer.updater", digest_disagreement),
+    "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
+}

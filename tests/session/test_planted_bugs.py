@@ -1,0 +1,85 @@
+"""Breaking it is noticed: each planted bug turns the verdict invalid by the check that is meant for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLANTED = Path(__file__).parent / "planted"
+
+BASE = """\
+# Two ranks, three layers, experts moving in every iteration.
+name: planted
+ranks: 2
+seed: 11
+iterations: 6
+timeout_s: 60
+model: {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16}
+workload: {kind: zipf, tokens_per_rank: 32, skew: 1.2, drift_every: 2}
+balancer: {num_slots: 24, layer_updates_per_iter: 3, empty_group: never}
+"""
+PATHS = {
+    "gathered": "dispatch: alltoall\n",
+    "local_ids": "dispatch: allgather\n",
+    "global_ids": "dispatch: allgather\nstatistics: global_ids\n",
+}
+# bug -> (the check meant for it, statistics path of the run that it is planted in)
+MEANT_FOR = {
+    "stale_weight": ("attestation", "gathered"),
+    "slot_table_off_by_one": ("exactly_once", "gathered"),
+    "late_commit": ("agreement", "gathered"),
+    "replica_chosen_by_receiver": ("exactly_once", "global_ids"),
+    "statistics_never_reduced": ("statistics", "local_ids"),
+    "missing_stream_join": ("stream_join", "local_ids"),
+    "wrong_axis_balancedness": ("balancedness", "gathered"),
+    "updates_silently_off": ("effect", "gathered"),
+    "digest_disagreement": ("agreement", "local_ids"),
+    "leaked_segment": ("leaks", "gathered"),
+}
+
+
+def run(folder: Path, path: str, bug: str | None) -> tuple[int, dict[str, Any]]:
+    """Exit code and verdict of the scenario, with or without a planted bug."""
+    scenario = folder / "planted.yaml"
+    scenario.write_text(BASE + PATHS[path])
+    environment = os.environ | {"PYTHONPATH": f"{PLANTED}{os.pathsep}{ROOT}"}
+    environment.pop("PLANTED_BUG", None)
+    if bug is not None:
+        environment["PLANTED_BUG"] = bug
+    command = [sys.executable, "-m", "eplbctl", "run", str(scenario), "--out", str(folder / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    verdict_file = folder / "run" / "verdict.json"
+    assert verdict_file.exists(), f"no verdict, exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.returncode, json.loads(verdict_file.read_text())
+
+
+@pytest.mark.parametrize("path", list(PATHS))
+def test_the_clean_twin_is_valid(path: str, tmp_path: Path) -> None:
+    code, verdict = run(tmp_path, path, bug=None)
+    assert (code, verdict["status"], verdict["failure"]) == (0, "valid", ""), verdict["checks"]
+
+
+@pytest.mark.parametrize("bug", list(MEANT_FOR))
+def test_a_planted_bug_is_found_by_its_check(bug: str, tmp_path: Path) -> None:
+    check, path = MEANT_FOR[bug]
+    code, verdict = run(tmp_path, path, bug)
+    status = {c["name"]: c["status"] for c in verdict["checks"]}
+    assert verdict["failure"] == "", "the run crashed: that is no finding"
+    assert (code, verdict["status"]) == (1, "invalid")
+    assert status[check] == "invalid", status
+
+
+def test_every_bug_has_its_check() -> None:
+    sys.path.insert(0, str(PLANTED))
+    try:
+        from planted_bugs import BUGS
+    finally:
+        sys.path.remove(str(PLANTED))
+    assert set(BUGS) == set(MEANT_FOR)

@@ -1,0 +1,99 @@
+"""Ranks that die or hang end a run in time and leave nothing; ranks that live serve one scenario after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_eplb.balancer.host_memory import list_segments
+from moe_eplb.core import scenario as scenarios
+from moe_eplb.core.errors import ExitCode, UsageError
+from moe_eplb.core.scenario import Scenario
+from moe_eplb.core.verdict import Status
+from moe_eplb.session import RankPool, RunResult
+
+TEXT = """\
+name: pool
+ranks: {ranks}
+iterations: {iterations}
+timeout_s: {timeout}
+model: {{layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16}}
+workload: {{kind: zipf, tokens_per_rank: 16, drift_every: 2}}
+balancer: {{num_slots: 24, layer_updates_per_iter: 3, empty_group: never, update_timeout_s: 2}}
+"""
+
+
+def scenario(ranks: int = 2, iterations: int = 4, timeout: float = 60) -> Scenario:
+    return scenarios.loads(TEXT.format(ranks=ranks, iterations=iterations, timeout=timeout), "pool.yaml")
+
+
+def assert_nothing_left(pool: RankPool) -> None:
+    assert multiprocessing.active_children() == []
+    assert [s.name for s in list_segments()] == []
+
+
+def disturb(folder: Path, sent: signal.Signals, timeout: float) -> tuple[RunResult, float]:
+    """Send a signal to rank 1 after the second iteration of an endless run; the result, and seconds until it came."""
+    pool, sent_at = RankPool(), list[float]()
+
+    def on_step(done: int, total: int) -> None:
+        if done == 2:
+            sent_at.append(time.monotonic())
+            pid = pool.pids()[1]
+            os.kill(pid, sent)
+
+    with pool:
+        result = pool.run(scenario(iterations=100_000, timeout=timeout), folder, progress=on_step)
+        assert_nothing_left(pool)
+    return result, time.monotonic() - sent_at[0]
+
+
+def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
+    result, seconds = disturb(tmp_path / "run", signal.SIGKILL, timeout=60)
+    assert result.exit_code is ExitCode.FAILED
+    assert "rank 1 died: killed by signal 9" in result.verdict.failure
+    assert "last event of rank 1: " in result.verdict.failure
+    assert "none, it had not started" not in result.verdict.failure
+    assert seconds < 20
+
+
+def test_a_stopped_rank_ends_the_run_at_its_timeout(tmp_path: Path) -> None:
+    result, seconds = disturb(tmp_path / "run", signal.SIGSTOP, timeout=12)
+    assert result.exit_code is ExitCode.FAILED
+    assert "did not end within 12 s" in result.verdict.failure
+    assert "last event of rank 1: " in result.verdict.failure
+    assert seconds < 25
+
+
+def test_one_pool_serves_scenarios_of_several_sizes(tmp_path: Path) -> None:
+    with RankPool() as pool:
+        pool.reserve(4)
+        pids = pool.pids()
+        for number, ranks in enumerate((2, 4, 1, 2)):
+            result = pool.run(scenario(ranks), tmp_path / str(number))
+            assert result.verdict.failure == ""
+            bad = [c for c in result.verdict.checks if c.status is not Status.VALID]
+            assert bad == []
+        assert pool.pids() == pids
+    assert_nothing_left(pool)
+
+
+def test_the_same_seed_gives_the_same_placements(tmp_path: Path) -> None:
+    from moe_eplb.analysis.run_folder import placements
+
+    with RankPool() as pool:
+        first = pool.run(scenario(), tmp_path / "a")
+        second = pool.run(scenario(), tmp_path / "b")
+    assert placements(first.folder) == placements(second.folder)
+    assert len(set(placements(first.folder).values())) > 3
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text("{}")
+    with RankPool() as pool, pytest.raises(UsageError, match="already holds a run"):
+        pool.run(scenario(), tmp_path)
