@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -77,6 +76,8 @@ def _known_error(error: EplbError) -> int:
 def _internal_error(error: Exception) -> int:
     click.echo(f"internal error: {type(error).__name__}: {error}", err=True)
     if os.environ.get("EPLBCTL_DEBUG") == "1":
+        import traceback
+
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     else:
         click.echo("  This is a bug in eplbctl. Run it again with EPLBCTL_DEBUG=1 and report the traceback", err=True)

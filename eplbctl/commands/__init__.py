@@ -1,1 +1,1 @@
-"""One module a command, each with its click command as ``command``; `eplbctl.cli` imports them when they are asked for."""
+"""One module a command, each with its click command as ``command``; `eplbctl.cli` imports them on demand."""

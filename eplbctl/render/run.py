@@ -50,4 +50,5 @@ def _headline(scenario: Scenario, result: RunResult) -> str:
     model = scenario.model
     word = "failed" if result.verdict.failure else result.verdict.status.value
     size = f"{scenario.ranks} ranks, {model.layers} layers, {model.experts} experts in {scenario.slots} slots"
-    return f"{scenario.name}: {word} in {result.seconds:.1f} s ({size}, {scenario.iterations} iterations, seed {scenario.seed})"
+    steps = f"{scenario.iterations} iterations, seed {scenario.seed}"
+    return f"{scenario.name}: {word} in {result.seconds:.1f} s ({size}, {steps})"

@@ -10,19 +10,23 @@ from moe_eplb.core.verdict import CheckResult, Status, Verdict
 
 __all__ = ["check_table", "outcome_details", "summary", "table"]
 
+_CELL = 44
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, style: str = "simple") -> str:
-    """A table; empty cells for None. `style` is one of tabulate's."""
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], *, style: str = "simple", width: int | None = None
+) -> str:
+    """A table; empty cells for None. `style` is one of tabulate's; cells wider than `width` are wrapped."""
     from tabulate import tabulate
 
     # Without disable_numparse a digest or a version would be shown as a rounded float.
-    return tabulate(rows, headers=headers, tablefmt=style, missingval="", disable_numparse=True)
+    return tabulate(rows, headers=headers, tablefmt=style, missingval="", disable_numparse=True, maxcolwidths=width)
 
 
 def check_table(verdict: Verdict) -> str:
     """Every check with what was seen and what was needed, then the detail of those that are not valid."""
     rows = [(check.name, check.status.value, check.observed, check.expected) for check in verdict.checks]
-    parts = [table(("check", "status", "observed", "expected"), rows)] if rows else []
+    parts = [table(("check", "status", "observed", "expected"), rows, width=_CELL)] if rows else []
     return "\n".join(parts + _details(verdict))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core.evidence import Row
 
-__all__ = ["Loads", "first_placements", "measured_loads", "mean_over_max", "predicted_rank_loads", "routed_counts"]
+__all__ = ["Loads", "first_placements", "mean_over_max", "measured_loads", "predicted_rank_loads", "routed_counts"]
 
 FloatArray = NDArray[np.float64]
 
@@ -26,13 +26,19 @@ class Loads:
     places: list[Place]
     ranks: FloatArray
 
-    def of_layer(self, layer: int) -> FloatArray:
-        """Rank loads [iterations, R] of one layer."""
-        return self.ranks[[place.layer == layer for place in self.places]]
+    def by_layer(self) -> dict[int, FloatArray]:
+        """Rank loads [iterations, R] of each layer, in the layers' order."""
+        return self._grouped([place.layer for place in self.places])
 
-    def of_iteration(self, iteration: int) -> FloatArray:
-        """Rank loads [layers, R] of one iteration."""
-        return self.ranks[[place.iteration == iteration for place in self.places]]
+    def by_iteration(self) -> dict[int, FloatArray]:
+        """Rank loads [layers, R] of each iteration, in the iterations' order."""
+        return self._grouped([place.iteration for place in self.places])
+
+    def _grouped(self, keys: list[int]) -> dict[int, FloatArray]:
+        rows: dict[int, list[int]] = {}
+        for row, key in enumerate(keys):
+            rows.setdefault(key, []).append(row)
+        return {key: self.ranks[rows[key]] for key in sorted(rows)}
 
 
 def mean_over_max(rank_loads: FloatArray) -> float:

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from moe_eplb.analysis.trace import Records, Trace
 from moe_eplb.core.events import KINDS, Kind
-from moe_eplb.core.protocol import INITIAL, Call, Illegal, IterState, LayerState, iter_step, step, violation
+from moe_eplb.core.protocol import (
+    INITIAL,
+    Call,
+    Illegal,
+    IterCall,
+    IterState,
+    LayerState,
+    Phase,
+    iter_step,
+    step,
+    violation,
+)
 
 __all__ = ["Replay", "Violation", "replay"]
 
-_ITERATION_CALLS = {Kind.START_ITER: "start_iter", Kind.END_ITER: "end_iter", Kind.ABORT_ITER: "abort_iter"}
+_ITERATION_CALLS: dict[Kind, IterCall] = {
+    Kind.START_ITER: "start_iter",
+    Kind.END_ITER: "end_iter",
+    Kind.ABORT_ITER: "abort_iter",
+}
 _FIRST, _LAST, _DYNAMIC = 1, 2, 4
 _NEIGHBOURS = 3
+
+_Row: TypeAlias = tuple[int, int, int, int]
+"""Kind, layer, iteration and flags of one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +43,19 @@ class Violation:
     seq: int
     code: str
     what: str
+    why: str
     hint: str
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         calls = [f"    {call}" for call in self.before] + ["  > this call"] + [f"    {call}" for call in self.after]
-        return "\n".join([f"rank {self.rank}, record {self.seq}: {self.code} {self.what}", *calls])
+        return "\n".join([f"rank {self.rank}, record {self.seq}: {self.code} {self.what} ({self.why})", *calls])
 
 
 @dataclass
 class Replay:
-    """Outcome for all ranks. `calls` counts stage calls by rank, `unfinished` says what each log ends in, if anything."""
+    """Outcome for all ranks. `calls` counts stage calls by rank, `unfinished` says what is open at the end."""
 
     calls: dict[int, int] = field(default_factory=dict)
     violations: list[Violation] = field(default_factory=list)
@@ -69,12 +89,21 @@ class _Machine:
         self._layers: dict[int, LayerState] = {}
         self.iterations = IterState(next_iteration=0, in_iter=False)
 
-    def iteration_call(self, kind: Kind) -> None:
-        self.iterations = iter_step(self.iterations, _ITERATION_CALLS[kind], layers=self._dynamic_layers)
+    def iteration_call(self, kind: Kind, iteration: int) -> None:
+        """Make a call of the iteration; `Illegal` where the rules forbid it."""
+        unfinished = tuple(layer for layer, state in sorted(self._layers.items()) if state.phase is not Phase.IDLE)
+        self.iterations = iter_step(
+            self.iterations,
+            _ITERATION_CALLS[kind],
+            layers=self._dynamic_layers,
+            iteration=iteration,
+            unfinished=unfinished,
+        )
         if kind is Kind.ABORT_ITER:
             self._layers.clear()
 
     def stage_call(self, call: Call, layer: int, flags: int) -> None:
+        """Make a stage call with the flags of its record; `Illegal` where the rules forbid it."""
         dynamic = bool(flags & _DYNAMIC)
         if call is Call.START_WAIT_GPU_STAGE and dynamic:
             self.iterations = iter_step(self.iterations, "layer", layers=self._dynamic_layers, layer=layer)
@@ -91,16 +120,18 @@ def _first_violation(rank: int, records: Records, machine: _Machine) -> Violatio
             if kind <= Kind.DONE_SET_CPU_STAGE:
                 machine.stage_call(Call(kind), layer, flags)
             else:
-                machine.iteration_call(Kind(kind))
+                machine.iteration_call(Kind(kind), iteration)
         except Illegal as illegal:
             error = violation(layer, iteration, illegal)
-            seq = int(records.seq[index])
-            before, after = rows[max(0, index - _NEIGHBOURS) : index], rows[index + 1 : index + 1 + _NEIGHBOURS]
-            return Violation(rank, seq, error.code, error.what, error.hint, _names(before), _names(after))
+            return Violation(
+                rank, int(records.seq[index]), error.code, error.what, error.why, error.hint,
+                before=_names(rows[max(0, index - _NEIGHBOURS) : index]),
+                after=_names(rows[index + 1 : index + 1 + _NEIGHBOURS]),
+            )  # fmt: skip
     return None
 
 
-def _names(rows: Sequence[tuple[int, int, int, int]]) -> tuple[str, ...]:
+def _names(rows: Sequence[_Row]) -> tuple[str, ...]:
     return tuple(
         f"{KINDS[Kind(kind)].name}" + (f" layer {layer}" if layer >= 0 else "") + f" iteration {iteration}"
         for kind, layer, iteration, _ in rows

@@ -62,14 +62,14 @@ def measure_run(folder: RunFolder) -> Measures:
 
 def _balancedness(folder: RunFolder, measures: Measures) -> None:
     loads = measured_loads(folder)
-    per_iteration = [loads.of_iteration(i) for i in sorted({place.iteration for place in loads.places})]
+    per_iteration = loads.by_iteration().values()
     lowest = [min(mean_over_max(row[np.newaxis]) for row in rows) for rows in per_iteration]
     measures.series["balancedness.min"] = lowest
     measures.series["balancedness.mean"] = [mean_over_max(rows) for rows in per_iteration]
     measures.single["balancedness.min"] = min(lowest, default=None)
     measures.single["balancedness.mean"] = mean_over_max(loads.ranks) if loads.places else None
-    for layer in sorted({place.layer for place in loads.places}):
-        measures.single[f"balancedness.layer.{layer}"] = mean_over_max(loads.of_layer(layer))
+    for layer, rows in loads.by_layer().items():
+        measures.single[f"balancedness.layer.{layer}"] = mean_over_max(rows)
     measures.single["balancedness.gain"] = _gain(folder, loads)
 
 

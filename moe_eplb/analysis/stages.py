@@ -105,10 +105,9 @@ def _stream_name(stream: int) -> str:
 def _balance_rows(folder: RunFolder) -> tuple[BalanceRow, ...]:
     loads, counts, first = measured_loads(folder), routed_counts(folder), first_placements(folder)
     rows = []
-    for layer in range(folder.scenario.model.layers):
+    for layer, measured in loads.by_layer().items():
         of_layer = [here for place, here in counts.items() if place.layer == layer]
-        measured = loads.of_layer(layer)
-        if layer in first and of_layer and len(measured):
+        if layer in first and of_layer:
             stayed = [predicted_rank_loads(here, first[layer]["slots"], len(folder.ranks)) for here in of_layer]
             rows.append(BalanceRow(layer, mean_over_max(np.array(stayed)), mean_over_max(measured)))
     return tuple(rows)

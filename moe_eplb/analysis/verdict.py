@@ -82,7 +82,7 @@ def judge(folder: Path) -> Verdict:
         scenario=loaded.scenario.name or folder.name,
         checks=tuple(checks),
         metrics=measures.single,
-        notes=tuple([*_notes(loaded), *notes]),
+        notes=(*_notes(loaded), *notes),
         failure=_failure(loaded),
     )
 
@@ -128,7 +128,8 @@ def _notes(folder: RunFolder) -> Iterator[str]:
     if folder.trace is not None:
         costs = [state.overhead_ns for state in folder.trace.ranks.values() if state.overhead_ns is not None]
         if costs:
-            yield f"recording cost {max(costs):.0f} ns a record on the slowest rank, {len(folder.trace.records)} records"
+            records = len(folder.trace.records)
+            yield f"recording cost {max(costs):.0f} ns a record on the slowest rank, {records} records"
 
 
 def _why_not(folder: RunFolder) -> str:

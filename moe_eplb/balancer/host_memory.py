@@ -77,7 +77,9 @@ def open_segment(name: str, size: int, *, directory: Path = SHM_DIR) -> mmap.mma
     try:
         found = os.fstat(fd).st_size
         if found != size:
-            raise HostMemoryError("E163", f"shared host memory {name} has another size", why=f"{found}, not {size} bytes")
+            raise HostMemoryError(
+                "E163", f"shared host memory {name} has another size", why=f"{found}, not {size} bytes"
+            )
         return mmap.mmap(fd, size)
     finally:
         os.close(fd)

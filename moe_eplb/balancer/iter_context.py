@@ -98,7 +98,9 @@ def maybe_create_moe_load_balancer(
     elif mapping.moe_ep_size <= 1:
         reason = "one rank has nothing to balance"
     elif model_config.architecture not in SUPPORTED_ARCHITECTURES:
-        reason = f"architecture {model_config.architecture} is not supported ({', '.join(sorted(SUPPORTED_ARCHITECTURES))})"
+        reason = (
+            f"architecture {model_config.architecture} is not supported ({', '.join(sorted(SUPPORTED_ARCHITECTURES))})"
+        )
     if reason or config is None:
         _LOG.warning("balancer: off, because %s", reason)
         return BalancerOff(reason)

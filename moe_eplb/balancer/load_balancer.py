@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import initial_slots
 from moe_eplb.core.probe import NullProbe, Probe
-from moe_eplb.core.protocol import Illegal, IterState, iter_step, violation
+from moe_eplb.core.protocol import Illegal, IterCall, IterState, iter_step, violation
 from moe_eplb.core.schedule import UpdateSchedule
 from moe_eplb.device import Device, Stream, get_device
 
@@ -238,13 +237,16 @@ class MoeLoadBalancer:
 
     def _finalized(self) -> UpdateSchedule:
         if self._schedule is None:
-            raise BalancerError("E147", "the model is not finalized", hint="call finalize_model() after loading weights")
+            raise BalancerError(
+                "E147", "the model is not finalized", hint="call finalize_model() after loading weights"
+            )
         return self._schedule
 
-    def _step_iteration(self, what: Any) -> None:
+    def _step_iteration(self, what: IterCall) -> None:
+        unfinished = tuple(layer.layer_idx for layer in self.layers if layer.unfinished)
         layers = len(self.layers) if self.is_dynamic_routing() else 0
         try:
-            self._iter = iter_step(self._iter, what, layers=layers)
+            self._iter = iter_step(self._iter, what, layers=layers, unfinished=unfinished)
         except Illegal as error:
             raise violation(-1, self.iter_id, error) from None
 

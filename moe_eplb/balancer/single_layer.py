@@ -229,6 +229,11 @@ class SingleLayerMoeLoadBalancer:
         """Forget a forward that ended in an exception; the next iteration starts clean."""
         self._state = INITIAL
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the layer has begun and not handed over."""
+        return self._state is not INITIAL
+
     def _enter(self, call: Call, first: bool = True, last: bool = True) -> int:
         flags = first | last << 1 | self.updates_enabled << 2
         token = self._device.sink.begin(_KINDS[call], self.layer_idx, self._device.iteration, HOST, flags)

@@ -73,7 +73,9 @@ class Updater:
             )  # fmt: skip
             return False
         if update.error is not None:
-            _LOG.error("layer %d: the update taken in iteration %d failed: %s", update.layer, update.taken, update.error)
+            _LOG.error(
+                "layer %d: the update taken in iteration %d failed: %s", update.layer, update.taken, update.error
+            )
         return update.error is None
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moe_eplb.core import config
 from moe_eplb.core.errors import ScenarioError
 from moe_eplb.core.yaml_source import Document
 
@@ -27,8 +28,6 @@ def merge(document: Document) -> None:
         raise ScenarioError(
             "E032", f"{both[0]!r} is given here and by 'config'", hint="remove one of them", where=where
         )
-    from moe_eplb.core import config
-
     read = config.load(Path(section.pop("config")))
     _check_ranks(document, read.ep_size)
     section["num_slots"] = read.num_slots

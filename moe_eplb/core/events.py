@@ -11,7 +11,19 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["HOST", "KINDS", "RECORD", "STREAMS", "UPDATER", "EventSink", "Kind", "KindInfo", "NullSink", "Role", "by_name"]
+__all__ = [
+    "HOST",
+    "KINDS",
+    "RECORD",
+    "STREAMS",
+    "UPDATER",
+    "EventSink",
+    "Kind",
+    "KindInfo",
+    "NullSink",
+    "Role",
+    "by_name",
+]
 
 HOST = 255
 """Stream number of a call made by the host (an API call), as against the work it put on a stream."""

@@ -32,8 +32,8 @@ class Row(enum.StrEnum):
     PLAN         taken, due, digest, changed [global slot ids], bytes, predicted [R] rank loads
     COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes, stall_us
     DROPPED      due, ready, ranks, digests_differ (bool), reason
-    ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many slots
-                 have another digest than at the previous attestation); the first, in iteration -1, before all
+    ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many
+                 slots have another digest than at the previous attestation); the first one is made in iteration -1
     EQUALITY     max_abs, max_ref, ratio, tolerance, tokens
     MEMORY       slots_bytes, host_bytes, staging_bytes
     CALL         index, call, error {code, what} or null, expected (bool)
@@ -92,7 +92,9 @@ def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
-            raise TraceError("E050", "the evidence file is damaged", why=str(error), where=f"{path}:{number}") from error
+            raise TraceError(
+                "E050", "the evidence file is damaged", why=str(error), where=f"{path}:{number}"
+            ) from error
         if not isinstance(row, dict) or "row" not in row:
             raise TraceError("E050", "the evidence file holds a line that is no row", where=f"{path}:{number}")
         yield row

@@ -52,6 +52,9 @@ METRICS: dict[str, Metric] = {
     "moves.slots": Metric("slots whose expert changed, over all layers and commits"),
     "moves.bytes": Metric("weight bytes written by commits, over all ranks", "B"),
     "moves.net_share": Metric("slots that hold another expert at the end than at the start / all slots"),
+    "moves.cross_rank_net_share": Metric(
+        "slots whose expert at the end was not on their rank at the start / all slots"
+    ),
     "commits": Metric("commits, over all layers"),
     "commits.late": Metric("commits that came after their iteration"),
     "plans.dropped": Metric("plans given up by all ranks"),

@@ -47,7 +47,8 @@ def expert_weights(scenario: Scenario, iteration: int, layer: int) -> np.ndarray
     if work.kind == "recorded":
         counts = _recorded(*_file(scenario)).counts
         assert counts is not None, "recorded ids have no weights"
-        return np.maximum(counts[iteration % len(counts), layer].astype(np.float64), _NEVER)
+        window: np.ndarray = counts[iteration % len(counts), layer].astype(np.float64)
+        return window.clip(min=_NEVER)
     weights = np.ones(experts)
     if work.kind == "zipf":
         weights = np.arange(1, experts + 1, dtype=np.float64) ** -work.skew

@@ -47,9 +47,9 @@ TABLES: dict[str, dict[str, str]] = {
     ),
     "CUPTI_ACTIVITY_KIND_KERNEL": _integers(
         "start end deviceId contextId greenContextId streamId correlationId globalPid demangledName shortName"
-        " mangledName launchType cacheConfig registersPerThread gridX gridY gridZ blockX blockY blockZ staticSharedMemory"
-        " dynamicSharedMemory localMemoryPerThread localMemoryTotal gridId sharedMemoryExecuted graphNodeId"
-        " sharedMemoryLimitConfig"
+        " mangledName launchType cacheConfig registersPerThread gridX gridY gridZ blockX blockY blockZ"
+        " staticSharedMemory dynamicSharedMemory localMemoryPerThread localMemoryTotal gridId sharedMemoryExecuted"
+        " graphNodeId sharedMemoryLimitConfig"
     ),
     "EPLB_RECORD": (
         _integers("rank seq start end kind") | {"name": _TEXT} | _integers("stream thread layer iteration a b")

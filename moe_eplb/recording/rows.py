@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_eplb.core.events import HOST, KINDS, UPDATER
+from moe_eplb.core.events import HOST, KINDS, UPDATER, Role
 from moe_eplb.recording import nsys_schema
 from moe_eplb.recording.aligned_log import AlignedLog
 from moe_eplb.recording.nvtx_ranges import DOMAIN
@@ -15,6 +15,8 @@ __all__ = ["Strings", "kernel_rows", "nvtx_rows", "record_rows"]
 
 _DOMAIN_ID = 1
 _NAMES = {int(kind): info.name for kind, info in KINDS.items()}
+_NOT_WORK = {int(kind) for kind, info in KINDS.items() if info.role is Role.OTHER}
+"""Kinds that enclose or note work, on whatever stream they were recorded: never kernels."""
 _EMPTY_KERNEL = dict.fromkeys(nsys_schema.TABLES["CUPTI_ACTIVITY_KIND_KERNEL"])
 _LAUNCH_ZERO = {
     name: 0 for name in _EMPTY_KERNEL if name.startswith(("grid", "block", "launch", "registers", "static", "dynamic"))
@@ -37,7 +39,7 @@ class Strings:
 
 
 def nvtx_rows(log: AlignedLog, strings: Strings) -> list[tuple[Any, ...]]:
-    """Host and updater records as ranges and marks of our domain; ``int64Value`` is the iteration.
+    """Records that are no device work as ranges and marks of our domain; ``int64Value`` is the iteration.
 
     ``rangeId`` is the record's row number plus one, which device records name as their correlation.
     """
@@ -50,7 +52,7 @@ def nvtx_rows(log: AlignedLog, strings: Strings) -> list[tuple[Any, ...]]:
     rows = [tuple(created.values())]
     for sequence, record in zip(log.sequence.tolist(), log.records.tolist(), strict=True):
         start, end, kind, stream, layer, iteration, thread, _, _ = record
-        if stream not in (HOST, UPDATER):
+        if not _is_range(kind, stream):
             continue
         name = _name(kind)
         row = blank | {
@@ -73,7 +75,7 @@ def kernel_rows(log: AlignedLog, strings: Strings) -> list[tuple[Any, ...]]:
     around = _enclosing_host_ranges(log)
     for sequence, record in zip(log.sequence.tolist(), log.records.tolist(), strict=True):
         start, end, kind, stream, _, _, _, _, _ = record
-        if stream in (HOST, UPDATER) or end == -1:
+        if _is_range(kind, stream) or end == -1:
             continue
         name = strings.id(_name(kind))
         row = (
@@ -124,15 +126,19 @@ def _enclosing_host_ranges(log: AlignedLog) -> dict[int, int]:
     open_ranges: dict[int, list[tuple[int, int]]] = {}
     around = {}
     for sequence, record in zip(log.sequence.tolist(), log.records.tolist(), strict=True):
-        start, end, _, stream, _, _, thread, _, _ = record
+        start, end, kind, stream, _, _, thread, _, _ = record
         ranges = open_ranges.setdefault(thread, [])
         while ranges and ranges[-1][0] != -1 and ranges[-1][0] <= start:
             ranges.pop()
-        if stream in (HOST, UPDATER):
+        if _is_range(kind, stream):
             ranges.append((end, sequence + 1))
         elif ranges:
             around[sequence] = ranges[-1][1]
     return around
+
+
+def _is_range(kind: int, stream: int) -> bool:
+    return stream in (HOST, UPDATER) or kind in _NOT_WORK
 
 
 def _name(kind: int) -> str:

@@ -28,6 +28,8 @@ __all__ = ["RankPool", "run_scenario"]
 _GRACE_S = 2.0
 """How long the other ranks may go on once one rank has failed, so that a common cause is reported by all."""
 _STOP_S = 10.0
+# A rank that died explains the errors of those that were talking to it, and a known error the breakdowns it leads to.
+_DEATH, _KNOWN, _UNFORESEEN = range(3)
 
 
 class _Rank(NamedTuple):
@@ -138,7 +140,7 @@ class _Watch:
         self._sentinel = {member.process.sentinel: rank for rank, member in enumerate(members)}
         self._process = [member.process for member in members]
         self._deadline, self._scenario, self._progress = deadline, scenario, progress
-        self._failures: dict[int, EplbError | str] = {}
+        self._failures: dict[int, tuple[int, str]] = {}
 
     def until_done(self) -> None:
         """Return when every rank is done; RunFailed when one died, failed or is late."""
@@ -171,7 +173,7 @@ class _Watch:
                 del self._number[pipe]
             case Failed(error):
                 del self._number[pipe]
-                self._fail(rank, error)
+                self._fail(rank, _KNOWN if isinstance(error, EplbError) else _UNFORESEEN, str(error))
 
     def _died(self, rank: int) -> None:
         pipes = [pipe for pipe, number in self._number.items() if number == rank]
@@ -179,15 +181,14 @@ class _Watch:
             return  # it had answered already
         del self._number[pipes[0]]
         self._process[rank].join(_STOP_S)
-        self._fail(rank, f"rank {rank} died: {_how(self._process[rank].exitcode)}")
+        self._fail(rank, _DEATH, f"rank {rank} died: {_how(self._process[rank].exitcode)}")
 
-    def _fail(self, rank: int, error: EplbError | str) -> None:
-        self._failures[rank] = error
+    def _fail(self, rank: int, order: int, text: str) -> None:
+        self._failures[rank] = (order, text)
         self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
 
     def _failed(self) -> RunFailed:
-        # A rank that died explains the errors of those that were talking to it, not the other way round.
-        rank, error = min(self._failures.items(), key=lambda item: (isinstance(item[1], EplbError), item[0]))
+        rank, (_, error) = min(self._failures.items(), key=lambda item: (item[1][0], item[0]))
         others = sorted(set(self._failures) - {rank} | set(self._number.values()))
         why = f"ranks {others} failed or were stopped after it" if others else "no other rank was affected"
         return RunFailed("E180", f"the run failed in rank {rank}", why=f"{error}; {why}")

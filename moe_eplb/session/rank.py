@@ -141,7 +141,9 @@ def _write_begin(evidence: EvidenceWriter, scenario: Scenario, balancer: MoeLoad
 
 
 def _write_memory(evidence: EvidenceWriter, stack: MoeStack, balancer: MoeLoadBalancer | None) -> None:
-    slots = sum(t.numel() * t.element_size() for moe in stack.layers for slot in moe.experts.by_slot() for t in slot.values())
+    slots = sum(
+        t.numel() * t.element_size() for moe in stack.layers for slot in moe.experts.by_slot() for t in slot.values()
+    )
     host = sum(layer.updates.host.host_bytes for layer in balancer.layers) if balancer is not None else 0
     evidence.write(Row.MEMORY, slots_bytes=slots, host_bytes=host, staging_bytes=slots if host else 0)
 

@@ -48,7 +48,9 @@ def run_joined(
             open_folder(folder, scenario, launcher="torchrun", argv=argv)
         shared = [str(folder)]
         dist.broadcast_object_list(shared, src=0)
-        run_rank(scenario, Path(shared[0]), rank, GroupsBySize(scenario.timeout_s).of(size), _only_rank_0(rank, progress))
+        run_rank(
+            scenario, Path(shared[0]), rank, GroupsBySize(scenario.timeout_s).of(size), _only_rank_0(rank, progress)
+        )
         dist.barrier()
         verdict = close_folder(folder, scenario) if rank == 0 else None
         code = _agree(verdict)

@@ -24,7 +24,7 @@ from tests.support.moe_layers import (
     tokens_of,
 )
 
-BACKENDS: dict[str, type] = {"wide_ep": WideEPMoE, "grouped": GroupedMoE, "fused": FusedMoE}
+BACKENDS = {"wide_ep": WideEPMoE, "grouped": GroupedMoE, "fused": FusedMoE}
 
 
 def _create(device: Device, backend: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -46,7 +46,8 @@ def _create(device: Device, backend: Any, dtype: torch.dtype = torch.float32, **
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_computes_the_reference(backend: str, dtype: torch.dtype, tolerance: float) -> None:
     moe = _create(get_device("cpu", NullSink()), backend, dtype)
-    assert type(moe) is BACKENDS[backend]
+    kind: type = type(moe)
+    assert kind is BACKENDS[backend]
     moe.probe = Watch()
     x, logits, _ = tokens_of(0, 11, dtype=dtype)
     y = moe(x, logits)

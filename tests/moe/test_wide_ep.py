@@ -100,14 +100,18 @@ def test_bfloat16_stays_within_its_tolerance(dispatch: str) -> None:
     assert _step(moe, 0, 20, 0).error <= 2e-2
 
 
-def test_replicas_take_turns_and_the_rank_offsets_them() -> None:
-    moe = _layer(get_device("cpu", NullSink()), num_slots=8, initial_slots=SLOTS)
+def _routed(rank: int, size: int) -> list[list[int]]:
+    moe = _layer(get_device("cpu", NullSink()), num_slots=8, initial_slots=SLOTS, ep_group=dist.group.WORLD)
     method = moe.routing_method
     assert isinstance(method, SuppliedMoeRoutingMethod)
     method.supply(torch.tensor([[0, 1]] * 4, dtype=torch.int32))
     moe(torch.zeros(4, HIDDEN), torch.zeros(4, EXPERTS))
     assert isinstance(moe.probe, Watch)
-    assert moe.probe.routed_slots == [[0, 1], [3, 1], [7, 1], [0, 1]]
+    return moe.probe.routed_slots
+
+
+def test_replicas_take_turns_and_each_rank_starts_with_another() -> None:
+    assert run_ranks(_routed, 2) == [[[0, 1], [3, 1], [7, 1], [0, 1]], [[3, 1], [7, 1], [0, 1], [3, 1]]]
 
 
 def test_forward_works_without_a_probe() -> None:
@@ -127,10 +131,10 @@ def _balanced(rank: int, size: int, dispatch: str, statistics: str, iterations: 
     device = get_device("cpu", NullSink(), seed=3, rank=rank)
     groups = [dist.new_group(list(range(size))) if size > 1 else None for _ in range(3)]
     balancer = MoeLoadBalancer(rank, size, 1, device=device, group=groups[0])
-    options = {"num_slots": 8, "dispatch": dispatch, "statistics": statistics}
+    options: dict[str, Any] = {"num_slots": 8, "dispatch": dispatch, "statistics": statistics}
     with balancer:
         make = partial(_layer, device, ep_group=groups[1], statistics_group=groups[2], **options)
-        layers = [make(layer) for layer in range(LAYERS)]
+        layers = [make(layer=layer) for layer in range(LAYERS)]
     balancer.finalize_model()
     try:
         steps = []
@@ -277,3 +281,18 @@ def _build_without_groups(rank: int, size: int, what: str) -> str:
 @pytest.mark.parametrize(("what", "code"), [("allreduce", "E155"), ("slots", "E157")])
 def test_a_layer_that_lacks_something_for_two_ranks_is_refused(what: str, code: str) -> None:
     assert run_ranks(_build_without_groups, 2, what) == [code, code]
+
+
+def _has_allreduce(rank: int, size: int) -> list[bool]:
+    """Whether a layer has one: dynamic with local ids, dynamic gathered, static with local ids."""
+    device, group = get_device("cpu", NullSink()), dist.new_group([0, 1])
+    found = []
+    for updates, dispatch in ((1, "allgather"), (1, "alltoall"), (0, "allgather")):
+        with MoeLoadBalancer(rank, size, updates, device=device, group=group):
+            moe = _layer(device, ep_group=dist.group.WORLD, statistics_group=group, dispatch=dispatch)
+        found.append(moe.allreduce is not None)
+    return found
+
+
+def test_allreduce_is_made_only_for_local_ids_of_a_dynamic_layer() -> None:
+    assert run_ranks(_has_allreduce, 2) == [[True, False, False]] * 2

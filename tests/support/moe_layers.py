@@ -47,7 +47,7 @@ def tokens_of(
     generator = torch.Generator().manual_seed(7919 * step + rank)
     x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
     logits = torch.randn(tokens, EXPERTS, generator=generator)
-    skew = torch.tensor([3.0, 1.5, 0.0, 0.0, -1.0, -1.0])
+    skew = torch.tensor([-1.0, 0.0, 1.5, 0.0, 3.0, -1.0])
     ids = (torch.randn(tokens, EXPERTS, generator=generator) + skew).topk(TOP_K, dim=1).indices.int()
     return x, logits, ids
 

@@ -1,4 +1,4 @@
-"""Did the run happen as the scenario says: to its end, with the balancer on, with the expected error, leaving nothing."""
+"""Did the run happen as the scenario says: to its end, balancer on, with the expected error, leaving nothing."""
 
 from __future__ import annotations
 

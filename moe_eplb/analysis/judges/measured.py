@@ -50,7 +50,10 @@ def balancedness(folder: RunFolder) -> CheckResult:
     compared = 0
     for place in folder.places:
         parts = [rows.get(place, {}) for rows in (balance, reduced, folder.placements)]
-        if all([findings.need_ranks(kind.value, folder, rows, place) for kind, rows in zip(kinds, parts, strict=True)]):
+        present = [
+            findings.need_ranks(kind.value, folder, rows, place) for kind, rows in zip(kinds, parts, strict=True)
+        ]
+        if all(present):
             compared += 1
             for rank in folder.ranks:
                 _compare_value(folder, parts[0][rank], parts[1][rank], parts[2][rank], findings)

@@ -70,8 +70,11 @@ class Span(NamedTuple):
 
 
 def stream_join(folder: RunFolder) -> CheckResult:
-    """The work itself was in order, by the records that the device wrote: the wait ended before route and experts began,
-    the hand-over began after the experts and ended before `done_set_cpu_stage` returned."""
+    """The work itself was in order, by the records that the device wrote.
+
+    The wait ended before route and experts began; the hand-over began after the experts and ended before
+    `done_set_cpu_stage` returned.
+    """
     findings = Findings(
         "stream_join", "wait before route and experts, hand-over after experts and before done_set returns"
     )

@@ -1,0 +1,50 @@
+"""The slow reference, against a formula written once more with Python loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moe_eplb.checks.equality import compare, reference_output
+
+GENERATOR = torch.Generator().manual_seed(0)
+UP, DOWN = torch.randn(3, 6, 4, generator=GENERATOR), torch.randn(3, 4, 3, generator=GENERATOR)
+
+
+def master(expert: int) -> dict[str, torch.Tensor]:
+    return {"w3_w1": UP[expert], "w2": DOWN[expert]}
+
+
+def test_reference_by_hand() -> None:
+    x = torch.randn(2, 4, generator=GENERATOR)
+    ids, scales = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32), torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+    y = reference_output(x, ids, scales, master)
+    for token in range(2):
+        for d in range(4):
+            expected = 0.0
+            for expert, scale in zip(ids[token].tolist(), scales[token].tolist(), strict=True):
+                for i in range(3):
+                    up = sum(float(UP[expert, i, c] * x[token, c]) for c in range(4))
+                    gate = sum(float(UP[expert, 3 + i, c] * x[token, c]) for c in range(4))
+                    hidden = up * gate / (1 + math.exp(-gate))
+                    expected += scale * float(DOWN[expert, d, i]) * hidden
+            assert float(y[token, d]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_ratio_is_relative_to_the_largest_element() -> None:
+    reference = torch.tensor([[1.0, -10.0]])
+    assert compare(reference + torch.tensor([[0.0, 0.01]]), reference).ratio == pytest.approx(0.001, rel=1e-3)
+    assert compare(reference, reference).ratio == 0.0
+
+
+def test_nan_and_zero_references_never_pass() -> None:
+    reference = torch.tensor([[1.0, 2.0]])
+    assert compare(torch.tensor([[1.0, float("nan")]]), reference).ratio == math.inf
+    assert compare(reference, torch.zeros(1, 2)).ratio == math.inf
+
+
+def test_no_tokens() -> None:
+    empty = torch.empty(0, 4)
+    assert compare(reference_output(empty, torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2), master), empty).ratio == 0
