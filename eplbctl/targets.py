@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Target", "is_run_folder", "load_all", "select", "targets"]
 
 _SUFFIXES = (".yaml", ".yml")
+DATA_FOLDER = "data"
+"""Name of folders that hold what scenarios read, which may be YAML too; no search goes into them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _under(path: Path) -> Iterator[Target]:
         return
     for folder, folders, files in os.walk(path):
         here = Path(folder)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name != DATA_FOLDER and not name.startswith("."))
         if is_run_folder(here):
             folders.clear()
             yield Target(here, finished=True)

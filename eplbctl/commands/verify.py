@@ -39,7 +39,8 @@ def command(
 ) -> ExitCode:  # fmt: skip
     """Run scenarios and judge them; judge run folders again without running them.
 
-    PATH is a scenario file, a run folder, or a folder that is searched for both; the default is scenarios/.
+    PATH is a scenario file, a run folder, or a folder that is searched for both, apart from folders called data; the
+    default is scenarios/.
     The exit code is that of the most severe outcome: failed 4, bad input 2, invalid 1, unknown 3, valid 0, in this
     order. Nothing selected is exit code 2.
 

@@ -132,7 +132,7 @@ def load(path: Path) -> RunFolder:
     trace_path = path / "trace.sqlite"
     return RunFolder(
         path=path,
-        scenario=scenarios.load(scenario_path),
+        scenario=scenarios.load(scenario_path, check_files=False),
         meta=_read_meta(path / "meta.json"),
         evidence=Evidence(row for file in _evidence_files(path) for row in read_evidence(file)),
         trace=read_trace(trace_path) if trace_path.exists() else None,

@@ -52,11 +52,11 @@ def _check_assignments(config: LoadBalancerConfig, document: yaml_source.Documen
                 "E032", f"layer {layer} assigns {len(experts)} slots, not {config.num_slots}",
                 hint="give one expert for each of num_slots slots", where=where,
             )  # fmt: skip
-        missing = sorted(set(range(max(experts) + 1)) - set(experts))
-        if min(experts) < 0 or missing:
+        if len(set(experts)) != max(experts) + 1 or min(experts) < 0:
             raise ScenarioError(
-                "E032", f"layer {layer} leaves experts out", why=f"experts {missing[:8]} have no slot, ids from {min(experts)}",
-                hint="every expert needs at least one slot", where=where,
+                "E032", f"layer {layer} leaves experts out",
+                why=f"ids {min(experts)} to {max(experts)}, of which {len(set(experts))} have a slot",
+                hint="every expert from 0 on needs at least one slot", where=where,
             )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_eplb.core.errors import TraceError
-from moe_eplb.core.events import KINDS, RECORD
+from moe_eplb.core.events import HOST, KINDS, RECORD, STREAMS, UPDATER
 
 __all__ = ["HEADER", "HEADER_BYTES", "Clock", "LastEvent", "LogHeader", "last_event", "read_log", "sample_clock"]
 
@@ -24,6 +24,9 @@ CLOSED_OFFSETS = struct.Struct("<QqQQ")
 """The fields from `DROPPED_OFFSET` on, rewritten when the log is closed: dropped, overhead, pid, closed."""
 
 _NAMES = {int(kind): info.name for kind, info in KINDS.items()}
+
+
+_STREAM_NAMES = {HOST: "the host", UPDATER: "the updater", **dict(enumerate(STREAMS))}
 
 
 class Clock(NamedTuple):
@@ -72,6 +75,12 @@ class LastEvent(NamedTuple):
     stream: int
     open: bool
     age_ns: int
+
+    def __str__(self) -> str:
+        where = f"layer {self.layer}, " if self.layer >= 0 else ""
+        state = "begun" if self.open else "ended"
+        stream = _STREAM_NAMES.get(self.stream, f"stream {self.stream}")
+        return f"{self.name}, {where}iteration {self.iteration}, on {stream}, {state} {self.age_ns / 1e6:.1f} ms ago"
 
 
 def sample_clock() -> Clock:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from moe_eplb.balancer import AllReduce, MoeLoadBalancer, SingleLayerMoeLoadBalancer
-from moe_eplb.core.errors import EplbError, ScenarioError
+from moe_eplb.core.errors import BalancerError, EplbError
 from moe_eplb.core.evidence import EvidenceWriter, Row
 from moe_eplb.core.scenario import CallStep, Scenario
 from moe_eplb.device import Device
@@ -22,7 +22,7 @@ def run_calls(
 ) -> None:
     """Make the calls in order until one raises; each leaves a CALL row."""
     if balancer is None:
-        raise ScenarioError("E033", "a calls scenario needs a balancer", hint="add a balancer section")
+        raise BalancerError("E149", "scripted calls have no balancer to call", hint="add a balancer section")
     script = _Script(scenario, balancer, groups)
     for index, step in enumerate(scenario.calls or ()):
         error = _attempt(lambda step=step: script.call(step))

@@ -19,7 +19,7 @@ from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import UsageError
 from moe_eplb.core.evidence import Row, read_evidence
 from moe_eplb.core.scenario import Scenario
-from moe_eplb.core.verdict import Verdict
+from moe_eplb.core.verdict import CheckResult, Status, Verdict
 from moe_eplb.recording.export import write_trace
 
 __all__ = ["close_folder", "events_path", "evidence_path", "open_folder"]
@@ -67,12 +67,19 @@ def close_folder(folder: Path, scenario: Scenario, *, failure: str = "") -> Verd
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     meta |= {"state": "failed" if failure else "finished", "failure": failure}
     _write_json(folder / "meta.json", meta)
+    verdict = _judge(folder, scenario, failure)
+    _write_json(folder / "verdict.json", verdict.to_json())
+    return verdict
+
+
+def _judge(folder: Path, scenario: Scenario, failure: str) -> Verdict:
+    if failure and not any(events_path(folder, rank).exists() for rank in range(scenario.ranks)):
+        nothing = CheckResult("run_complete", Status.UNKNOWN, "no rank started", f"{scenario.ranks} ranks")
+        return Verdict(scenario.name, (nothing,), failure=failure)
     write_trace(folder)
     if not failure and scenario.calls is None:
         _write_loads(folder, scenario)
-    verdict = judge(folder)
-    _write_json(folder / "verdict.json", verdict.to_json())
-    return verdict
+    return judge(folder)
 
 
 def _write_loads(folder: Path, scenario: Scenario) -> None:

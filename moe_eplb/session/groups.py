@@ -21,20 +21,24 @@ class Groups:
 
 
 class GroupsBySize:
-    """Groups over the first n ranks, made when first needed and kept."""
+    """Groups over the first n ranks, made when first needed and kept.
+
+    Every rank of the world takes part in making them, members or not: the groups' names count the groups made before,
+    and ranks that had sat one out would look for another name.
+    """
 
     def __init__(self, timeout_s: float = 600.0) -> None:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._made: dict[int, Groups] = {}
 
     def of(self, size: int) -> Groups:
-        """The groups over ranks 0 to size - 1; called by all of them, none for one rank."""
+        """The groups over ranks 0 to size - 1, none for one rank; called by all ranks of the world."""
         if size not in self._made:
             self._made[size] = self._make(size) if size > 1 else Groups(None, None, None, None)
         return self._made[size]
 
     def _make(self, size: int) -> Groups:
         model, statistics, setup, checks = (
-            dist.new_group(list(range(size)), timeout=self._timeout, use_local_synchronization=True) for _ in range(4)
+            dist.new_group(list(range(size)), timeout=self._timeout) for _ in range(4)
         )
         return Groups(model, statistics, setup, checks)

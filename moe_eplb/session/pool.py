@@ -40,7 +40,7 @@ class _Rank(NamedTuple):
 class RankPool:
     """Rank processes of this node, started on demand and kept for the next scenario.
 
-    A scenario of n ranks runs on the first n. After a failure all processes are killed; the next scenario starts anew.
+    A scenario of n ranks runs on the first n, the others wait. After a failure all processes are killed; the next scenario starts anew.
     """
 
     def __init__(self) -> None:
@@ -82,10 +82,9 @@ class RankPool:
     def _drive(self, scenario: Scenario, folder: Path, deadline: float, progress: Progress | None) -> None:
         self.reserve(scenario.ranks)
         job = Job(scenarios.dump(scenario), str(folder))
-        members = self._ranks[: scenario.ranks]
-        for rank in members:
+        for rank in self._ranks:  # those beyond the scenario's ranks only help to make its process groups
             rank.pipe.send(job)
-        _Watch(members, deadline, scenario, progress).until_done()
+        _Watch(self._ranks, deadline, scenario, progress).until_done()
 
     def _start(self, size: int) -> None:
         self._store = tempfile.mkdtemp(prefix="moe_eplb-store-")

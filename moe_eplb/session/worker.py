@@ -40,7 +40,8 @@ def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Mess
     try:
         scenario = scenarios.loads(job.scenario, "scenario.yaml")
         members: Groups = groups.of(scenario.ranks)
-        run_rank(scenario, Path(job.folder), rank, members, lambda done, total: pipe.send(Step(done, total)))
+        if rank < scenario.ranks:
+            run_rank(scenario, Path(job.folder), rank, members, lambda done, total: pipe.send(Step(done, total)))
     except EplbError as error:
         return Failed(error)
     except Exception:  # the parent reports it: a rank's traceback must not vanish with its process

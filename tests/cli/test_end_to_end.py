@@ -39,7 +39,9 @@ def test_ranks_may_be_torchruns(write: Write) -> None:
     ]
     command = [*torchrun, "-m", "eplbctl", "run", str(write()), "--out", "one"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: one") == 1
     assert done.stdout.startswith("small: valid")

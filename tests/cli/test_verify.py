@@ -61,6 +61,14 @@ def test_nothing_selected_is_no_success(call: Call, four: FakeSession) -> None:
     assert call("verify", "empty").code == 2
 
 
+def test_folders_of_data_are_not_searched(call: Call, four: FakeSession) -> None:
+    Path("scenarios/data").mkdir()
+    Path("scenarios/data/balancer.yaml").write_text("num_slots: 8\n")
+    call("verify", "--select", "good")
+    assert _ran(four) == ["good"]
+    assert call("verify", "scenarios/data/balancer.yaml").code == 2
+
+
 def test_fail_fast_stops_at_the_first(call: Call, four: FakeSession) -> None:
     answer = call("verify", "--exclude", "dead", "--exclude", "bad", "scenarios/open.yaml", "scenarios", "--fail-fast")
     assert _ran(four) == ["open"]
