@@ -131,7 +131,7 @@ def _full(directory: Path, size: int) -> HostMemoryError:
 
 
 def _start_ticks(pid: int) -> int:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 when there is none or it is dead."""
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 without a living one."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -97,7 +97,7 @@ class HostMoeTensorSharer:
         if missing or not len(own):
             raise HostMemoryError(
                 "E166", f"layer {self._layer}: rank {self._rank} lacks host copies",
-                why=f"experts without any: {missing or 'it has none to share'}, of {self._experts} over {self._ranks} ranks",
+                why=f"experts without any: {missing or 'none to share'}, of {self._experts} over {self._ranks} ranks",
                 hint="share every expert of load_expert_ids before finalize_model, with at least one expert a rank",
             )  # fmt: skip
         first = {name: (t.dtype, t.shape) for name, t in self._shared[own.start].items()}

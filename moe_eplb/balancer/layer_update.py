@@ -22,7 +22,7 @@ __all__ = ["LayerUpdate"]
 
 
 class LayerUpdate:
-    """Placement, weights and the one update under way of a layer. All methods run on the model's thread but `_stage`."""
+    """Placement, weights and the one update under way of a layer. All but `_stage` runs on the model's thread."""
 
     def __init__(self, owner: MoeLoadBalancer, layer: SingleLayerMoeLoadBalancer, placement: Placement) -> None:
         self._owner, self._layer = owner, layer.layer_idx

@@ -193,7 +193,7 @@ class MoeLoadBalancer:
         """Whether the layer hands its load over for a plan in this iteration."""
         return layer in self._group_now and self.layers[layer].updates.pending is None
 
-    # -- agreement: the sum over ranks of layer m carries the vote on the plan of the layer that runs next --------------
+    # -- agreement: the sum over ranks of layer m carries the vote on the plan of the layer that runs next ------------
 
     def agreement_lanes(self, layer: int) -> Tensor:
         """This rank's vote that rides with the statistics of `layer`, int64 [5]."""

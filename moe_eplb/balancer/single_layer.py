@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_eplb.balancer import agreement
 from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.replica_choice import RouteTables
 from moe_eplb.balancer.statistics import AllReduce, LoadWindow, accumulate
@@ -284,9 +283,8 @@ class SingleLayerMoeLoadBalancer:
                 allreduce(message[0])
 
         def fold() -> None:
-            counts, lanes = message[0].split([self.expert_count, agreement.LANES])
-            self._owner.settle(self.layer_idx, lanes)
-            self._fold(counts)
+            self._owner.settle(self.layer_idx, message[0][self.expert_count :])
+            self._fold(message[0][: self.expert_count])
 
         self._device.submit(self._aux, Kind.STATISTIC_REDUCE, self.layer_idx, reduce, collective=True)
         self._device.submit(self._aux, Kind.LOAD_UPDATE, self.layer_idx, fold)

@@ -49,7 +49,7 @@ def accumulate(ids: Tensor, counts: Tensor) -> None:
 class LoadWindow:
     """The load of one layer's experts: a decayed sum of counts since the layer's last plan.
 
-    Each iteration ``load = load * decay + sample``, where the sample is the mean of the last `window` iterations' counts.
+    Each iteration ``load = load * decay + sample``; the sample is the mean of the last `window` iterations' counts.
     Product and sum are separate float32 operations, so that no device contracts them into a fused multiply-add and all
     compute the same bits. TensorRT-LLM: window 1, decay 0.95.
     """

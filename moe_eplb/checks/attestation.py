@@ -1,4 +1,4 @@
-"""Which expert a slot really holds: digests of the bytes that the expert computation reads, against the master weights."""
+"""Which expert a slot really holds: digests of the bytes that the kernel reads, against the master weights."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Difference:
 def reference_output(
     x: Tensor, expert_ids: Tensor, scales: Tensor, master: Callable[[int], Mapping[str, Tensor]]
 ) -> Tensor:
-    """y [T, D] in float32 from x [T, D], ids [T, K], scales [T, K] and master weights ``w3_w1`` [2I, D], ``w2`` [D, I]."""
+    """y float32 [T, D] from x [T, D], ids and scales [T, K], and master weights ``w3_w1`` [2I, D], ``w2`` [D, I]."""
     x = x.to(torch.float32)
     y = torch.zeros_like(x)
     for expert in torch.unique(expert_ids).tolist():

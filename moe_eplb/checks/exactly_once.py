@@ -68,12 +68,12 @@ def _first_fault(
     """The first entry not processed exactly once, or in a slot with another expert; empty if there is none."""
     if bool((counts != 1).any()):
         index = int(torch.nonzero(counts != 1)[0])
-        return f"token {index // top_k} k {index % top_k} (expert {int(wanted[index])}) processed {int(counts[index])} times"
+        token, k = divmod(index, top_k)
+        return f"token {token} k {k} (expert {int(wanted[index])}) processed {int(counts[index])} times"
     if bool(wrong.any()):
         at = int(torch.nonzero(wrong)[0])
-        index = int(entry[at])
-        return (
-            f"token {index // top_k} k {index % top_k} of expert {int(wanted[index])} was computed in slot {int(slot[at])}, "
-            f"which holds expert {int(found[at])}"
-        )
+        token, k = divmod(int(entry[at]), top_k)
+        expert = int(wanted[entry[at]])
+        held = f"slot {int(slot[at])}, which holds expert {int(found[at])}"
+        return f"token {token} k {k} of expert {expert} was computed in {held}"
     return ""

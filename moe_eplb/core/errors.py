@@ -1,4 +1,4 @@
-"""Every error a user can meet: a code, what happened, why with numbers, a hint, and the process exit code it leads to."""
+"""Every error a user can meet: a code, what happened, why with numbers, a hint, and the exit code it leads to."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Row(enum.StrEnum):
     ROUTED       counts [E]: routed (token, k) entries per expert on this rank, counted by the checker from the ids
     EXPECTED     slots [P]: entries per slot that the replica rule must give for those ids, by an independent twin
     RECEIVED     slots [P/R]: entries per local slot that this rank's experts really processed
-    DISPATCH     expected, once, missing, duplicated, wrong_expert, invalid_slot, first (str): exactly-once, by source rank
+    DISPATCH     expected, once, missing, duplicated, wrong_expert, invalid_slot, first (str): by source rank
     REDUCED      counts [E]: the reduced statistics as the balancer folded them
     BALANCE      value: the balancedness the balancer itself reported for this iteration
     PLACEMENT    digest (int), slots [P]: the placement whose tables this iteration's route used; slots only when they

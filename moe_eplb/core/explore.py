@@ -1,7 +1,7 @@
 """Exhaustive search of the protocol: every reachable state, and the shortest way to every violation.
 
-Call counts are cut off at a bound, which makes the search finite. It stays exact for any bound from 1 up, since the rules
-only ask whether a count is zero.
+Call counts are cut off at a bound, which makes the search finite. It stays exact for any bound from 1 up, since the
+rules only ask whether a count is zero.
 """
 
 from __future__ import annotations

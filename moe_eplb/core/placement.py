@@ -54,7 +54,7 @@ class Placement:
         missing = np.flatnonzero(self.replica_count == 0)
         if len(missing):
             raise BalancerError(
-                "E132", f"experts {missing[:8].tolist()} have no slot", why=f"{len(missing)} of {self.experts} are missing",
+                "E132", f"experts {missing[:8].tolist()} have no slot", why=f"{len(missing)} of {self.experts} lack one",
                 hint="every expert needs at least one slot",
             )  # fmt: skip
 
@@ -71,17 +71,20 @@ class Placement:
     @cached_property
     def replica_count(self) -> np.ndarray:
         """int32 [E]: slots of each expert."""
-        return np.bincount(self.slot_to_expert, minlength=self.experts).astype(np.int32)
+        counts: np.ndarray = np.bincount(self.slot_to_expert, minlength=self.experts).astype(np.int32)
+        return counts
 
     @cached_property
     def start_offset(self) -> np.ndarray:
         """int32 [E]: where an expert's slots begin in `slot_ids`."""
-        return (np.cumsum(self.replica_count) - self.replica_count).astype(np.int32)
+        before: np.ndarray = (np.cumsum(self.replica_count) - self.replica_count).astype(np.int32)
+        return before
 
     @cached_property
     def slot_ids(self) -> np.ndarray:
         """int32 [P]: global slots grouped by expert, in slot order."""
-        return np.argsort(self.slot_to_expert, kind="stable").astype(np.int32)
+        order: np.ndarray = np.argsort(self.slot_to_expert, kind="stable").astype(np.int32)
+        return order
 
     @cached_property
     def _digest(self) -> int:

@@ -27,7 +27,7 @@ class Call(enum.IntEnum):
 
 
 class Phase(enum.IntEnum):
-    """Who may touch the layer's weights and tables: nobody yet, the device after the wait, the CPU after the hand-over."""
+    """Who may touch a layer's weights and tables: nobody yet, the device after the wait, the CPU after the hand-over."""
 
     __hash__ = int.__hash__
 
@@ -133,6 +133,11 @@ _IN_OWNED = Row(
 )  # fmt: skip
 
 
+_HELD_IF_DYNAMIC = _IN_OWNED._replace(
+    needs="phase OWNED, in dynamic routing", broken=lambda g: g.dynamic and g.without(Phase.OWNED)
+)
+
+
 def _only(path: Path) -> Row:
     return Row(
         "E104", "no other statistics path in this iteration", "two statistics paths in one iteration",
@@ -142,7 +147,7 @@ def _only(path: Path) -> Row:
 
 _FIRST_STAGE = Row(
     "E105", "is_first_stage on the first statistics call of the iteration and on no other",
-    "is_first_stage does not fit: it must be true on the iteration's first statistics call only, where it zeroes the counts",
+    "is_first_stage must be true on the iteration's first statistics call and on no other, since it zeroes the counts",
     "pass is_first_stage=(chunk == 0 and repeat == 0)", lambda g: g.first == g.state.given,
 )  # fmt: skip
 _NOT_COMPLETE = Row(
@@ -184,7 +189,7 @@ TABLE: dict[Call, tuple[Row, ...]] = {
     ),
     Call.UPDATE_STATISTIC_WITH_LOCAL_IDS: (_IN_OWNED, _only(Path.LOCAL_IDS), _FIRST_STAGE, _NOT_COMPLETE),
     Call.UPDATE_STATISTIC_WITH_GLOBAL_IDS: (_IN_OWNED, _only(Path.GLOBAL_IDS), _FIRST_STAGE, _NOT_COMPLETE),
-    Call.ROUTE: (_IN_OWNED._replace(needs="phase OWNED in dynamic routing", broken=lambda g: g.dynamic and g.without(Phase.OWNED)),),
+    Call.ROUTE: (_HELD_IF_DYNAMIC,),
     Call.START_SET_CPU_STAGE: (
         Row(
             "E109", "phase OWNED", "the layer is not held, so it cannot be handed over",

@@ -74,11 +74,13 @@ class CpuDevice(Device):
         return _CpuEvent(name)
 
     def record(self, event: Event, stream: Stream) -> None:
-        assert isinstance(event, _CpuEvent) and isinstance(stream, _CpuStream)
+        assert isinstance(event, _CpuEvent)
+        assert isinstance(stream, _CpuStream)
         event.stream, event.position = stream, stream.submitted
 
     def wait(self, stream: Stream, event: Event) -> None:
-        assert isinstance(event, _CpuEvent) and isinstance(stream, _CpuStream)
+        assert isinstance(event, _CpuEvent)
+        assert isinstance(stream, _CpuStream)
         source, position = event.stream, event.position
         if source is None:
             raise BalancerError(

@@ -1,4 +1,4 @@
-"""From a scenario to a judged run folder: starting ranks, driving them, watching over them. Importable without torch."""
+"""From a scenario to a judged run folder: ranks are started, driven and watched. Importable without torch."""
 
 from __future__ import annotations
 

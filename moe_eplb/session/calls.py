@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ def run_calls(
         raise BalancerError("E149", "scripted calls have no balancer to call", hint="add a balancer section")
     script = _Script(scenario, balancer, groups)
     for index, step in enumerate(scenario.calls or ()):
-        error = _attempt(lambda step=step: script.call(step))
+        error = _attempt(partial(script.call, step))
         evidence.write(Row.CALL, step.layer, balancer.iter_id, index=index, call=step.call, error=error)
         if error is not None:
             break

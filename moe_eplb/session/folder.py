@@ -83,7 +83,7 @@ def _judge(folder: Path, scenario: Scenario, failure: str) -> Verdict:
 
 
 def _write_loads(folder: Path, scenario: Scenario) -> None:
-    """Counts per expert, and every chosen id where the scenario asks for it, in the form a `recorded` workload reads."""
+    """Counts per expert, and every chosen id where the scenario asks for it, as a `recorded` workload reads them."""
     if scenario.record.loads:
         shape = (scenario.iterations, scenario.model.layers, scenario.model.experts)
         counts = np.zeros(shape, dtype=np.int64)

@@ -38,7 +38,5 @@ class GroupsBySize:
         return self._made[size]
 
     def _make(self, size: int) -> Groups:
-        model, statistics, setup, checks = (
-            dist.new_group(list(range(size)), timeout=self._timeout) for _ in range(4)
-        )
+        model, statistics, setup, checks = (dist.new_group(list(range(size)), timeout=self._timeout) for _ in range(4))
         return Groups(model, statistics, setup, checks)

@@ -40,7 +40,8 @@ class _Rank(NamedTuple):
 class RankPool:
     """Rank processes of this node, started on demand and kept for the next scenario.
 
-    A scenario of n ranks runs on the first n, the others wait. After a failure all processes are killed; the next scenario starts anew.
+    A scenario of n ranks runs on the first n, the others wait. After a failure all are killed; the next scenario starts
+    anew.
     """
 
     def __init__(self) -> None:
@@ -196,7 +197,7 @@ class _Watch:
         late = sorted(self._number.values())
         return RunFailed(
             "E181", f"the run did not end within {self._scenario.timeout_s:g} s",
-            why=f"ranks {late} were still running", hint="the last events below say where; raise timeout_s if it is slow",
+            why=f"ranks {late} were still running", hint="the last events say where; raise timeout_s if it is only slow",
         )  # fmt: skip
 
 

@@ -69,7 +69,8 @@ class MoeStack:
     def _input(self, iteration: int) -> Tensor:
         tokens = workload.tokens(self._scenario, iteration, self._rank)
         generator = seeded_generator("input", self._scenario.seed, iteration, self._rank)
-        return torch.randn(tokens, self._scenario.model.hidden, generator=generator).to(self._dtype)
+        x: Tensor = torch.randn(tokens, self._scenario.model.hidden, generator=generator).to(self._dtype)
+        return x
 
     def _supply_ids(self, routing: BaseMoeRoutingMethod, iteration: int, layer: int) -> None:
         if isinstance(routing, SuppliedMoeRoutingMethod):
@@ -79,7 +80,8 @@ class MoeStack:
     def _router_weight(self, layer: int) -> Tensor:
         generator = seeded_generator("router", self._scenario.seed, layer)
         model = self._scenario.model
-        return torch.randn(model.hidden, model.experts, generator=generator) * model.hidden**-0.5
+        weight: Tensor = torch.randn(model.hidden, model.experts, generator=generator) * model.hidden**-0.5
+        return weight
 
     def _routing_method(self, layer: int) -> BaseMoeRoutingMethod:
         model, routing = self._scenario.model, self._scenario.model.routing

@@ -37,7 +37,8 @@ def run_joined(
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size != scenario.ranks:
         raise UsageError(
-            "E012", "torchrun and the scenario disagree about the ranks", why=f"torchrun {size}, scenario {scenario.ranks}",
+            "E012", "torchrun and the scenario disagree about the ranks",
+            why=f"torchrun {size}, scenario {scenario.ranks}",
             hint=f"use --nproc-per-node {scenario.ranks}, or --ranks {size}",
         )  # fmt: skip
     torch.set_num_threads(1)

@@ -21,9 +21,11 @@ def test_against_looking_at_every_vote(votes: list[int | None]) -> None:
 
 def test_squares_of_4096_ranks_fit_int64() -> None:
     result = outcome(lanes(2**40 - 1) * 4096)
-    assert result.ready == 4096 and not result.digests_differ
+    assert result.ready == 4096
+    assert not result.digests_differ
 
 
 def test_layer_and_iteration_are_part_of_the_digest() -> None:
     digests = {plan_digest(0, 1, 5), plan_digest(1, 1, 5), plan_digest(0, 2, 5), plan_digest(0, 1, 6)}
-    assert len(digests) == 4 and all(0 <= d < 2**40 for d in digests)
+    assert len(digests) == 4
+    assert all(0 <= d < 2**40 for d in digests)

@@ -19,7 +19,7 @@ def test_create_open_remove() -> None:
         assert (hm.SHM_DIR / name).stat().st_mode & 0o777 == 0o600
         memory[:4] = b"abcd"
         assert hm.open_segment(name, 8192)[:4] == b"abcd"
-        assert [s for s in hm.list_segments() if s.name == name][0].alive
+        assert next(s for s in hm.list_segments() if s.name == name).alive
     finally:
         hm.remove_segment(name)
     assert not [s for s in hm.list_segments() if s.name == name]
@@ -69,8 +69,9 @@ def test_a_killed_owners_segment_is_removed_by_the_next_start() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     name = done.stdout.strip()
-    assert done.returncode == -9 and (hm.SHM_DIR / name).exists()
-    assert not [s for s in hm.list_segments() if s.name == name][0].alive
+    assert done.returncode == -9
+    assert (hm.SHM_DIR / name).exists()
+    assert not next(s for s in hm.list_segments() if s.name == name).alive
     assert name in [s.name for s in hm.clean_segments()]
     assert not (hm.SHM_DIR / name).exists()
 

@@ -34,7 +34,8 @@ def test_counts_equal_the_twins(
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, experts, (tokens, top_k), dtype=np.int32))
     for rank in range(min(ranks, 3)):
         slots = RouteTables(where, rank=rank, choice=choice).route(ids, offset=rank)
-        assert slots.dtype == torch.int32 and slots.shape == ids.shape
+        assert slots.dtype == torch.int32
+        assert slots.shape == ids.shape
         assert np.array_equal(where.slot_to_expert[slots.numpy()], ids.numpy())
         expected = expected_slot_counts(
             ids.numpy(), where.slot_to_expert, rank=rank, ranks=ranks, local_first=choice is ReplicaChoice.LOCAL_FIRST
@@ -61,7 +62,8 @@ def test_ids_out_of_range_get_the_invalid_slot(bad: int) -> None:
     where = placement(4, 2, 3, seed=0)
     tables = RouteTables(where, rank=0, choice=ReplicaChoice.ROUND_ROBIN)
     slots = tables.route(torch.tensor([[0, bad]], dtype=torch.int32), offset=0)
-    assert slots[0, 1] == where.slots and slots[0, 0] < where.slots
+    assert slots[0, 1] == where.slots
+    assert slots[0, 0] < where.slots
 
 
 def test_without_redundancy_assignment_is_the_identity() -> None:

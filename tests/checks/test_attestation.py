@@ -28,12 +28,14 @@ def test_one_flipped_bit_is_seen() -> None:
     slots[1]["w"].view(torch.int32)[3, 1] ^= 1
     assert attestation.read() == 1
     assert attestation.mismatches([2, 0, 2]) == [1]
-    assert attestation.expert(1) == UNKNOWN_EXPERT and attestation.expert(0) == 2
+    assert attestation.expert(1) == UNKNOWN_EXPERT
+    assert attestation.expert(0) == 2
 
 
 def test_a_slot_that_holds_another_expert_is_named() -> None:
     slots = [{name: t.clone() for name, t in master(1).items()}]
     attestation = SlotAttestation(slots, master, experts=3)
     attestation.read()
-    assert attestation.expert(0) == 1 and attestation.mismatches([0]) == [0]
+    assert attestation.expert(0) == 1
+    assert attestation.mismatches([0]) == [0]
     assert attestation.digest(0) == weight_digest(master(1))

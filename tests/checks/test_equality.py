@@ -47,4 +47,7 @@ def test_nan_and_zero_references_never_pass() -> None:
 
 def test_no_tokens() -> None:
     empty = torch.empty(0, 4)
-    assert compare(reference_output(empty, torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2), master), empty).ratio == 0
+    assert (
+        compare(reference_output(empty, torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2), master), empty).ratio
+        == 0
+    )

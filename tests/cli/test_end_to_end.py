@@ -28,15 +28,7 @@ def test_a_run_is_reported_judged_and_reproduced(call: Call, write: Write) -> No
 
 
 def test_ranks_may_be_torchruns(write: Write) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "eplbctl", "run", str(write()), "--out", "one"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

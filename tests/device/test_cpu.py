@@ -64,9 +64,7 @@ def test_collectives_run_at_the_same_point_on_every_rank(seed: int) -> None:
         stream, event = device.stream(AuxStreamType.MoeBalancer), device.new_event()
         for step in range(6):
             device.submit(stream, Kind.PLAN, 0, lambda: None)
-            device.submit(
-                stream, Kind.STATISTIC_REDUCE, 0, lambda s=step: seen.append(f"reduce {s}"), collective=True
-            )
+            device.submit(stream, Kind.STATISTIC_REDUCE, 0, lambda s=step: seen.append(f"reduce {s}"), collective=True)
             for _ in range(rank * 3):  # local work differs between ranks and must not matter
                 device.run(Kind.EXPERTS, 0, lambda: None)
             device.run(Kind.DISPATCH, 0, lambda s=step: seen.append(f"dispatch {s}"))
@@ -96,7 +94,8 @@ def test_discard_forgets_work_and_later_joins_return() -> None:
     device.record(event, stream)
     assert device.discard() == 1
     device.wait(device.main, event)
-    assert done == [] and device.pending() == 0
+    assert done == []
+    assert device.pending() == 0
 
 
 def test_a_stream_can_wait_for_another() -> None:
