@@ -64,6 +64,7 @@ class EvidenceGatherer:
         self._wanted: dict[int, Tensor] = {}
         self._processed: dict[int, list[Tensor]] = {}
         self._written_digest: dict[int, int] = {}
+        self._to_attest: dict[int, list[int]] = {}
         self.iteration = -1
         self.topk_ids: list[np.ndarray] | None = None
 
@@ -75,8 +76,9 @@ class EvidenceGatherer:
     # -- Probe -----------------------------------------------------------------------------------------------------
 
     def routed(self, layer: int, expert_ids: Tensor, slot_ids: Tensor) -> None:
-        watched = self._layers[layer]
-        placement = watched.placement()
+        if layer in self._to_attest:
+            self._attest(layer, self._to_attest.pop(layer))
+        placement = self._layers[layer].placement()
         ids = expert_ids.cpu()
         self._wanted[layer] = ids
         if self.topk_ids is not None:
@@ -124,7 +126,8 @@ class EvidenceGatherer:
             Row.COMMIT, layer, taken=taken, digest=placement.digest(), changed=changed.tolist(), local_changed=local,
             bytes=moved_bytes,
         )  # fmt: skip
-        self._attest(layer, local)
+        # Not here: this is inside the balancer's own work, whose time must not hold that of a check.
+        self._to_attest[layer] = local
 
     def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
         self._write(

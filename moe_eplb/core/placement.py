@@ -54,7 +54,7 @@ class Placement:
         missing = np.flatnonzero(self.replica_count == 0)
         if len(missing):
             raise BalancerError(
-                "E132", f"experts {missing[:8].tolist()} have no slot", why=f"{len(missing)} of {self.experts} lack one",
+                "E132", f"experts {missing[:8].tolist()} have no slot", why=f"{len(missing)} of {self.experts}",
                 hint="every expert needs at least one slot",
             )  # fmt: skip
 

@@ -27,7 +27,7 @@ class Call(enum.IntEnum):
 
 
 class Phase(enum.IntEnum):
-    """Who may touch a layer's weights and tables: nobody yet, the device after the wait, the CPU after the hand-over."""
+    """Who may touch a layer's weights: nobody yet, the device after the wait, the CPU after the hand-over."""
 
     __hash__ = int.__hash__
 

@@ -197,7 +197,7 @@ class _Watch:
         late = sorted(self._number.values())
         return RunFailed(
             "E181", f"the run did not end within {self._scenario.timeout_s:g} s",
-            why=f"ranks {late} were still running", hint="the last events say where; raise timeout_s if it is only slow",
+            why=f"ranks {late} were still running", hint="the last events say where; raise timeout_s if it is slow",
         )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def _commands(text: str) -> Iterator[list[str]]:
 def _parse(words: list[str]) -> None:
     """Parse a command line as the program would, without running it; a wrong one raises click's UsageError."""
     command: click.Command = cli
-    context = click.Context(cli, info_name="eplbctl")
+    context = click.Context(cli, info_name="eplbctl", **cli.context_settings)
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         name, found, words = command.resolve_command(context, words)
         assert name is not None

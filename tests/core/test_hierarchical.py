@@ -79,6 +79,10 @@ def test_equal_loads_of_a_layer_are_shared_equally() -> None:
     assert solve([25] * 6, 8, 2, 2, 4)[1] == [37.5] * 4
 
 
+def test_one_slot_on_each_rank_keeps_the_order_of_the_experts() -> None:
+    assert rebalance_experts(np.array([[10, 40, 20, 30]]), 4, 1, 1, 4)[0].tolist() == [[0, 1, 2, 3]]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_every_result_is_a_placement_that_keeps_groups_on_nodes(data: st.DataObject) -> None:

@@ -158,6 +158,13 @@ def test_preserving_slots_changes_fewer_slots_and_no_load(problem: tuple[np.ndar
     np.testing.assert_allclose(kept.predicted, plain.predicted, rtol=1e-12)
 
 
+def test_slots_are_preserved_unless_that_is_switched_off() -> None:
+    load, current = np.array([1.0, 2.0, 3.0, 4.0]), Placement(2, 4, np.array([0, 3, 1, 2]))
+    kept, plain = plan(load, current), plan(load, current, preserve_slots=False)
+    assert (kept.placement.slot_to_expert.tolist(), kept.changed.tolist()) == ([0, 3, 1, 2], [])
+    assert (plain.placement.slot_to_expert.tolist(), plain.changed.tolist()) == ([3, 0, 2, 1], [0, 1, 2, 3])
+
+
 def test_a_second_plan_for_the_same_load_moves_nothing() -> None:
     load = np.array([600.0, 560, 120, 120, 20, 10, 10, 10])
     first = plan(load, Placement(8, 8, initial_slots(8, 8, 2)))

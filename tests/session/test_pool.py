@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from moe_eplb.analysis import run_folder
+from moe_eplb.analysis.reproduction import compare_placements
 from moe_eplb.balancer.host_memory import list_segments
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import ExitCode, UsageError
+from moe_eplb.core.evidence import Row
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import Status
 from moe_eplb.session import RankPool, RunResult
@@ -84,13 +87,12 @@ def test_one_pool_serves_scenarios_of_several_sizes(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_placements(tmp_path: Path) -> None:
-    from moe_eplb.analysis.run_folder import placements
-
     with RankPool() as pool:
-        first = pool.run(scenario(), tmp_path / "a")
-        second = pool.run(scenario(), tmp_path / "b")
-    assert placements(first.folder) == placements(second.folder)
-    assert len(set(placements(first.folder).values())) > 3
+        first, second = (run_folder.load(pool.run(scenario(), tmp_path / name).folder) for name in "ab")
+    same = compare_placements(first, second)
+    assert same.first_difference is None
+    assert same.places == 3 * 4
+    assert len({row["digest"] for row in first.evidence.rows(Row.PLACEMENT)}) > 3
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
