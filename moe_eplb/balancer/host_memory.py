@@ -51,7 +51,13 @@ def create_segment(instance: str, part: str, size: int, *, directory: Path = SHM
     name = segment_name(instance, part)
     path = directory / name
     _require_free(directory, size)
-    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise HostMemoryError(
+            "E161", f"shared host memory {name} already exists", why="another balancer of this process has the same name",
+            hint="leave shared_memory_base_name out, or give each balancer its own",
+        ) from error  # fmt: skip
     try:
         os.posix_fallocate(fd, 0, size)
         return name, mmap.mmap(fd, size)
@@ -94,14 +100,14 @@ def list_segments(*, directory: Path = SHM_DIR) -> list[Segment]:
     """All segments of this program on this node, by name."""
     found = []
     for path in sorted(directory.glob(f"{_PREFIX}-*")):
-        parts = path.name.split("-")
-        if len(parts) < 5 or not (parts[2].isdigit() and parts[3].isdigit()):
+        parts = path.name.rsplit("-", 3)  # from the right: an instance may be named with dashes
+        if len(parts) < 4 or not (parts[1].isdigit() and parts[2].isdigit()):
             continue
         try:
             stat = path.stat()
         except FileNotFoundError:
             continue
-        pid, ticks = int(parts[2]), int(parts[3])
+        pid, ticks = int(parts[1]), int(parts[2])
         found.append(Segment(path.name, stat.st_size, pid, _start_ticks(pid) == ticks, stat.st_mtime))
     return found
 

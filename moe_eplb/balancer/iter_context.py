@@ -24,7 +24,7 @@ SUPPORTED_ARCHITECTURES = frozenset(
 class MoeLoadBalancerIterContext:
     """Starts an iteration on entry and ends it on exit; an exception inside aborts it, so that the next starts clean.
 
-    Does nothing without a balancer or in static routing.
+    Does nothing without a balancer. Static routing has no iterations; there it only cleans up after an exception.
 
     Args:
         balancer: The model's balancer or None.
@@ -37,11 +37,12 @@ class MoeLoadBalancerIterContext:
         enable_statistic: bool | None = None,
         enable_updates: bool | None = None,
     ) -> None:
-        self._balancer = balancer if balancer is not None and balancer.is_dynamic_routing() else None
+        self._balancer = balancer
+        self._dynamic = balancer is not None and balancer.is_dynamic_routing()
         self._info = (enable_statistic, enable_updates)
 
     def __enter__(self) -> MoeLoadBalancerIterContext:
-        if self._balancer is not None:
+        if self._balancer is not None and self._dynamic:
             self._balancer.set_iter_info(*self._info)
             self._balancer.start_iter()
         return self
@@ -50,6 +51,10 @@ class MoeLoadBalancerIterContext:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._balancer is None:
+            return
+        if not self._dynamic:
+            if error is not None:
+                self._balancer.abort_layers()
             return
         if error is not None:
             self._balancer.abort_iter()
@@ -90,7 +95,10 @@ class BalancerOff(contextlib.AbstractContextManager[None]):
 def maybe_create_moe_load_balancer(
     model_config: ModelConfig, mapping: Mapping, make: Callable[[LoadBalancerConfig], MoeLoadBalancer]
 ) -> MoeLoadBalancer | BalancerOff:
-    """A balancer made by `make`, or `BalancerOff` with the reason, which is logged too."""
+    """A balancer made by `make`, or `BalancerOff` with the reason, which is logged too.
+
+    A balancer whose placements never change comes with a line in the log that says so.
+    """
     config = model_config.moe_load_balancer
     reason = ""
     if config is None:
@@ -104,4 +112,7 @@ def maybe_create_moe_load_balancer(
     if reason or config is None:
         _LOG.warning("balancer: off, because %s", reason)
         return BalancerOff(reason)
-    return make(config)
+    balancer = make(config)
+    if balancer.is_static_routing():
+        _LOG.warning("balancer: off, because layer_updates_per_iter is 0 (static routing): the first placement stays")
+    return balancer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from moe_eplb.balancer import agreement
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 
 __all__ = ["LayerUpdate"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class LayerUpdate:
@@ -69,6 +72,16 @@ class LayerUpdate:
         self._commit(update, update.plan, update.staged, iteration)
         return True
 
+    def abort(self, iteration: int, *, begun: bool) -> bool:
+        """Leave an aborted iteration as every rank does, whatever its streams had done. Whether the placement is new.
+
+        Where the layer had begun, another rank may have committed what was due; nothing else that is pending survives.
+        """
+        committed = begun and self.commit_due(iteration)
+        if self.pending is not None:
+            self._drop(0, False, f"iteration {iteration} was aborted")
+        return committed
+
     def _commit(self, update: Update, plan: Plan, staged: StagedWeights, iteration: int) -> None:
         sink = self._owner.device.sink
         token = sink.begin(Kind.COMMIT, self._layer, iteration, self._owner.device.current.index)
@@ -81,8 +94,14 @@ class LayerUpdate:
 
     def _drop(self, ready: int, digests_differ: bool, reason: str) -> None:
         assert self.pending is not None
+        self.pending.agreed = False
         due, self.pending = self.pending.due, None
         iteration = self._owner.device.iteration
+        _LOG.error(
+            "layer %d: plan for iteration %d dropped in iteration %d: %s (ready on %d of %d ranks%s)",
+            self._layer, due, iteration, reason, ready, self._owner.ep_size,
+            ", digests differ" if digests_differ else "",
+        )  # fmt: skip
         self._owner.device.sink.mark(
             Kind.PLAN_DROPPED, self._layer, iteration, self._owner.device.current.index, ready, int(digests_differ)
         )

@@ -85,6 +85,7 @@ class MoeLoadBalancer:
         )
         self._iter = IterState(next_iteration=0, in_iter=False)
         self._schedule: UpdateSchedule | None = None
+        self.counts_now = False
         self._group_now: tuple[int, ...] = ()
         self._repeated_for_next_layer = 1
         self._previous: list[MoeLoadBalancer | None] = []
@@ -122,8 +123,15 @@ class MoeLoadBalancer:
 
     def finalize_model(self) -> None:
         """Share the host copies, check what was registered and start the updater (dynamic routing)."""
+        if self._schedule is not None:
+            raise BalancerError("E144", "the model is already finalized", hint="call finalize_model() once")
         if self.is_dynamic_routing():
-            if len(self.layers) == 1 and self.options.commit_delay < 2 and self.ep_size > 1:
+            if not self.layers:
+                raise BalancerError(
+                    "E147", "no MoE layer has joined the balancer", why="updates would silently do nothing",
+                    hint="build the model inside `with balancer:`",
+                )  # fmt: skip
+            if len(self.layers) == 1 and self.options.commit_delay < 2:
                 raise BalancerError(
                     "E145", "one layer cannot commit in the iteration after its hand-over",
                     why="its plan is agreed on in a later sum of statistics, and there is no other layer to carry it",
@@ -133,7 +141,7 @@ class MoeLoadBalancer:
                 clean_segments()
             for layer in self.layers:
                 layer.updates.host.finalize()
-                layer.updates.slots.check(layer.updates.host.names)
+                layer.updates.slots.check(layer.updates.host)
             self.updater.start()
         self._schedule = UpdateSchedule(
             len(self.layers), self.layer_updates_per_iter, empty_group=self.options.empty_group
@@ -148,7 +156,7 @@ class MoeLoadBalancer:
 
     def set_warm_up_iter_count(self, count: int) -> None:
         """The next `count` iterations count tokens but move nothing."""
-        self._finalized().warm_up_until = self.iter_id - 1 + count
+        self._finalized().warm_up_until = self.iter_id - 1 + self._iter.in_iter + count
 
     def set_iter_info(self, enable_statistic: bool | None = None, enable_update_weights: bool | None = None) -> None:
         """Switch statistics and updates for the coming iterations; None keeps."""
@@ -168,6 +176,7 @@ class MoeLoadBalancer:
         self.device.sink.mark(Kind.START_ITER, -1, self.iter_id, HOST, flags)
         self._step_iteration("start_iter")
         self.device.iteration = self.iter_id
+        self.counts_now = self.enable_statistic
         updates = self.enable_update_weights and self.is_dynamic_routing()
         self._group_now = schedule.begin(self.iter_id) if updates else ()
 
@@ -179,10 +188,15 @@ class MoeLoadBalancer:
     def abort_iter(self) -> None:
         """Leave an iteration that ended in an exception: every layer starts clean in the next one."""
         self.device.sink.mark(Kind.ABORT_ITER, -1, self.iter_id, HOST)
+        begun = self._iter.layers_run
+        self._step_iteration("abort_iter")
+        self.abort_layers(begun)
+
+    def abort_layers(self, begun: int = 0) -> None:
+        """Forget what every layer was doing, `begun` of which had begun; without iterations, as in static routing."""
         self.device.discard()
         for layer in self.layers:
-            layer.abort()
-        self._step_iteration("abort_iter")
+            layer.abort(self.device.iteration, begun=layer.layer_idx < begun)
 
     def enter_layer(self, layer: int) -> None:
         """A layer begins its iteration (called by the layer); raises `Illegal` out of turn."""
@@ -217,9 +231,11 @@ class MoeLoadBalancer:
 
     def shutdown(self) -> None:
         """Stop the updater and remove this rank's shared memory. Call it on every rank; a second call does nothing."""
-        self.updater.stop()
-        for layer in self.layers:
-            layer.updates.host.close()
+        try:
+            self.updater.stop()
+        finally:
+            for layer in self.layers:
+                layer.updates.host.close()
 
     def __enter__(self) -> MoeLoadBalancer:
         self._previous.append(get_moe_load_balancer())

@@ -42,13 +42,15 @@ class SlotWeights:
             raise BalancerError("E136", f"layer {self._layer}: {name} of local slot {local_slot} was registered twice")
         self._slots[local_slot][name] = tensor
 
-    def check(self, host_names: frozenset[str]) -> None:
-        """Every slot has exactly the weights of which there is a host copy."""
+    def check(self, host: HostMoeTensorSharer) -> None:
+        """Every slot has exactly the weights of which there is a host copy, of the same shapes and dtypes."""
+        wanted = {name: _spec(host.host_tensor(0, name)) for name in sorted(host.names)}
         for local_slot, weights in enumerate(self._slots):
-            if weights.keys() != host_names:
+            found = {name: _spec(weights[name]) for name in sorted(weights)}
+            if found != wanted:
                 raise BalancerError(
                     "E137", f"layer {self._layer}: local slot {local_slot} and the host copy have different weights",
-                    why=f"slot {sorted(weights)}, host {sorted(host_names)}",
+                    why=f"slot {found}, host {wanted}",
                     hint="register every tensor that the kernel reads, scales included, and share each expert's",
                 )  # fmt: skip
 
@@ -66,3 +68,7 @@ class SlotWeights:
         """Overwrite the slots by what was staged."""
         for local_slot, name, tensor in staged.tensors:
             self._slots[local_slot][name].copy_(tensor)
+
+
+def _spec(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)

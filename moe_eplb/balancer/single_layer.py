@@ -18,7 +18,7 @@ from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.replica_choice import RouteTables
 from moe_eplb.balancer.statistics import AllReduce, LoadWindow, accumulate
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import HOST, Kind
+from moe_eplb.core.events import HOST, EventSink, Kind
 from moe_eplb.core.placement import Placement, balancedness
 from moe_eplb.core.protocol import INITIAL, Call, Illegal, step, violation
 from moe_eplb.device import AuxStreamType, EventType, Stream
@@ -29,6 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["SingleLayerMoeLoadBalancer"]
 
 _KINDS = tuple(Kind(call.value) for call in Call)
+
+
+class _Range:
+    """An open record of a call."""
+
+    __slots__ = ("_sink", "_token")
+
+    def __init__(self, sink: EventSink, token: int) -> None:
+        self._sink, self._token = sink, token
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self._sink.end(self._token)
 
 
 class SingleLayerMoeLoadBalancer:
@@ -64,6 +79,7 @@ class SingleLayerMoeLoadBalancer:
         self.updates = LayerUpdate(owner, self, placement)
         self._tables = RouteTables(placement, rank=self.ep_rank, choice=owner.options.replica_choice)
         self._state = INITIAL
+        self._readers: list[Stream] = []
         self._local: Tensor | None = None
         if self.updates_enabled:
             self._make_dynamic(aux_stream)
@@ -107,6 +123,12 @@ class SingleLayerMoeLoadBalancer:
     def set_initial_weight_assignments(self, experts: list[int]) -> None:
         """Set the expert of each of the P slots, before weights are loaded."""
         placement = Placement(self.ep_size, self.expert_count, torch.tensor(experts, dtype=torch.int32).numpy())
+        if placement.slots_per_rank != self.slot_count_per_rank:
+            raise BalancerError(
+                "E131", f"layer {self.layer_idx}: the initial placement has {placement.slots} slots",
+                why=f"the layer has {self.slot_count_per_rank} on each of {self.ep_size} ranks",
+                hint="give the expert of every slot of every rank",
+            )  # fmt: skip
         self.updates.placement = placement
         self._tables.set(placement)
 
@@ -122,41 +144,37 @@ class SingleLayerMoeLoadBalancer:
 
     def start_wait_gpu_stage(self) -> None:
         """Begin to take the layer's weights and tables; a due plan is committed on the balancer stream."""
-        token = self._enter(Call.START_WAIT_GPU_STAGE)
-        if self.updates_enabled:
-            self._submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
-            self._device.record(self._events[EventType.MoeBalancer], self._aux)
-        self._device.sink.end(token)
+        with self._call(Call.START_WAIT_GPU_STAGE):
+            if self.updates_enabled:
+                self._submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
+                self._device.record(self._events[EventType.MoeBalancer], self._aux)
 
     def done_wait_gpu_stage(self) -> None:
         """From here on the current stream may read weights and tables."""
-        token = self._enter(Call.DONE_WAIT_GPU_STAGE)
-        self._join()
-        self._device.sink.end(token)
+        with self._call(Call.DONE_WAIT_GPU_STAGE):
+            self._join()
+            self._readers = [self._device.current]
 
     def update_local_statistic(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path A: count expert ids int32 [T, K] of this rank."""
-        token = self._enter(Call.UPDATE_LOCAL_STATISTIC, is_first_stage, is_last_stage)
-        if self.updates_enabled:
-            self._submit(Kind.UPDATE_LOCAL_STATISTIC, lambda: self._count(ids, is_first_stage))
-        self._device.sink.end(token)
+        with self._call(Call.UPDATE_LOCAL_STATISTIC, is_first_stage, is_last_stage):
+            if self.updates_enabled:
+                self._submit(Kind.UPDATE_LOCAL_STATISTIC, lambda: self._count(ids, is_first_stage))
 
     def get_local_statistic_tensor(self) -> Tensor | None:
         """Path A: this rank's counts int32 [E], ready for the current stream; None in static routing."""
-        token = self._enter(Call.GET_LOCAL_STATISTIC_TENSOR)
-        if self.updates_enabled:
-            self._device.record(self._events[EventType.MoeBalancer], self._aux)
-            self._join()
-        self._device.sink.end(token)
+        with self._call(Call.GET_LOCAL_STATISTIC_TENSOR):
+            if self.updates_enabled:
+                self._device.record(self._events[EventType.MoeBalancer], self._aux)
+                self._join()
         return self._local if self.updates_enabled else None
 
     def update_statistic_with_gathered_statistic(self, gathered: Tensor) -> None:
         """Path A: the counts of all ranks int32 [R, E]; any other shape is an error."""
-        token = self._enter(Call.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC)
-        if self.updates_enabled:
-            self._require_gathered_shape(gathered)
-            self._submit(Kind.LOAD_UPDATE, lambda: self._fold(gathered.to(torch.int64).sum(0)))
-        self._device.sink.end(token)
+        self._require_gathered_shape(gathered)
+        with self._call(Call.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC):
+            if self.updates_enabled:
+                self._submit(Kind.LOAD_UPDATE, lambda: self._fold(gathered.to(torch.int64).sum(0)))
 
     def update_statistic_with_local_ids(
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
@@ -167,44 +185,47 @@ class SingleLayerMoeLoadBalancer:
                 "E139", f"layer {self.layer_idx}: no allreduce for statistics of {self.ep_size} ranks",
                 why="a local sum would give every rank another load", hint="pass allreduce=AllReduce(group)",
             )  # fmt: skip
-        token = self._enter(Call.UPDATE_STATISTIC_WITH_LOCAL_IDS, is_first_stage, is_last_stage)
-        if self.updates_enabled:
-            self._submit(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, lambda: self._count(ids, is_first_stage))
-            if is_last_stage:
-                self._submit_reduction(allreduce)
-        self._device.sink.end(token)
+        with self._call(Call.UPDATE_STATISTIC_WITH_LOCAL_IDS, is_first_stage, is_last_stage):
+            if self.updates_enabled:
+                self._submit(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, lambda: self._count(ids, is_first_stage))
+                if is_last_stage:
+                    self._submit_reduction(allreduce)
 
     def update_statistic_with_global_ids(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path C: count the expert ids of all ranks, int32 [sum of T, K]."""
-        token = self._enter(Call.UPDATE_STATISTIC_WITH_GLOBAL_IDS, is_first_stage, is_last_stage)
-        if self.updates_enabled:
-            self._submit(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, lambda: self._count(ids, is_first_stage))
-            if is_last_stage:
-                self._submit(Kind.LOAD_UPDATE, lambda: self._fold(self._counts().to(torch.int64)))
-        self._device.sink.end(token)
+        with self._call(Call.UPDATE_STATISTIC_WITH_GLOBAL_IDS, is_first_stage, is_last_stage):
+            if self.updates_enabled:
+                self._submit(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, lambda: self._count(ids, is_first_stage))
+                if is_last_stage:
+                    self._submit(Kind.LOAD_UPDATE, lambda: self._fold(self._counts().to(torch.int64)))
 
     def route(self, ids: Tensor, offset_by_ep_rank: bool = False) -> Tensor:
-        """Global slot ids int32 [T, K] for expert ids [T, K], on the current stream. Free in static routing."""
-        token = self._enter(Call.ROUTE)
-        offset = self.ep_rank if offset_by_ep_rank else 0
-        choose = partial(self._tables.route, ids, offset=offset)
-        slots = self._device.run(Kind.ROUTE, self.layer_idx, choose, b=self.updates.version)
-        self._device.sink.end(token)
+        """Global slot ids int32 [T, K] for expert ids [T, K], on the current stream. Free in static routing.
+
+        A chunk may route on a stream of its own: it too waits for the layer, and the hand-over waits for it.
+        """
+        with self._call(Call.ROUTE):
+            if self.updates_enabled and self._device.current not in self._readers:
+                self._join()
+                self._readers.append(self._device.current)
+            offset = self.ep_rank if offset_by_ep_rank else 0
+            choose = partial(self._tables.route, ids, offset=offset)
+            slots = self._device.run(Kind.ROUTE, self.layer_idx, choose, b=self.updates.version)
         return slots
 
     def start_set_cpu_stage(self) -> None:
         """Begin to hand the layer over: the experts have been computed, weights are no longer read."""
-        token = self._enter(Call.START_SET_CPU_STAGE)
-        if self.updates_enabled:
-            self._submit(Kind.START_SET_CPU_STAGE, self._hand_over)
-            self._device.record(self._events[EventType.MoeBalancer], self._aux)
-        self._device.sink.end(token)
+        with self._call(Call.START_SET_CPU_STAGE):
+            if self.updates_enabled:
+                for stream in self._readers:
+                    self._follow(stream)
+                self._submit(Kind.START_SET_CPU_STAGE, self._hand_over)
+                self._device.record(self._events[EventType.MoeBalancer], self._aux)
 
     def done_set_cpu_stage(self) -> None:
         """The layer's iteration is over; all call counts are zero again."""
-        token = self._enter(Call.DONE_SET_CPU_STAGE)
-        self._join()
-        self._device.sink.end(token)
+        with self._call(Call.DONE_SET_CPU_STAGE):
+            self._join()
 
     # -- agreement for paths whose sum over ranks the dispatch makes -----------------------------------------------
 
@@ -224,14 +245,25 @@ class SingleLayerMoeLoadBalancer:
 
     # -- work on the balancer stream -------------------------------------------------------------------------------
 
-    def abort(self) -> None:
-        """Forget a forward that ended in an exception; the next iteration starts clean."""
+    def abort(self, iteration: int, *, begun: bool) -> None:
+        """Forget an iteration that ended in an exception; the next one starts clean, and alike on every rank.
+
+        Counts and plans go, because how much of them the streams had done differs between ranks.
+        """
         self._state = INITIAL
+        if self.updates_enabled:
+            if self.updates.abort(iteration, begun=begun):
+                self._tables.set(self.placement)
+            self._load.reset()
 
     @property
     def unfinished(self) -> bool:
         """Whether the layer has begun and not handed over."""
         return self._state is not INITIAL
+
+    def _call(self, call: Call, first: bool = True, last: bool = True) -> _Range:
+        """Check and record a call; the record ends with the block, also when that raises."""
+        return _Range(self._device.sink, self._enter(call, first, last))
 
     def _enter(self, call: Call, first: bool = True, last: bool = True) -> int:
         flags = first | last << 1 | self.updates_enabled << 2
@@ -245,25 +277,30 @@ class SingleLayerMoeLoadBalancer:
             raise violation(self.layer_idx, self._device.iteration, error) from None
         return token
 
-    def _submit(self, kind: Kind, work: Callable[[], None], *, collective: bool = False) -> None:
+    def _submit(self, kind: Kind, work: Callable[[], None]) -> None:
         """Put work on the balancer stream, after what the current stream has submitted so far."""
+        self._follow(self._device.current)
+        self._device.submit(self._aux, kind, self.layer_idx, work)
+
+    def _follow(self, stream: Stream) -> None:
+        """Later work on the balancer stream runs after what `stream` has submitted so far."""
         main = self._events[EventType.Main]
-        self._device.record(main, self._device.current)
+        self._device.record(main, stream)
         self._device.wait(self._aux, main)
-        self._device.submit(self._aux, kind, self.layer_idx, work, collective=collective)
 
     def _join(self) -> None:
         if self.updates_enabled:
             self._device.wait(self._device.current, self._events[EventType.MoeBalancer])
 
     def _take_over(self) -> None:
-        self.statistic_flag_tensor.fill_(int(self._owner.enable_statistic))
+        self.statistic_flag_tensor.fill_(int(self._owner.counts_now))
         if self.updates.commit_due(self._device.iteration):
             self._tables.set(self.placement)
 
     def _counts(self) -> Tensor:
         if self._local is None:
-            self._local = torch.zeros(self.expert_count, dtype=torch.int32)
+            with torch.inference_mode(False):  # whatever mode comes first, later iterations of any mode write to it
+                self._local = torch.zeros(self.expert_count, dtype=torch.int32)
         return self._local
 
     def _count(self, ids: Tensor, is_first_stage: bool) -> None:
@@ -281,9 +318,9 @@ class SingleLayerMoeLoadBalancer:
             message.append(torch.cat([self._counts().to(torch.int64), lanes]))
             if allreduce is not None:
                 allreduce(message[0])
+            self._owner.settle(self.layer_idx, message[0][self.expert_count :])
 
         def fold() -> None:
-            self._owner.settle(self.layer_idx, message[0][self.expert_count :])
             self._fold(message[0][: self.expert_count])
 
         self._device.submit(self._aux, Kind.STATISTIC_REDUCE, self.layer_idx, reduce, collective=True)
@@ -304,7 +341,7 @@ class SingleLayerMoeLoadBalancer:
 
     def _require_gathered_shape(self, gathered: Tensor) -> None:
         expected = (self.ep_size, self.expert_count)
-        if tuple(gathered.shape) != expected:
+        if self.updates_enabled and tuple(gathered.shape) != expected:
             raise BalancerError(
                 "E141", f"layer {self.layer_idx}: gathered statistics have the wrong shape",
                 why=f"{tuple(gathered.shape)}, expected (ep_size, num_experts) = {expected}",

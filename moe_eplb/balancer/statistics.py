@@ -66,6 +66,11 @@ class LoadWindow:
         decayed = self._load * self._decay
         self._load = decayed + sample
 
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._load = torch.zeros_like(self._load)
+        self._recent.clear()
+
     def take(self) -> np.ndarray:
         """The load float64 [E] for a plan; it starts again from zero."""
         load = self._load.numpy().astype(np.float64)

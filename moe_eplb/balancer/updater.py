@@ -26,7 +26,7 @@ class Update:
     """One update of one layer: taken at the end of iteration `taken`, to be committed at the start of `due`.
 
     `done` is set when the updater has finished, one way or the other: `plan` and `staged` are there, or `error` is.
-    `agreed` is None until the ranks have voted.
+    `agreed` is None until the ranks have voted, and False also when the update is given up before.
     """
 
     layer: int
@@ -37,7 +37,7 @@ class Update:
     stage: Callable[[Plan], StagedWeights]
     plan: Plan | None = None
     staged: StagedWeights | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     agreed: bool | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -55,6 +55,8 @@ class Updater:
         self._sink, self._timeout_s, self._preserve = sink, timeout_s, preserve_slots
         self._tasks: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moe_eplb-updater", daemon=True)
+        self._overdue: Update | None = None
+        self._stopping = False
 
     def start(self) -> None:
         """Start the thread."""
@@ -65,23 +67,34 @@ class Updater:
         self._tasks.put(update)
 
     def wait(self, update: Update) -> bool:
-        """Whether the update is ready, waiting at most the timeout. A dead or slow updater is a no, and is logged."""
-        if not update.done.wait(self._timeout_s):
+        """Whether the update is ready, waiting at most the timeout. A dead or slow updater is a no, and is logged.
+
+        An updater that is dead, or still held by an update that was waited for in vain, is not waited for again.
+        """
+        if not update.done.wait(self._patience()):
+            if self._overdue is None:
+                self._overdue = update
             _LOG.error(
-                "layer %d: the update taken in iteration %d is not ready after %.1f s (updater %s)",
+                "layer %d: the update taken in iteration %d is not ready, waited %g s at most (updater %s)",
                 update.layer, update.taken, self._timeout_s, "alive" if self._thread.is_alive() else "dead",
             )  # fmt: skip
             return False
         if update.error is not None:
             _LOG.error(
-                "layer %d: the update taken in iteration %d failed: %s", update.layer, update.taken, update.error
+                "layer %d: the update taken in iteration %d failed: %r", update.layer, update.taken, update.error
             )
         return update.error is None
 
+    def _patience(self) -> float:
+        if self._overdue is not None and self._overdue.done.is_set():
+            self._overdue = None
+        return self._timeout_s if self._overdue is None and self._thread.is_alive() else 0.0
+
     def stop(self) -> None:
-        """End the thread after the updates already queued; raises if it does not end within the timeout."""
+        """End the thread after the update it works on; raises if it does not end within the timeout."""
         if not self._thread.is_alive():
             return
+        self._stopping = True
         self._tasks.put(None)
         self._thread.join(self._timeout_s)
         if self._thread.is_alive():
@@ -93,16 +106,31 @@ class Updater:
     def _serve(self) -> None:
         while (update := self._tasks.get()) is not None:
             try:
-                self._prepare(update)
+                if not self._stopping and update.agreed is not False:
+                    self._prepare(update)
             except Exception as error:  # reported by whoever waits: the model must go on with the last good placement
                 update.error = error
+            except BaseException as error:
+                update.error = error
+                raise  # the thread was told to end; whoever waits learns that it is dead
             finally:
                 update.done.set()
 
     def _prepare(self, update: Update) -> None:
         token = self._sink.begin(Kind.PLAN, update.layer, update.taken, UPDATER)
-        update.plan = plan(update.load, update.current, preserve_slots=self._preserve)
-        self._sink.end(token, a=len(update.plan.changed), b=update.plan.placement.digest())
+        changed = digest = None
+        try:
+            made = update.plan = plan(update.load, update.current, preserve_slots=self._preserve)
+            changed, digest = len(made.changed), made.placement.digest()
+        finally:
+            self._sink.end(token, a=changed, b=digest)
+        self._stage(update, made)
+
+    def _stage(self, update: Update, made: Plan) -> None:
         token = self._sink.begin(Kind.STAGE_WEIGHTS, update.layer, update.taken, UPDATER)
-        update.staged = update.stage(update.plan)
-        self._sink.end(token, a=update.staged.bytes, b=len(update.staged.tensors))
+        size = tensors = None
+        try:
+            update.staged = update.stage(made)
+            size, tensors = update.staged.bytes, len(update.staged.tensors)
+        finally:
+            self._sink.end(token, a=size, b=tensors)

@@ -31,7 +31,15 @@ class Placement:
     slot_to_expert: np.ndarray
 
     def __post_init__(self) -> None:
-        slots = np.array(self.slot_to_expert, dtype=np.int32)
+        given = np.asarray(self.slot_to_expert)
+        slots = given.astype(np.int32)  # always a copy
+        if given.ndim != 1 or not np.array_equal(given, slots):
+            raise BalancerError(
+                "E132",
+                "slots must hold whole expert ids",
+                why=f"{given.dtype} of shape {given.shape}",
+                hint="pass int32 [P]",
+            )
         slots.flags.writeable = False
         object.__setattr__(self, "slot_to_expert", slots)
         self._check()
@@ -97,7 +105,8 @@ class Placement:
 
     def changed_slots(self, other: Placement) -> np.ndarray:
         """Slots that hold another expert than in `other`, int64."""
-        return np.flatnonzero(self.slot_to_expert != other.slot_to_expert)
+        changed: np.ndarray = np.flatnonzero(self.slot_to_expert != other.slot_to_expert)
+        return changed
 
     def rank_slots(self, rank: int) -> slice:
         """The slots of a rank."""

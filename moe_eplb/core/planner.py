@@ -49,6 +49,11 @@ def replicate(load: np.ndarray, num_slots: int) -> np.ndarray:
     experts = len(load)
     if num_slots < experts:
         raise BalancerError("E131", f"{num_slots} slots cannot hold {experts} experts", hint=f"use at least {experts}")
+    if not (np.isfinite(load).all() and (load >= 0).all()):
+        worst = int(np.flatnonzero(~np.isfinite(load) | (load < 0))[0])
+        raise BalancerError(
+            "E149", f"the load of expert {worst} is not usable", why=f"it is {load[worst]}, loads are finite and >= 0"
+        )
     if not load.any():
         counts = np.full(experts, num_slots // experts, dtype=np.int64)
         counts[: num_slots % experts] += 1

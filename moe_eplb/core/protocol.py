@@ -105,4 +105,5 @@ def _after(state: LayerState, call: Call, *, last: bool) -> LayerState:
         return state._replace(phase=_PHASE_AFTER.get(call, state.phase), counts=counts)
     reduced = call is Call.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC or (path is not Path.GATHERED and last)
     complete = state.complete or (call is not Call.GET_LOCAL_STATISTIC_TENSOR and last)
-    return LayerState(state.phase, counts, True, state.reduced or reduced, complete, path)
+    fetched = state.fetched or (call is Call.GET_LOCAL_STATISTIC_TENSOR and state.complete)
+    return LayerState(state.phase, counts, True, state.reduced or reduced, complete, path, fetched)

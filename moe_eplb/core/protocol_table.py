@@ -60,7 +60,8 @@ class LayerState(NamedTuple):
     """A layer within an iteration.
 
     `counts`: the ten calls' counts. `given`: statistics were given. `reduced`: they were summed over the ranks.
-    `complete`: their last stage was given. `path`: the path in use.
+    `complete`: their last stage was given. `path`: the path in use. `fetched`: local counts were handed out
+    after the last stage.
     """
 
     phase: Phase
@@ -69,6 +70,7 @@ class LayerState(NamedTuple):
     reduced: bool = False
     complete: bool = False
     path: Path | None = None
+    fetched: bool = False
 
 
 INITIAL = LayerState(Phase.IDLE, (0,) * len(Call))
@@ -184,7 +186,7 @@ TABLE: dict[Call, tuple[Row, ...]] = {
             "E108", "get_local_statistic_tensor > 0 after the last stage, not reduced yet",
             "the gathered statistics cannot be those of this iteration",
             "gather what get_local_statistic_tensor gives after the last stage, and update once",
-            lambda g: g.count(Call.GET_LOCAL_STATISTIC_TENSOR) == 0 or not g.state.complete or g.state.reduced,
+            lambda g: not g.state.fetched or g.state.reduced,
         ),
     ),
     Call.UPDATE_STATISTIC_WITH_LOCAL_IDS: (_IN_OWNED, _only(Path.LOCAL_IDS), _FIRST_STAGE, _NOT_COMPLETE),

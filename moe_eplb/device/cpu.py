@@ -89,7 +89,7 @@ class CpuDevice(Device):
             )  # fmt: skip
         if source is stream or source.done >= position:
             return
-        if stream is self.main:
+        if stream is self.main or stream is self.current:  # whose work runs at once
             self._drain(source, position)
         else:
             self._enqueue(stream, _Work(lambda: self._drain(source, position), collective=False))

@@ -23,7 +23,7 @@ def run_calls(
 ) -> None:
     """Make the calls in order until one raises; each leaves a CALL row."""
     if balancer is None:
-        raise BalancerError("E149", "scripted calls have no balancer to call", hint="add a balancer section")
+        raise BalancerError("E159", "scripted calls have no balancer to call", hint="add a balancer section")
     script = _Script(scenario, balancer, groups)
     for index, step in enumerate(scenario.calls or ()):
         error = _attempt(partial(script.call, step))

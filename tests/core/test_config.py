@@ -26,6 +26,23 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+AS_WRITTEN = """\
+initial_global_assignments:
+  3: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+    21, 22, 23, 0, 1]
+  10: [23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3,
+    2, 1, 0, 0, 1]
+layer_updates_per_iter: 0
+num_slots: 26
+"""
+
+
+def test_a_generated_file_with_wrapped_inline_lists_and_sorted_keys_is_read() -> None:
+    read = config.loads(AS_WRITTEN, "f")
+    assert (read.num_slots, read.layer_updates_per_iter, read.ep_size) == (26, 0, None)
+    assert read.initial_global_assignments == {3: [*range(24), 0, 1], 10: [*reversed(range(24)), 0, 1]}
+
+
 def test_only_the_slots_must_be_given() -> None:
     read = config.loads("num_slots: 288\n", "f")
     assert (read.layer_updates_per_iter, read.initial_global_assignments, read.ep_size) == (0, None, None)

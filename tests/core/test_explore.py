@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from moe_eplb.core.explore import CODES, Exploration, IterMove, Move, explore, explore_iterations, unreached
-from moe_eplb.core.protocol import INITIAL, Call, Illegal, IterState, LayerState, iter_step, step
+from moe_eplb.core.protocol import INITIAL, Call, Illegal, IterState, LayerState, Path, Phase, iter_step, step
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,13 @@ def test_no_reachable_state_of_a_layer_is_a_trap(
     assert INITIAL in found.states
     assert len(found.states) > 50
     assert (found.dead_ends, found.stranded) == (frozenset(), frozenset())
+
+
+def test_every_path_of_statistics_leads_to_the_hand_over(layers: dict[bool, Exploration[LayerState, Move]]) -> None:
+    handed = {state for state in layers[True].states if state.phase is Phase.RELEASING}
+    assert all(state.reduced for state in handed)
+    assert {state.path for state in handed} == set(Path)
+    assert {step(state, Call.DONE_SET_CPU_STAGE, dynamic=True) for state in handed} == {INITIAL}
 
 
 def test_no_reachable_state_of_the_iterations_is_a_trap(iterations: Exploration[IterState, IterMove]) -> None:

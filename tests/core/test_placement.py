@@ -78,6 +78,13 @@ def test_what_is_no_placement_is_refused(ranks: int, experts: int, slots: list[i
         assert placement(ranks, experts, *(i % experts for i in range(nearest))).slots == nearest
 
 
+@pytest.mark.parametrize("given", [[0.5, 1.0], [[0, 1]], [0, 2**32 + 1]])
+def test_slots_that_hold_no_expert_ids_are_refused(given: list[object]) -> None:
+    with pytest.raises(BalancerError, match="whole expert ids") as caught:
+        Placement(1, 2, np.array(given))
+    assert caught.value.code == "E132"
+
+
 def test_a_missing_expert_is_named() -> None:
     with pytest.raises(BalancerError, match=r"experts \[1, 3\] have no slot"):
         placement(1, 4, 0, 0, 2, 2)

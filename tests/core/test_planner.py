@@ -66,6 +66,13 @@ def test_too_few_slots_are_refused() -> None:
     assert caught.value.code == "E131"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_a_load_that_is_no_load_is_refused(bad: float) -> None:
+    with pytest.raises(BalancerError, match="expert 1") as caught:
+        replicate(np.array([1.0, bad, 2.0]), 4)
+    assert caught.value.code == "E149"
+
+
 # -- placement ---------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from moe_eplb.core.protocol import Illegal, IterState, iter_step, violation
+from moe_eplb.core.protocol import Illegal, IterCall, IterState, iter_step, violation
 
 LAYERS = 3
 BETWEEN = IterState(next_iteration=4, in_iter=False)
@@ -44,7 +46,7 @@ def test_an_abort_is_legal_anywhere_in_an_iteration_and_leaves_it_clean(begun: t
     ],
 )
 def test_an_illegal_order_of_iterations_has_its_code(
-    code: str, state: IterState, call: str, arguments: dict[str, object], named: str
+    code: str, state: IterState, call: IterCall, arguments: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(Illegal) as caught:
         iter_step(state, call, layers=LAYERS, **arguments)
