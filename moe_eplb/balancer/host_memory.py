@@ -55,7 +55,7 @@ def create_segment(instance: str, part: str, size: int, *, directory: Path = SHM
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         raise HostMemoryError(
-            "E161", f"shared host memory {name} already exists", why="another balancer of this process has the same name",
+            "E161", f"shared host memory {name} already exists", why="another balancer of this process has its name",
             hint="leave shared_memory_base_name out, or give each balancer its own",
         ) from error  # fmt: skip
     try:

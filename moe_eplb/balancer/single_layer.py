@@ -7,21 +7,21 @@ route, dispatch and experts, the hand-over overlaps combine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.replica_choice import RouteTables
-from moe_eplb.balancer.statistics import AllReduce, LoadWindow, accumulate
+from moe_eplb.balancer.statistics import AllReduce, LayerStatistics, require_gathered_shape
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, EventSink, Kind
 from moe_eplb.core.placement import Placement, balancedness
 from moe_eplb.core.protocol import INITIAL, Call, Illegal, step, violation
-from moe_eplb.device import AuxStreamType, EventType, Stream
+from moe_eplb.device import Stream
 
 if TYPE_CHECKING:
     from moe_eplb.balancer.load_balancer import MoeLoadBalancer
@@ -79,18 +79,11 @@ class SingleLayerMoeLoadBalancer:
         self.updates = LayerUpdate(owner, self, placement)
         self._tables = RouteTables(placement, rank=self.ep_rank, choice=owner.options.replica_choice)
         self._state = INITIAL
-        self._readers: list[Stream] = []
-        self._local: Tensor | None = None
         if self.updates_enabled:
-            self._make_dynamic(aux_stream)
-
-    def _make_dynamic(self, aux_stream: Stream | None) -> None:
-        options = self._owner.options
-        self._aux = aux_stream or self._device.stream(AuxStreamType.MoeBalancer)
-        names = (EventType.Main, EventType.MoeBalancer)
-        self._events = {name: self._device.new_event(name.name) for name in names}
-        self._load = LoadWindow(self.expert_count, decay=options.decay, window=options.window)
-        self.statistic_flag_tensor = torch.zeros(1, dtype=torch.int32)
+            options = owner.options
+            self._stream = LayerStream(self._device, layer_idx, aux_stream)
+            self._statistics = LayerStatistics(expert_count, decay=options.decay, window=options.window)
+            self.statistic_flag_tensor = self._statistics.flag
 
     # -- what the model asks -------------------------------------------------------------------------------------
 
@@ -146,35 +139,37 @@ class SingleLayerMoeLoadBalancer:
         """Begin to take the layer's weights and tables; a due plan is committed on the balancer stream."""
         with self._call(Call.START_WAIT_GPU_STAGE):
             if self.updates_enabled:
-                self._submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
-                self._device.record(self._events[EventType.MoeBalancer], self._aux)
+                self._stream.submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
+                self._stream.mark()
 
     def done_wait_gpu_stage(self) -> None:
         """From here on the current stream may read weights and tables."""
         with self._call(Call.DONE_WAIT_GPU_STAGE):
-            self._join()
-            self._readers = [self._device.current]
+            if self.updates_enabled:
+                self._stream.begin_reading()
 
     def update_local_statistic(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path A: count expert ids int32 [T, K] of this rank."""
         with self._call(Call.UPDATE_LOCAL_STATISTIC, is_first_stage, is_last_stage):
             if self.updates_enabled:
-                self._submit(Kind.UPDATE_LOCAL_STATISTIC, lambda: self._count(ids, is_first_stage))
+                self._submit_count(Kind.UPDATE_LOCAL_STATISTIC, ids, is_first_stage)
 
     def get_local_statistic_tensor(self) -> Tensor | None:
         """Path A: this rank's counts int32 [E], ready for the current stream; None in static routing."""
         with self._call(Call.GET_LOCAL_STATISTIC_TENSOR):
-            if self.updates_enabled:
-                self._device.record(self._events[EventType.MoeBalancer], self._aux)
-                self._join()
-        return self._local if self.updates_enabled else None
+            if not self.updates_enabled:
+                return None
+            self._stream.mark()
+            self._stream.join()
+            return self._statistics.counts()
 
     def update_statistic_with_gathered_statistic(self, gathered: Tensor) -> None:
         """Path A: the counts of all ranks int32 [R, E]; any other shape is an error."""
-        self._require_gathered_shape(gathered)
+        if self.updates_enabled:
+            require_gathered_shape(gathered, self.layer_idx, ranks=self.ep_size, experts=self.expert_count)
         with self._call(Call.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC):
             if self.updates_enabled:
-                self._submit(Kind.LOAD_UPDATE, lambda: self._fold(gathered.to(torch.int64).sum(0)))
+                self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold(gathered.to(torch.int64).sum(0)))
 
     def update_statistic_with_local_ids(
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
@@ -187,7 +182,7 @@ class SingleLayerMoeLoadBalancer:
             )  # fmt: skip
         with self._call(Call.UPDATE_STATISTIC_WITH_LOCAL_IDS, is_first_stage, is_last_stage):
             if self.updates_enabled:
-                self._submit(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, lambda: self._count(ids, is_first_stage))
+                self._submit_count(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, ids, is_first_stage)
                 if is_last_stage:
                     self._submit_reduction(allreduce)
 
@@ -195,9 +190,9 @@ class SingleLayerMoeLoadBalancer:
         """Path C: count the expert ids of all ranks, int32 [sum of T, K]."""
         with self._call(Call.UPDATE_STATISTIC_WITH_GLOBAL_IDS, is_first_stage, is_last_stage):
             if self.updates_enabled:
-                self._submit(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, lambda: self._count(ids, is_first_stage))
+                self._submit_count(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, ids, is_first_stage)
                 if is_last_stage:
-                    self._submit(Kind.LOAD_UPDATE, lambda: self._fold(self._counts().to(torch.int64)))
+                    self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold(self._statistics.counts().to(torch.int64)))
 
     def route(self, ids: Tensor, offset_by_ep_rank: bool = False) -> Tensor:
         """Global slot ids int32 [T, K] for expert ids [T, K], on the current stream. Free in static routing.
@@ -205,9 +200,8 @@ class SingleLayerMoeLoadBalancer:
         A chunk may route on a stream of its own: it too waits for the layer, and the hand-over waits for it.
         """
         with self._call(Call.ROUTE):
-            if self.updates_enabled and self._device.current not in self._readers:
-                self._join()
-                self._readers.append(self._device.current)
+            if self.updates_enabled:
+                self._stream.read()
             offset = self.ep_rank if offset_by_ep_rank else 0
             choose = partial(self._tables.route, ids, offset=offset)
             slots = self._device.run(Kind.ROUTE, self.layer_idx, choose, b=self.updates.version)
@@ -217,15 +211,15 @@ class SingleLayerMoeLoadBalancer:
         """Begin to hand the layer over: the experts have been computed, weights are no longer read."""
         with self._call(Call.START_SET_CPU_STAGE):
             if self.updates_enabled:
-                for stream in self._readers:
-                    self._follow(stream)
-                self._submit(Kind.START_SET_CPU_STAGE, self._hand_over)
-                self._device.record(self._events[EventType.MoeBalancer], self._aux)
+                self._stream.end_reading()
+                self._stream.submit(Kind.START_SET_CPU_STAGE, self._hand_over)
+                self._stream.mark()
 
     def done_set_cpu_stage(self) -> None:
         """The layer's iteration is over; all call counts are zero again."""
         with self._call(Call.DONE_SET_CPU_STAGE):
-            self._join()
+            if self.updates_enabled:
+                self._stream.join()
 
     # -- agreement for paths whose sum over ranks the dispatch makes -----------------------------------------------
 
@@ -254,7 +248,7 @@ class SingleLayerMoeLoadBalancer:
         if self.updates_enabled:
             if self.updates.abort(iteration, begun=begun):
                 self._tables.set(self.placement)
-            self._load.reset()
+            self._statistics.load.reset()
 
     @property
     def unfinished(self) -> bool:
@@ -277,45 +271,20 @@ class SingleLayerMoeLoadBalancer:
             raise violation(self.layer_idx, self._device.iteration, error) from None
         return token
 
-    def _submit(self, kind: Kind, work: Callable[[], None]) -> None:
-        """Put work on the balancer stream, after what the current stream has submitted so far."""
-        self._follow(self._device.current)
-        self._device.submit(self._aux, kind, self.layer_idx, work)
-
-    def _follow(self, stream: Stream) -> None:
-        """Later work on the balancer stream runs after what `stream` has submitted so far."""
-        main = self._events[EventType.Main]
-        self._device.record(main, stream)
-        self._device.wait(self._aux, main)
-
-    def _join(self) -> None:
-        if self.updates_enabled:
-            self._device.wait(self._device.current, self._events[EventType.MoeBalancer])
-
     def _take_over(self) -> None:
-        self.statistic_flag_tensor.fill_(int(self._owner.counts_now))
+        self._statistics.flag.fill_(int(self._owner.counts_now))
         if self.updates.commit_due(self._device.iteration):
             self._tables.set(self.placement)
 
-    def _counts(self) -> Tensor:
-        if self._local is None:
-            with torch.inference_mode(False):  # whatever mode comes first, later iterations of any mode write to it
-                self._local = torch.zeros(self.expert_count, dtype=torch.int32)
-        return self._local
-
-    def _count(self, ids: Tensor, is_first_stage: bool) -> None:
-        counts = self._counts()
-        if is_first_stage:
-            counts.zero_()
-        if self.statistic_flag_tensor.item():
-            accumulate(ids, counts)
+    def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool) -> None:
+        self._stream.submit(kind, lambda: self._statistics.count(ids, is_first_stage))
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
         message: list[Tensor] = []
 
         def reduce() -> None:
             lanes = self._owner.agreement_lanes(self.layer_idx)
-            message.append(torch.cat([self._counts().to(torch.int64), lanes]))
+            message.append(torch.cat([self._statistics.counts().to(torch.int64), lanes]))
             if allreduce is not None:
                 allreduce(message[0])
             self._owner.settle(self.layer_idx, message[0][self.expert_count :])
@@ -323,27 +292,18 @@ class SingleLayerMoeLoadBalancer:
         def fold() -> None:
             self._fold(message[0][: self.expert_count])
 
-        self._device.submit(self._aux, Kind.STATISTIC_REDUCE, self.layer_idx, reduce, collective=True)
-        self._device.submit(self._aux, Kind.LOAD_UPDATE, self.layer_idx, fold)
+        self._stream.submit_next(Kind.STATISTIC_REDUCE, reduce, collective=True)
+        self._stream.submit_next(Kind.LOAD_UPDATE, fold)
 
     def _fold(self, counts: Tensor) -> None:
         """Fold reduced counts int64 [E] into the load."""
-        if not self.statistic_flag_tensor.item():
+        if not self._statistics.flag.item():
             return
-        self._load.fold(counts)
+        self._statistics.load.fold(counts)
         reduced = counts.numpy()
         balance = float(balancedness(self.placement.rank_load(reduced)))
         self._owner.probe.reduced(self.layer_idx, reduced, balance)
 
     def _hand_over(self) -> None:
         if self._owner.takes_update(self.layer_idx):
-            self.updates.take(self._device.iteration, self._load)
-
-    def _require_gathered_shape(self, gathered: Tensor) -> None:
-        expected = (self.ep_size, self.expert_count)
-        if self.updates_enabled and tuple(gathered.shape) != expected:
-            raise BalancerError(
-                "E141", f"layer {self.layer_idx}: gathered statistics have the wrong shape",
-                why=f"{tuple(gathered.shape)}, expected (ep_size, num_experts) = {expected}",
-                hint="gather every rank's get_local_statistic_tensor() along a new first dimension",
-            )  # fmt: skip
+            self.updates.take(self._device.iteration, self._statistics.load)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 
-__all__ = ["AllReduce", "LoadWindow", "accumulate"]
+__all__ = ["AllReduce", "LayerStatistics", "LoadWindow", "accumulate", "require_gathered_shape"]
 
 _INT32_MAX = 2**31 - 1
 
@@ -46,6 +46,17 @@ def accumulate(ids: Tensor, counts: Tensor) -> None:
     counts.copy_(total)
 
 
+def require_gathered_shape(gathered: Tensor, layer: int, *, ranks: int, experts: int) -> None:
+    """Raise BalancerError E141 unless `gathered` is [R, E]."""
+    expected = (ranks, experts)
+    if tuple(gathered.shape) != expected:
+        raise BalancerError(
+            "E141", f"layer {layer}: gathered statistics have the wrong shape",
+            why=f"{tuple(gathered.shape)}, expected (ep_size, num_experts) = {expected}",
+            hint="gather every rank's get_local_statistic_tensor() along a new first dimension",
+        )  # fmt: skip
+
+
 class LoadWindow:
     """The load of one layer's experts: a decayed sum of counts since the layer's last plan.
 
@@ -76,3 +87,36 @@ class LoadWindow:
         load = self._load.numpy().astype(np.float64)
         self._load = torch.zeros_like(self._load)
         return load
+
+
+class LayerStatistics:
+    """Counts of one layer on this rank, and its load.
+
+    Args:
+        experts, decay, window: See `LoadWindow`.
+
+    Attributes:
+        flag: int32 [1], whether this iteration counts.
+        load: The layer's load, from the counts of all ranks.
+    """
+
+    def __init__(self, experts: int, *, decay: float, window: int) -> None:
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.load = LoadWindow(experts, decay=decay, window=window)
+        self._experts = experts
+        self._counts: Tensor | None = None
+
+    def counts(self) -> Tensor:
+        """int32 [E], made when first asked for and kept at its address."""
+        if self._counts is None:
+            with torch.inference_mode(False):  # whatever mode comes first, iterations of any mode write to it later
+                self._counts = torch.zeros(self._experts, dtype=torch.int32)
+        return self._counts
+
+    def count(self, ids: Tensor, is_first_stage: bool) -> None:
+        """Add the histogram of `ids`, to zero on the first stage."""
+        counts = self.counts()
+        if is_first_stage:
+            counts.zero_()
+        if self.flag.item():
+            accumulate(ids, counts)

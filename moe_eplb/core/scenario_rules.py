@@ -155,7 +155,8 @@ def _updates(s: Scenario, b: Balancer) -> Iterator[Problem]:
     if b.update_timeout_s >= s.timeout_s:
         what = f"an update may take {b.update_timeout_s:g} s and the whole run only {s.timeout_s:g} s"
         yield Problem(("balancer", "update_timeout_s"), what, "make it smaller than timeout_s")
-    if b.layer_updates_per_iter == 0 or s.ranks == 1:
+    # Scripted calls have a balancer on one rank too.
+    if b.layer_updates_per_iter == 0 or (s.ranks == 1 and s.calls is None):
         return
     if s.model.layers == 1 and b.commit_delay < 2:
         what = "with one layer there is no other layer behind which a move could hide"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, ReplicaChoice
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import Device
 from moe_eplb.session.groups import Groups
 
 __all__ = ["layer_placement_slots", "make_balancer"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def layer_placement_slots(scenario: Scenario, layer: int) -> list[int] | None:
@@ -18,9 +22,12 @@ def layer_placement_slots(scenario: Scenario, layer: int) -> list[int] | None:
 
 def make_balancer(scenario: Scenario, rank: int, device: Device, groups: Groups) -> MoeLoadBalancer | None:
     """The balancer of a scenario, or None where it is off for want of one."""
+    reason = scenario.balancer_off_reason()
+    if reason is not None and rank == 0:
+        _LOG.warning("balancer: off, because %s", reason)
     config = scenario.balancer
     static = config is not None and config.layer_updates_per_iter == 0
-    if config is None or (scenario.balancer_off_reason() is not None and not static):
+    if config is None or (reason is not None and not static):
         return None
     options = BalancerOptions(
         commit_delay=config.commit_delay, decay=config.decay, window=config.window, empty_group=config.empty_group,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import statistics
 import timeit
 
 import pytest
@@ -149,17 +148,18 @@ def test_statistics_are_given_before_they_are_reduced() -> None:
 
 
 def test_any_number_of_chunks_is_counted_without_a_growing_memory() -> None:
-    rounds = 2 * (step.cache_info().maxsize or 0)
+    most = step.cache_info().maxsize or 0
+    rounds = 2 * most
     state = walk(*HELD, *[ROUTE] * rounds)
     assert state.counts[ROUTE] == rounds > 0
-    assert step.cache_info().currsize <= step.cache_info().maxsize
+    assert step.cache_info().currsize <= most
 
 
 def test_a_step_is_cheap_enough_to_assert_every_call() -> None:
     held = walk(*HELD)
     rounds = 2000
     seconds = timeit.repeat(lambda: step(held, ROUTE, dynamic=True, first=True, last=True), number=rounds, repeat=15)
-    assert statistics.median(seconds) / rounds < 10e-6  # about 0.5 us; the margin is for busy machines
+    assert min(seconds) / rounds < 1.5e-6  # the fastest round: other work on the machine only adds
 
 
 def test_a_violation_tells_place_call_state_what_is_legal_and_what_to_do() -> None:

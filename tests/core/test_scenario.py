@@ -104,6 +104,7 @@ RULES = [
     (["balancer.num_slots=null"], "x.yaml", "slots_per_rank: 8 is the fewest"),
     (["balancer.slots_per_rank=10"], "x.yaml", "not both"),
     (ONE_LAYER, "x.yaml", "commit_delay: 2"),
+    ([*ONE_LAYER, "ranks=1", "calls=[start_iter]"], "x.yaml", "commit_delay: 2"),
     (["iterations=1"], "x.yaml", "nothing can move in 1 iterations"),
     (["balancer.warm_up=11"], "x.yaml", "iterations: 13 or more"),
     (["balancer.update_timeout_s=60"], "x.yaml", "smaller than timeout_s"),

@@ -1,0 +1,1 @@
+"""Costs and gains, measured; no part of the tests."""

@@ -1,0 +1,65 @@
+"""One layer's use of the balancer stream: two reusable events order it against the streams that run the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moe_eplb.core.events import Kind
+from moe_eplb.device import AuxStreamType, Device, EventType, Stream
+
+__all__ = ["LayerStream"]
+
+
+class LayerStream:
+    """Balancer work of one layer.
+
+    Args:
+        device: Where the work runs.
+        layer: Index of the layer, for records.
+        aux_stream: The balancer stream; a new one if None.
+    """
+
+    def __init__(self, device: Device, layer: int, aux_stream: Stream | None) -> None:
+        self._device, self._layer = device, layer
+        self._aux = aux_stream or device.stream(AuxStreamType.MoeBalancer)
+        names = (EventType.Main, EventType.MoeBalancer)
+        self._events = {name: device.new_event(name.name) for name in names}
+        self._readers: list[Stream] = []
+
+    def submit(self, kind: Kind, work: Callable[[], None]) -> None:
+        """Put work on the balancer stream, after what the current stream has submitted so far."""
+        self._follow(self._device.current)
+        self._device.submit(self._aux, kind, self._layer, work)
+
+    def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False) -> None:
+        """Put work right behind the latest on the balancer stream."""
+        self._device.submit(self._aux, kind, self._layer, work, collective=collective)
+
+    def mark(self) -> None:
+        """The next `join` waits for all work submitted so far."""
+        self._device.record(self._events[EventType.MoeBalancer], self._aux)
+
+    def join(self) -> None:
+        """The current stream waits for the marked work."""
+        self._device.wait(self._device.current, self._events[EventType.MoeBalancer])
+
+    def begin_reading(self) -> None:
+        """The current stream joins, and is from now on the only one that reads the layer's weights and tables."""
+        self.join()
+        self._readers = [self._device.current]
+
+    def read(self) -> None:
+        """The current stream reads too; it joins unless it has."""
+        if self._device.current not in self._readers:
+            self.join()
+            self._readers.append(self._device.current)
+
+    def end_reading(self) -> None:
+        """Later balancer work runs after everything that the reading streams have submitted so far."""
+        for stream in self._readers:
+            self._follow(stream)
+
+    def _follow(self, stream: Stream) -> None:
+        main = self._events[EventType.Main]
+        self._device.record(main, stream)
+        self._device.wait(self._aux, main)
