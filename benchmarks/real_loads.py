@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
@@ -51,6 +51,14 @@ balancer: {{num_slots: {slots}, layer_updates_per_iter: {updates}, empty_group: 
 """
 
 
+class Balance(NamedTuple):
+    """Balancedness under the three ways of placing."""
+
+    static: float
+    online: float
+    offline: float
+
+
 @dataclass(frozen=True)
 class Figures:
     """Token-weighted mean balancedness from the first commit on, and the share of slots that ended up changed.
@@ -73,11 +81,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`total` over all layers, `layers` one by one, and [static, online, offline] means of each iteration."""
+    """`total` over all layers, `layers` one by one, and the mean over layers of each iteration."""
 
     total: Figures
     layers: list[Figures]
-    iterations: dict[int, list[float]]
+    iterations: dict[int, Balance]
 
 
 def make_scenario(loads: Path, iterations: int | None = None, *, updated: bool) -> Scenario:
@@ -112,23 +120,24 @@ def compare(static: RunFolder, online: RunFolder) -> Comparison:
     weights = {place: float(counts.sum()) for place, counts in routed_counts(online).items()}
     moves = layer_moves(online)
 
-    def mean(places: Iterable[Place]) -> list[float]:
+    def mean(places: Iterable[Place]) -> Balance:
         chosen = list(places)
         averaged = np.average([rows[p] for p in chosen], axis=0, weights=[weights[p] for p in chosen])
-        return [float(value) for value in averaged]
+        return Balance(*averaged.tolist())
 
     def figures(layers: set[int]) -> Figures:
         moved = [m for m in moves if m.layer in layers]
         slots = sum(m.slots for m in moved)
         changed, gained = sum(m.net_slots for m in moved), sum(m.cross_rank_net_slots for m in moved)
-        return Figures(*mean(p for p in rows if p.layer in layers), changed / slots, gained / slots)
+        static, online, offline = mean(p for p in rows if p.layer in layers)
+        return Figures(static, online, offline, changed / slots, gained / slots)
 
     every = sorted({p.layer for p in rows})
     by_iteration = {i: mean(p for p in rows if p.iteration == i) for i in sorted({p.iteration for p in rows})}
     return Comparison(figures(set(every)), [figures({layer}) for layer in every], by_iteration)
 
 
-def _balancedness(static: RunFolder, online: RunFolder) -> dict[Place, tuple[float, float, float]]:
+def _balancedness(static: RunFolder, online: RunFolder) -> dict[Place, Balance]:
     """Static, online and offline balancedness of each place from its layer's first commit on."""
     first: dict[int, int] = {}
     for row in online.evidence.rows(Row.COMMIT):
@@ -136,7 +145,7 @@ def _balancedness(static: RunFolder, online: RunFolder) -> dict[Place, tuple[flo
     before, after = _measured(static), _measured(online)
     counts = routed_counts(online)
     return {
-        p: (before[p], after[p], _with_hindsight(counts[p], online.scenario))
+        p: Balance(before[p], after[p], _with_hindsight(counts[p], online.scenario))
         for p in after
         if p.layer in first and p.iteration >= first[p.layer]
     }
@@ -176,7 +185,7 @@ def _result(comparison: Comparison, online: RunFolder, loads: Path, iterations: 
         },
         "total": asdict(comparison.total) | {"ratio": comparison.total.ratio},
         "layers": [asdict(figures) | {"ratio": figures.ratio} for figures in comparison.layers],
-        "iterations": {"columns": ["static", "online", "offline"], "rows": comparison.iterations},
+        "iterations": {"columns": Balance._fields, "rows": comparison.iterations},
     }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ class LayerStream:
     def __init__(self, device: Device, layer: int, aux_stream: Stream | None) -> None:
         self._device, self._layer = device, layer
         self._aux = aux_stream or device.stream(AuxStreamType.MoeBalancer)
-        names = (EventType.Main, EventType.MoeBalancer)
-        self._events = {name: device.new_event(name.name) for name in names}
+        self._main = device.new_event(EventType.Main.name)
+        self._done = device.new_event(EventType.MoeBalancer.name)
         self._readers: list[Stream] = []
 
     def submit(self, kind: Kind, work: Callable[[], None]) -> None:
@@ -37,11 +37,11 @@ class LayerStream:
 
     def mark(self) -> None:
         """The next `join` waits for all work submitted so far."""
-        self._device.record(self._events[EventType.MoeBalancer], self._aux)
+        self._device.record(self._done, self._aux)
 
     def join(self) -> None:
         """The current stream waits for the marked work."""
-        self._device.wait(self._device.current, self._events[EventType.MoeBalancer])
+        self._device.wait(self._device.current, self._done)
 
     def begin_reading(self) -> None:
         """The current stream joins, and is from now on the only one that reads the layer's weights and tables."""
@@ -60,6 +60,5 @@ class LayerStream:
             self._follow(stream)
 
     def _follow(self, stream: Stream) -> None:
-        main = self._events[EventType.Main]
-        self._device.record(main, stream)
-        self._device.wait(self._aux, main)
+        self._device.record(self._main, stream)
+        self._device.wait(self._aux, self._main)

@@ -32,18 +32,18 @@ _KINDS = tuple(Kind(call.value) for call in Call)
 
 
 class _Range:
-    """An open record of a call."""
+    """The open record of a layer's call; one object for all of them, since they never nest."""
 
-    __slots__ = ("_sink", "_token")
+    __slots__ = ("_end", "token")
 
-    def __init__(self, sink: EventSink, token: int) -> None:
-        self._sink, self._token = sink, token
+    def __init__(self, sink: EventSink) -> None:
+        self._end, self.token = sink.end, -1
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_: object) -> None:
-        self._sink.end(self._token)
+        self._end(self.token)
 
 
 class SingleLayerMoeLoadBalancer:
@@ -79,6 +79,7 @@ class SingleLayerMoeLoadBalancer:
         self.updates = LayerUpdate(owner, self, placement)
         self._tables = RouteTables(placement, rank=self.ep_rank, choice=owner.options.replica_choice)
         self._state = INITIAL
+        self._range = _Range(self._device.sink)
         if self.updates_enabled:
             options = owner.options
             self._stream = LayerStream(self._device, layer_idx, aux_stream)
@@ -257,9 +258,6 @@ class SingleLayerMoeLoadBalancer:
 
     def _call(self, call: Call, first: bool = True, last: bool = True) -> _Range:
         """Check and record a call; the record ends with the block, also when that raises."""
-        return _Range(self._device.sink, self._enter(call, first, last))
-
-    def _enter(self, call: Call, first: bool = True, last: bool = True) -> int:
         flags = first | last << 1 | self.updates_enabled << 2
         token = self._device.sink.begin(_KINDS[call], self.layer_idx, self._device.iteration, HOST, flags)
         try:
@@ -269,7 +267,8 @@ class SingleLayerMoeLoadBalancer:
         except Illegal as error:
             self._device.sink.end(token)
             raise violation(self.layer_idx, self._device.iteration, error) from None
-        return token
+        self._range.token = token
+        return self._range
 
     def _take_over(self) -> None:
         self._statistics.flag.fill_(int(self._owner.counts_now))

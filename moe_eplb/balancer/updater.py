@@ -71,12 +71,13 @@ class Updater:
 
         An updater that is dead, or still held by an update that was waited for in vain, is not waited for again.
         """
-        if not update.done.wait(self._patience()):
+        patience = self._patience()
+        if not update.done.wait(patience):
             if self._overdue is None:
                 self._overdue = update
             _LOG.error(
-                "layer %d: the update taken in iteration %d is not ready, waited %g s at most (updater %s)",
-                update.layer, update.taken, self._timeout_s, "alive" if self._thread.is_alive() else "dead",
+                "layer %d: the update taken in iteration %d is not ready after %g s (updater %s)",
+                update.layer, update.taken, patience, "alive" if self._thread.is_alive() else "dead",
             )  # fmt: skip
             return False
         if update.error is not None:
@@ -110,9 +111,9 @@ class Updater:
                     self._prepare(update)
             except Exception as error:  # reported by whoever waits: the model must go on with the last good placement
                 update.error = error
-            except BaseException as error:
+            except BaseException as error:  # the thread is to end; whoever waits learns of the error and the death
                 update.error = error
-                raise  # the thread was told to end; whoever waits learns that it is dead
+                return
             finally:
                 update.done.set()
 

@@ -52,6 +52,8 @@ class Role(enum.StrEnum):
 class Kind(enum.IntEnum):
     """Every kind of record. 0 to 9 are the stage calls in the order of `moe_eplb.core.protocol.Call`."""
 
+    __hash__ = int.__hash__  # an enumeration's own hash is Python code, and kinds are looked up for every record
+
     START_WAIT_GPU_STAGE = 0
     DONE_WAIT_GPU_STAGE = 1
     UPDATE_LOCAL_STATISTIC = 2

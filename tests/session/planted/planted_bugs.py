@@ -82,10 +82,9 @@ def missing_stream_join(module: ModuleType) -> None:
     """done_wait_gpu_stage does not make the main stream wait."""
 
     def no_join(self: Any) -> None:
-        token = self._enter(module.Call.DONE_WAIT_GPU_STAGE)
-        self._device.sink.end(token)
+        self._readers = [self._device.current]
 
-    module.SingleLayerMoeLoadBalancer.done_wait_gpu_stage = no_join
+    module.LayerStream.begin_reading = no_join
 
 
 def wrong_axis_balancedness(module: ModuleType) -> None:
@@ -126,7 +125,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "late_commit": ("moe_eplb.balancer.layer_update", late_commit),
     "replica_chosen_by_receiver": ("moe_eplb.moe.wide_ep", replica_chosen_by_receiver),
     "statistics_never_reduced": ("moe_eplb.balancer.statistics", statistics_never_reduced),
-    "missing_stream_join": ("moe_eplb.balancer.single_layer", missing_stream_join),
+    "missing_stream_join": ("moe_eplb.balancer.layer_stream", missing_stream_join),
     "wrong_axis_balancedness": ("moe_eplb.balancer.single_layer", wrong_axis_balancedness),
     "updates_silently_off": ("moe_eplb.balancer.load_balancer", updates_silently_off),
     "digest_disagreement": ("moe_eplb.balancer.updater", digest_disagreement),
