@@ -28,7 +28,7 @@ unit: $(VENV)/.dev ## the tests alone; narrow them with ARGS="tests/core -x"
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/.dev ## the benchmarks, which are no part of the tests
-	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/protocol_and_step_cpu.json $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf $(VENV) .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
@@ -18,4 +17,4 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     """Add the command."""
-    output_json["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    output_json["command"] = shlex.join(["pytest", *sys.argv[1:]])

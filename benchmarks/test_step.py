@@ -82,13 +82,14 @@ def _times(rank: int, size: int, folder: str) -> tuple[dict[str, list[float]], i
 
 
 def test_step(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    results = benchmark.pedantic(run_ranks, args=(_times, RANKS, str(tmp_path)), rounds=1)
+    results = benchmark.pedantic(  # type: ignore[no-untyped-call]
+        run_ranks, args=(_times, RANKS, str(tmp_path)), rounds=1
+    )
     times, commits = results[0]
     assert commits == LAYERS * (WARM_UP + STEPS - 1)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     benchmark.extra_info |= {
         "median_ms": {name: round(median * 1e3, 3) for name, median in medians.items()},
         "against_static": {name: round(median / medians["static"], 3) for name, median in medians.items()},
-        "seconds": times,
+        "ms": {name: [round(seconds * 1e3, 3) for seconds in taken] for name, taken in times.items()},
     }
-    assert medians["static"] > 0

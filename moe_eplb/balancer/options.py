@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,10 +34,11 @@ class BalancerOptions:
     replica_choice: ReplicaChoice = ReplicaChoice.ROUND_ROBIN
 
     def __post_init__(self) -> None:
-        if self.commit_delay < 1 or self.window < 1 or not 0.0 <= self.decay <= 1.0 or self.update_timeout_s <= 0:
+        timeout_is_good = 0.0 < self.update_timeout_s < math.inf
+        if self.commit_delay < 1 or self.window < 1 or not 0.0 <= self.decay <= 1.0 or not timeout_is_good:
             raise BalancerError(
                 "E148", "the balancer's options are out of range",
                 why=f"commit_delay {self.commit_delay}, window {self.window}, decay {self.decay}, "
                 f"update_timeout_s {self.update_timeout_s}",
-                hint="commit_delay and window are at least 1, decay is in [0, 1], the timeout is positive",
+                hint="commit_delay and window are at least 1, decay is in [0, 1], the timeout is positive and finite",
             )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from moe_eplb.core.errors import BalancerError
@@ -25,10 +25,8 @@ __all__ = ["CpuDevice"]
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Work:
-    run: Callable[[], None]
-    collective: bool
+_Work = tuple[Callable[[], None], bool]
+"""What to do, and whether it is a collective. A plain tuple and a partial are the cheapest to make, once a call."""
 
 
 class _CpuStream(Stream):
@@ -92,7 +90,7 @@ class CpuDevice(Device):
         if stream is self.main or stream is self.current:  # whose work runs at once
             self._drain(source, position)
         else:
-            self._enqueue(stream, _Work(lambda: self._drain(source, position), collective=False))
+            self._enqueue(stream, partial(self._drain, source, position), collective=False)
 
     def run(self, kind: Kind, layer: int, fn: Callable[[], T], *, a: int = 0, b: int = 0) -> T:
         if self._waiting:
@@ -115,21 +113,11 @@ class CpuDevice(Device):
         b: int = 0,
     ) -> None:
         assert isinstance(stream, _CpuStream)
-        iteration = self.iteration
-
-        def recorded() -> None:
-            token = self.sink.begin(kind, layer, iteration, stream.index, a, b)
-            previous, self.current = self.current, stream
-            try:
-                fn()
-            finally:
-                self.current = previous
-                self.sink.end(token)
-
+        work = partial(self._do, stream, kind, layer, self.iteration, fn, a, b)
         if stream is self.main or self._eager:
-            recorded()
+            work()
         else:
-            self._enqueue(stream, _Work(recorded, collective))
+            self._enqueue(stream, work, collective=collective)
 
     def synchronize(self) -> None:
         for stream in self._streams:
@@ -146,8 +134,19 @@ class CpuDevice(Device):
     def pending(self) -> int:
         return self._waiting
 
-    def _enqueue(self, stream: _CpuStream, work: _Work) -> None:
-        stream.queue.append(work)
+    def _do(
+        self, stream: _CpuStream, kind: Kind, layer: int, iteration: int, fn: Callable[[], None], a: int, b: int
+    ) -> None:
+        token = self.sink.begin(kind, layer, iteration, stream.index, a, b)
+        previous, self.current = self.current, stream
+        try:
+            fn()
+        finally:
+            self.current = previous
+            self.sink.end(token)
+
+    def _enqueue(self, stream: _CpuStream, run: Callable[[], None], *, collective: bool) -> None:
+        stream.queue.append((run, collective))
         stream.submitted += 1
         self._waiting += 1
 
@@ -156,25 +155,25 @@ class CpuDevice(Device):
             self._run_next(stream)
 
     def _run_next(self, stream: _CpuStream) -> None:
-        work = stream.queue.popleft()
+        run, _ = stream.queue.popleft()
         stream.done += 1
         self._waiting -= 1
-        work.run()
+        run()
 
     def _advance(self, *, collectives: bool) -> None:
         """Let some of the waiting work run now; which, only the seeds know."""
         for stream in self._streams:
             if collectives:
                 self._pass_collectives(stream)
-            while stream.queue and not stream.queue[0].collective and self._local.random() < 0.5:
+            while stream.queue and not stream.queue[0][1] and self._local.random() < 0.5:
                 self._run_next(stream)
 
     def _pass_collectives(self, stream: _CpuStream) -> None:
         # One draw for each waiting collective: their number is the same on all ranks, that of local work is not.
-        ahead = sum(1 for work in stream.queue if work.collective)
+        ahead = sum(1 for _, collective in stream.queue if collective)
         passing = 0
         while passing < ahead and self._common.random() < 0.5:
             passing += 1
         while passing:
-            passing -= stream.queue[0].collective
+            passing -= stream.queue[0][1]
             self._run_next(stream)

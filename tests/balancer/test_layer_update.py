@@ -19,8 +19,10 @@ CASES = [(8, 2, 0, 2, 4, 2, 1, 2), (16, 1, 0, 4, 4, 3, 2, 1), (32, 4, 1, 8, 4, 5
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_scheduled_layers_change_and_they_do_change(case: tuple[int, ...]) -> None:
     experts, top_k, rank, ranks, per_rank, layers, updates, warm_up = case
-    sizes = {"slots_per_rank": per_rank, "rank": rank, "ranks": ranks, "tokens": 24 if ranks < 36 else 3}
-    rig = Rig(layers, experts, top_k, updates=updates, **sizes)
+    tokens = 24 if ranks < 36 else 3
+    rig = Rig(
+        layers, experts, top_k, updates=updates, slots_per_rank=per_rank, rank=rank, ranks=ranks, tokens=tokens
+    )  # fmt: skip
     rig.balancer.set_warm_up_iter_count(warm_up)
     groups = update_groups(layers, updates)
     ever_changed: set[int] = set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from moe_eplb.balancer import SingleLayerMoeLoadBalancer
 from moe_eplb.core.errors import BalancerError, ProtocolError
 from moe_eplb.core.events import Kind, NullSink
-from moe_eplb.device import AuxStreamType
+from moe_eplb.device import AuxStreamType, Event, Stream
 from tests.support.balanced import Rig, StandIn, weight
 
 IDS = torch.tensor([[0, 1], [1, 2], [2, 3], [0, 3]], dtype=torch.int32)
@@ -31,7 +33,7 @@ def pair(seed: int | None = None, ranks: int = 2) -> Rig:
     return Rig(2, 4, 2, slots_per_rank=4 // ranks, ranks=ranks, seed=seed)
 
 
-# -- what TensorRT-LLM's test of a single layer checks ---------------------------------------------------------------
+# -- what TensorRT-LLM's test of a single layer checks ----------------------------------------------------------------
 
 
 def test_attributes_and_initial_placement() -> None:
@@ -112,7 +114,7 @@ def test_routing_from_another_rank_starts_with_another_replica() -> None:
     rig.balancer.shutdown()
 
 
-# -- statistics ------------------------------------------------------------------------------------------------------
+# -- statistics -------------------------------------------------------------------------------------------------------
 
 OTHERS = torch.tensor([5, 0, 3, 1])
 CHUNKS = [IDS[:1], IDS[1:3], IDS[3:]]
@@ -131,7 +133,7 @@ def path_a(layer: SingleLayerMoeLoadBalancer) -> None:
 
 def path_b(layer: SingleLayerMoeLoadBalancer) -> None:
     for i, ids in enumerate(CHUNKS):
-        layer.update_statistic_with_local_ids(ids, i == 0, i == 2, StandIn(2, OTHERS))  # type: ignore[arg-type]
+        layer.update_statistic_with_local_ids(ids, i == 0, i == 2, StandIn(2, OTHERS))
 
 
 def path_c(layer: SingleLayerMoeLoadBalancer) -> None:
@@ -252,7 +254,7 @@ def test_statistics_that_are_given_but_never_reduced_are_refused(path: object) -
         layer.update_local_statistic(IDS, True, True)
         layer.get_local_statistic_tensor()
     else:
-        layer.update_statistic_with_local_ids(IDS, True, False, StandIn(2, OTHERS))  # type: ignore[arg-type]
+        layer.update_statistic_with_local_ids(IDS, True, False, StandIn(2, OTHERS))
     with pytest.raises(ProtocolError, match="E111"):
         layer.start_set_cpu_stage()
     rig.balancer.shutdown()
@@ -283,7 +285,7 @@ def test_overflow_of_a_count_reaches_the_model_by_the_next_join() -> None:
     rig.balancer.shutdown()
 
 
-# -- static layers -----------------------------------------------------------------------------------------------------
+# -- static layers ----------------------------------------------------------------------------------------------------
 
 
 class Streams(NullSink):
@@ -326,7 +328,7 @@ def test_static_layers_need_no_allreduce_no_host_copy_and_no_stage_for_routing()
     release(layer)
 
 
-# -- agreement lanes -----------------------------------------------------------------------------------------------------
+# -- agreement lanes --------------------------------------------------------------------------------------------------
 
 
 def test_lanes_are_nothing_in_static_routing_and_settle_at_once_on_one_rank() -> None:
@@ -363,7 +365,7 @@ def test_lanes_of_several_ranks_commit_when_all_are_ready_and_equal() -> None:
     assert rig.journal.drops == []
 
 
-# -- chunks on a stream of their own ---------------------------------------------------------------------------------
+# -- chunks on a stream of their own ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -389,7 +391,7 @@ def test_a_chunk_on_another_stream_waits_for_the_layer_and_is_waited_for(seed: i
             with device.use(chunk_stream):
                 slots = layer.route(ids[4:])
                 expected += [weight(layer.layer_idx, e) for e in ids[4:].flatten().tolist()]
-                device.submit(chunk_stream, Kind.EXPERTS, layer.layer_idx, lambda x=layer, s=slots: use_weights(x, s))
+                device.submit(chunk_stream, Kind.EXPERTS, layer.layer_idx, partial(use_weights, layer, slots))
             release(layer)
         rig.balancer.end_iter()
     rig.balancer.shutdown()
@@ -397,6 +399,27 @@ def test_a_chunk_on_another_stream_waits_for_the_layer_and_is_waited_for(seed: i
     assert len(rig.journal.commits) == 8
     assert len(read) == len(expected)
     assert all(torch.equal(got, wanted) for (_, _, got), wanted in zip(read, expected, strict=True))
+
+
+def test_each_stream_that_routes_waits_once_for_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(2)
+    device, waits = rig.balancer.device, list[str]()
+    chunk_stream = device.stream(AuxStreamType.MoeChunkingOverlap)
+    rig.balancer.start_iter()
+    hold(rig.layers[0])
+    wait = device.wait
+
+    def watched(stream: Stream, event: Event) -> None:
+        waits.append(stream.name)
+        wait(stream, event)
+
+    monkeypatch.setattr(device, "wait", watched)
+    with device.use(chunk_stream):
+        for _ in range(2):
+            rig.layers[0].route(rig.ids(0, 0))
+    rig.layers[0].route(rig.ids(0, 0))
+    assert waits == ["MoeChunkingOverlap"]
+    rig.balancer.shutdown()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -413,7 +436,7 @@ def test_a_chunk_that_holds_the_layer_itself_joins_on_its_own_stream(seed: int) 
     rig.balancer.shutdown()
 
 
-# -- records -----------------------------------------------------------------------------------------------------------
+# -- records ----------------------------------------------------------------------------------------------------------
 
 
 class Balance(NullSink):

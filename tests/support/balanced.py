@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, SingleLayerMoeLoadBalancer
+from moe_eplb.balancer import AllReduce, BalancerOptions, MoeLoadBalancer, SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.host_memory import new_instance
 from moe_eplb.core.events import EventSink, NullSink
 from moe_eplb.core.placement import Placement
@@ -56,7 +56,7 @@ class AllHost:
         return None
 
 
-class StandIn:
+class StandIn(AllReduce):
     """A sum over R ranks of which this process is one: the others count `others` [E] and vote as this one does."""
 
     def __init__(self, ranks: int, others: Tensor) -> None:
@@ -165,7 +165,9 @@ class Rig:
             total += torch.bincount(ids.flatten(), minlength=self.experts)
         return total
 
-    def run_layer(self, index: int, *, allreduce: Any = None, on_held: Callable[[], None] = lambda: None) -> Tensor:
+    def run_layer(
+        self, index: int, *, allreduce: AllReduce | None = None, on_held: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """One forward on path B; returns the slots chosen."""
         layer, iteration = self.layers[index], self.balancer.iter_id
         ids = self.ids(index, iteration)
@@ -180,7 +182,7 @@ class Rig:
         layer.done_set_cpu_stage()
         return slots
 
-    def iterate(self, count: int = 1, allreduce: Any = None) -> list[list[list[int]]]:
+    def iterate(self, count: int = 1, allreduce: AllReduce | None = None) -> list[list[list[int]]]:
         """Whole iterations; returns the slots chosen in the last one, by layer."""
         slots: list[list[list[int]]] = []
         for _ in range(count):
