@@ -17,10 +17,10 @@ from moe_eplb.balancer.host_memory import clean_segments
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
 from moe_eplb.core.scenario import Scenario
-from moe_eplb.recording.log_format import last_event
 from moe_eplb.session.entry import rank_main
-from moe_eplb.session.folder import close_folder, events_path, open_folder
+from moe_eplb.session.folder import close_folder, open_folder
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
+from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
 
 __all__ = ["RankPool", "run_scenario"]
@@ -62,7 +62,7 @@ class RankPool:
         try:
             self._drive(scenario, folder, started + scenario.timeout_s, progress)
         except RunFailed as error:
-            failure = f"{error}\n{_last_events(folder, scenario.ranks)}"
+            failure = f"{error}\n{last_events(folder, scenario.ranks)}"
             self.kill()
         except BaseException:
             self.kill()
@@ -213,12 +213,3 @@ def _how(exitcode: int | None) -> str:
     if exitcode is None:
         return "it is still ending"
     return f"killed by signal {-exitcode}" if exitcode < 0 else f"it ended with code {exitcode}"
-
-
-def _last_events(folder: Path, ranks: int) -> str:
-    lines = []
-    for rank in range(ranks):
-        path = events_path(folder, rank)
-        event = last_event(path) if path.exists() else None
-        lines.append(f"  last event of rank {rank}: {event or 'none, it had not started'}")
-    return "\n".join(lines)

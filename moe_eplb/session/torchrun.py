@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_eplb.core.errors import ExitCode, UsageError
+from moe_eplb.balancer.host_memory import clean_segments
+from moe_eplb.core.errors import ExitCode, RunFailed, UsageError
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import Verdict
 from moe_eplb.session.folder import close_folder, open_folder
+from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
 
 __all__ = ["joined", "run_joined"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def joined() -> bool:
@@ -49,15 +54,28 @@ def run_joined(
             open_folder(folder, scenario, launcher="torchrun", argv=argv)
         shared = [str(folder)]
         dist.broadcast_object_list(shared, src=0)
-        run_rank(
-            scenario, Path(shared[0]), rank, GroupsBySize(scenario.timeout_s).of(size), _only_rank_0(rank, progress)
-        )
-        dist.barrier()
+        groups = GroupsBySize(scenario.timeout_s).of(size)
+        try:
+            run_rank(scenario, Path(shared[0]), rank, groups, _only_rank_0(rank, progress))
+            dist.barrier()
+        except Exception as error:
+            return _failed(scenario, Path(shared[0]), rank, error, started)
         verdict = close_folder(folder, scenario) if rank == 0 else None
         code = _agree(verdict)
     finally:
         dist.destroy_process_group()
     return RunResult(folder, verdict, time.monotonic() - started) if verdict is not None else code
+
+
+def _failed(scenario: Scenario, folder: Path, rank: int, error: Exception, started: float) -> RunResult | ExitCode:
+    """This rank, or one that it was talking to, has failed: rank 0 judges what is there, torchrun ends the others."""
+    _LOG.error("rank %d: %s", rank, error)
+    if rank != 0:
+        return ExitCode.FAILED
+    clean_segments()
+    known = RunFailed("E182", "the run failed under torchrun", why=f"rank 0 saw: {error}")
+    failure = f"{known}\n{last_events(folder, scenario.ranks)}"
+    return RunResult(folder, close_folder(folder, scenario, failure=failure), time.monotonic() - started)
 
 
 def _agree(verdict: Verdict | None) -> ExitCode:
