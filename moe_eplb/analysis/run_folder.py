@@ -66,6 +66,11 @@ class RunFolder:
     trace: Trace | None
 
     @property
+    def failed(self) -> bool:
+        """Whether the run ended before its end, so that what is not there may never have been due."""
+        return self.meta.get("state") != "finished"
+
+    @property
     def scripted(self) -> bool:
         """Whether the run was a list of calls instead of a model."""
         return self.scenario.calls is not None

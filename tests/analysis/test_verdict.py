@@ -304,6 +304,17 @@ def test_a_failed_run_has_its_failure_in_the_verdict(tmp_path: Path) -> None:
     assert "did not finish" in judge(run.write(tmp_path)).failure
 
 
+def test_what_a_run_that_was_cut_short_did_not_reach_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    run.records.remove(run.find_records(Kind.END_ITER, host=True, rank=0, iteration=3)[0])
+    run.remove("commit", rank=0, iteration=3)
+    status = {check.name: check.status for check in judge(run.write(tmp_path)).checks}
+    assert (status["call_order"], status["effect"]) == (Status.INVALID, Status.INVALID)
+    run.meta |= {"state": "failed", "failure": "rank 1 was killed by SIGKILL"}
+    status = {check.name: check.status for check in judge(run.write(tmp_path)).checks}
+    assert status["call_order"] is Status.UNKNOWN
+
+
 CALLS: list[Any] = ["start_iter", "start_wait_gpu_stage", "done_wait_gpu_stage"]
 KINDS = (Kind.START_ITER, Kind.START_WAIT_GPU_STAGE, Kind.DONE_WAIT_GPU_STAGE)
 ERROR = {"code": "E104", "what": "layer 0: start_wait_gpu_stage twice"}

@@ -71,7 +71,8 @@ def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> N
             if plan is None or (plan["changed"] and commit is None):
                 what = "no plan" if plan is None else "a plan but no commit"
                 why = dropped.get((update.layer, update.due), "no reason was recorded")
-                findings.wrong(f"rank {rank}: the update taken in iteration {update.taken} led to {what}: {why}", where)
+                note = findings.missing if folder.failed else findings.wrong
+                note(f"rank {rank}: the update taken in iteration {update.taken} led to {what}: {why}", where)
             elif commit is not None and (commit["digest"], commit["changed"]) != (plan["digest"], plan["changed"]):
                 findings.wrong(f"rank {rank} committed another placement than it planned", where)
     for (update, rank), plan in plans.items():
