@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.judges.measured import judge_received
+from moe_eplb.analysis.judges.planning import Due, judge_plan_contents
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.placement import Placement
@@ -17,20 +16,13 @@ from moe_eplb.core.verdict import CheckResult
 __all__ = ["effect", "scheduled_updates"]
 
 
-class Due(NamedTuple):
-    """An update that the schedule demands."""
-
-    layer: int
-    taken: int
-    due: int
-
-
 def effect(folder: RunFolder) -> CheckResult:
     """Scheduled updates became plans, plans commits, and commits new bytes, new tables and the predicted load."""
     findings = Findings("effect", "each scheduled update is planned, committed when due, and seen in weights and loads")
     updates = scheduled_updates(folder) if folder.moving else []
     if folder.moving:
         _judge_plans(folder, updates, findings)
+        judge_plan_contents(folder, updates, findings)
         _judge_commits(folder, findings)
         _judge_tables(folder, findings)
         if not any(row["changed"] for row in folder.evidence.rows(Row.COMMIT)):
@@ -84,7 +76,7 @@ def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> N
 
 def _judge_commits(folder: RunFolder, findings: Findings) -> None:
     """Commits, and nothing else, changed the contents of just the slots they name, by the digests of their bytes."""
-    per_rank = folder.scenario.slots_per_rank
+    per_rank, slot_bytes = folder.scenario.slots_per_rank, folder.scenario.model.expert_bytes
     moved: dict[tuple[Place, int], int] = {}
     for place, rows in folder.evidence.by_place(Row.COMMIT).items():
         for rank, row in rows.items():
@@ -92,6 +84,8 @@ def _judge_commits(folder: RunFolder, findings: Findings) -> None:
             moved[place, rank] = len(mine)
             if sorted(row["local_changed"]) != sorted(mine):
                 findings.wrong(f"rank {rank} changed local slots {row['local_changed']}, planned were {mine}", place)
+            if row["bytes"] != len(mine) * slot_bytes:
+                findings.wrong(f"rank {rank} moved {row['bytes']} bytes, {len(mine)} slots of {slot_bytes}", place)
     if folder.scenario.checks.attestation:
         _judge_contents(folder, moved, findings)
 
