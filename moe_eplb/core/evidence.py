@@ -37,7 +37,7 @@ class Row(enum.StrEnum):
     EQUALITY     max_abs, max_ref, ratio, tolerance, tokens
     MEMORY       slots_bytes, host_bytes, staging_bytes
     CALL         index, call, error {code, what} or null, expected (bool)
-    LEAK         threads [names], segments [names], pending (thunks left on streams), balancer (bool), in_iter (bool)
+    LEAK         threads [names], segments [names], pending (thunks left on streams), balancer (bool)
     END          iterations, seconds, peak_rss_bytes
     """
 

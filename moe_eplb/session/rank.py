@@ -153,6 +153,4 @@ def _write_leaks(evidence: EvidenceWriter, device: Device, before: set[threading
     left = [t.name for t in threading.enumerate() if t not in before and t.name != _PARENT_WATCH]
     segments = [s.name for s in list_segments() if s.owner_pid == os.getpid()]
     current = get_moe_load_balancer()
-    evidence.write(
-        Row.LEAK, threads=left, segments=segments, pending=device.pending(), balancer=current is not None, in_iter=False
-    )
+    evidence.write(Row.LEAK, threads=left, segments=segments, pending=device.pending(), balancer=current is not None)

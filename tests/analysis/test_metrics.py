@@ -33,9 +33,9 @@ def test_numbers_of_the_miniature(measures: Measures) -> None:
     assert measures.single["overlap.balancer"] == pytest.approx((4 * 380) / (4 * 580 + 3 * 40))
     assert measures.single["exposed.p50_us"] == 0.24
     assert measures.single["step.p50_ms"] == 0.002001
-    assert measures.single["moves.slots"] == 18
-    assert measures.single["moves.bytes"] == 600
-    assert measures.single["moves.net_share"] == 10 / 12
+    assert measures.single["moves.slots"] == 7
+    assert measures.single["moves.bytes"] == 1344
+    assert measures.single["moves.net_share"] == 6 / 12
     assert (measures.single["commits"], measures.single["updates"], measures.single["commits.late"]) == (3, 3, 0)
     assert len(measures.values("balancedness.min")) == ITERATIONS
     assert measures.values("stall.p50_us") == []

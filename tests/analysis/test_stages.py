@@ -21,7 +21,7 @@ def test_report_of_a_good_run(tmp_path: Path) -> None:
     assert stages["route", "Main"].calls == 16
     assert stages["start_wait_gpu_stage", "MoeBalancer"].p50_us == 0.06
     assert stages["stage_weights", "updater"].calls == 6
-    assert [(row.commits, row.moved_slots, row.bytes) for row in report.moves] == [(2, 12, 400), (1, 6, 200)]
+    assert [(row.commits, row.moved_slots, row.bytes) for row in report.moves] == [(2, 5, 960), (1, 2, 384)]
     overlap = {row.name: row for row in report.overlap}
     assert overlap["reduction"].overlap == 0.6
     assert overlap["reduction"].exposed_ms == pytest.approx(16 * 40e-6)
@@ -36,7 +36,7 @@ def test_net_moves_forget_what_came_back(tmp_path: Path) -> None:
     for row in run.find("placement", layer=0, iteration=3):
         row.update(digest=first["digest"], slots=first["slots"])
     moves = make_report(load(run.write(tmp_path))).moves
-    assert [(row.moved_slots, row.net_slots, row.cross_rank_net_slots) for row in moves] == [(12, 0, 0), (6, 6, 2)]
+    assert [(row.moved_slots, row.net_slots, row.cross_rank_net_slots) for row in moves] == [(5, 0, 0), (2, 2, 2)]
 
 
 def test_a_report_without_a_trace_has_no_times(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ MEANT_FOR = {
     "wrong_axis_balancedness": ("balancedness", "gathered"),
     "updates_silently_off": ("effect", "gathered"),
     "digest_disagreement": ("agreement", "local_ids"),
+    "load_never_zeroed": ("effect", "gathered"),
+    "other_experts_than_asked": ("run_complete", "local_ids"),
     "leaked_segment": ("leaks", "gathered"),
 }
 

@@ -13,11 +13,15 @@ import yaml
 
 from moe_eplb.core.events import HOST, RECORD, UPDATER, Kind
 from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import Plan, plan
 from moe_eplb.recording.export import write_trace
 from moe_eplb.recording.log_format import HEADER_BYTES, Clock, LogHeader
 
 RANKS, LAYERS, EXPERTS, TOP_K, SLOTS, TOKENS, ITERATIONS = 2, 2, 4, 2, 6, 6, 4
 PER_RANK = SLOTS // RANKS
+HIDDEN = 4
+SLOT_BYTES = 3 * HIDDEN * HIDDEN * 4
+DECAY = 0.95
 BALANCER_STREAM = 4
 FLAGS = 7
 UPDATES = ((0, 0, 1), (1, 1, 2), (0, 2, 3))
@@ -112,9 +116,9 @@ def scenario(**changes: Any) -> dict[str, Any]:
         "name": "miniature",
         "ranks": RANKS,
         "iterations": ITERATIONS,
-        "model": {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K},
+        "model": {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "intermediate": HIDDEN},
         "dispatch": "allgather",
-        "workload": {"kind": "zipf", "tokens_per_rank": TOKENS},
+        "workload": {"kind": "model", "tokens_per_rank": TOKENS},
         "balancer": {"slots_per_rank": PER_RANK, "layer_updates_per_iter": 1, "empty_group": "never"},
     } | changes
 
@@ -127,16 +131,24 @@ def good_run(**changes: Any) -> RunBuilder:
         run.rows[-1] |= {"dynamic": True, "off": ""}
         for layer in range(LAYERS):
             run.add("attest", rank, layer, -1, slots=PER_RANK, mismatched=[], changed_bytes=PER_RANK)
-    placements = [np.arange(SLOTS) % EXPERTS for _ in range(LAYERS)]
+    placements = [_placement(np.arange(SLOTS) % EXPERTS) for _ in range(LAYERS)]
+    loads = [np.zeros(EXPERTS, dtype=np.float32) for _ in range(LAYERS)]
+    plans: dict[tuple[int, int], Plan] = {}
     for iteration in range(ITERATIONS):
         _iteration_records(run, iteration)
         for layer in range(LAYERS):
-            placements[layer] = _commit(run, layer, iteration, placements[layer])
-            _layer_rows(run, layer, iteration, placements[layer], first=iteration == 0)
+            if (layer, iteration) in plans:
+                placements[layer] = _commit(run, layer, iteration, plans[layer, iteration])
+            changed = iteration == 0 or (layer, iteration) in plans
+            _layer_rows(run, layer, iteration, placements[layer].slot_to_expert, write_slots=changed)
+            loads[layer] = loads[layer] * np.float32(DECAY) + _counts(layer, iteration).sum(0).astype(np.float32)
+            if (layer, iteration, iteration + 1) in UPDATES:
+                plans[layer, iteration + 1] = plan(loads[layer].astype(np.float64), placements[layer])
+                loads[layer] = np.zeros(EXPERTS, dtype=np.float32)
     for rank in range(RANKS):
         for layer in range(LAYERS):
             run.add("attest", rank, layer, ITERATIONS - 1, slots=PER_RANK, mismatched=[], changed_bytes=0)
-        run.add("leak", rank, threads=[], segments=[], pending=0, balancer=False, in_iter=False)
+        run.add("leak", rank, threads=[], segments=[], pending=0, balancer=False)
         run.add("end", rank, iterations=ITERATIONS, seconds=1.0, peak_rss_bytes=1)
     return run
 
@@ -155,14 +167,18 @@ def scripted_run(
         layer = -1 if kind >= Kind.START_ITER else 0
         start = 2_000 + 100 * index
         _record(run, 0, kind, HOST, layer, 0, start, start if layer < 0 else start + 50, a=FLAGS)
-    run.add("leak", 0, threads=[], segments=[], pending=0, balancer=False, in_iter=False)
+    run.add("leak", 0, threads=[], segments=[], pending=0, balancer=False)
     run.add("end", 0, iterations=0, seconds=1.0, peak_rss_bytes=1)
     return run
 
 
 def digest(slots: np.ndarray) -> int:
     """Digest of a placement of the miniature."""
-    return Placement(ranks=RANKS, experts=EXPERTS, slot_to_expert=slots.astype(np.int32)).digest()
+    return _placement(slots).digest()
+
+
+def _placement(slots: np.ndarray) -> Placement:
+    return Placement(ranks=RANKS, experts=EXPERTS, slot_to_expert=slots.astype(np.int32))
 
 
 def for_all(rows: Iterable[RowDict], change: Callable[[RowDict], Any]) -> None:
@@ -197,38 +213,39 @@ def _iteration_records(run: RunBuilder, iteration: int) -> None:
         _record(run, rank, Kind.END_ITER, HOST, -1, iteration, end, end)
 
 
-def _commit(run: RunBuilder, layer: int, iteration: int, before: np.ndarray) -> np.ndarray:
-    """The layer's placement in this iteration: rolled by one slot where an update is due."""
-    due = [update for update in UPDATES if update[0] == layer and update[2] == iteration]
-    if not due:
-        return before
-    after = np.roll(before, 1)
-    changed = np.flatnonzero(before != after).tolist()
+def _commit(run: RunBuilder, layer: int, iteration: int, made: Plan) -> Placement:
+    """Commit the plan of an update that was taken in the iteration before."""
+    changed = made.changed.tolist()
     begin = 2_000 + iteration * STEP_NS + 100 + layer * LAYER_NS
     for rank in range(RANKS):
         local = [slot - rank * PER_RANK for slot in changed if slot // PER_RANK == rank]
-        plan = {"taken": due[0][1], "digest": digest(after), "changed": changed, "bytes": 100}
-        run.add("plan", rank, layer, iteration - 1, due=iteration, predicted=[1.0, 1.0], **plan)
-        run.add("commit", rank, layer, iteration, local_changed=local, **plan)
+        fields = {"taken": iteration - 1, "digest": made.placement.digest(), "changed": changed}
+        fields["bytes"] = len(local) * SLOT_BYTES
+        run.add("plan", rank, layer, iteration - 1, due=iteration, predicted=made.predicted.tolist(), **fields)
+        run.add("commit", rank, layer, iteration, local_changed=local, **fields)
         run.add("attest", rank, layer, iteration, slots=PER_RANK, mismatched=[], changed_bytes=len(local))
         _record(run, rank, Kind.STAGE_WEIGHTS, UPDATER, layer, iteration - 1, begin - LAYER_NS, begin - 500)
         _record(run, rank, Kind.COMMIT, BALANCER_STREAM, layer, iteration, begin + 30, begin + 70)
-    return after
+    return made.placement
 
 
-def _layer_rows(run: RunBuilder, layer: int, iteration: int, slots: np.ndarray, *, first: bool) -> None:
-    rng = np.random.default_rng((layer, iteration))
-    counts = rng.multinomial(TOKENS * TOP_K, [0.55, 0.25, 0.15, 0.05], size=RANKS)
+def _counts(layer: int, iteration: int) -> np.ndarray:
+    """Routed entries by rank and expert; who is hot changes with every iteration, so that every plan moves experts."""
+    shares = np.roll([0.55, 0.25, 0.15, 0.05], layer + iteration)
+    return np.random.default_rng((layer, iteration)).multinomial(TOKENS * TOP_K, shares, size=RANKS)
+
+
+def _layer_rows(run: RunBuilder, layer: int, iteration: int, slots: np.ndarray, *, write_slots: bool) -> None:
+    counts = _counts(layer, iteration)
     expected = np.stack([_spread(row, slots) for row in counts])
     total = counts.sum(0)
     replicas = np.bincount(slots, minlength=EXPERTS)
     loads = (total[slots] / replicas[slots]).reshape(RANKS, PER_RANK).sum(1)
-    changed = first or any(update[0] == layer and update[2] == iteration for update in UPDATES)
     for rank in range(RANKS):
         mine = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
         entries = TOKENS * TOP_K
         faults = dict.fromkeys(("missing", "duplicated", "wrong_expert", "invalid_slot"), 0)
-        placement = {"digest": digest(slots)} | ({"slots": slots.tolist()} if changed else {})
+        placement = {"digest": digest(slots)} | ({"slots": slots.tolist()} if write_slots else {})
         run.add("routed", rank, layer, iteration, counts=counts[rank].tolist())
         run.add("expected", rank, layer, iteration, slots=expected[rank].tolist())
         run.add("placement", rank, layer, iteration, **placement)

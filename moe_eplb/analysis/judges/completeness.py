@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moe_eplb.analysis.judges.findings import Findings
-from moe_eplb.analysis.run_folder import EvidenceRow, RunFolder
+from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
+from moe_eplb.core import workload
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.scenario import ExpectError
 from moe_eplb.core.verdict import CheckResult
@@ -23,8 +26,21 @@ def run_complete(folder: RunFolder) -> CheckResult:
         routed = folder.evidence.by_place(Row.ROUTED)
         for place in folder.places:
             findings.need_ranks("routed", folder, routed.get(place, {}), place)
+            for rank, row in routed.get(place, {}).items():
+                _routes_workload(folder, place, rank, row, findings)
     iterations = sorted({row["iterations"] for row in ends.values()})
     return findings.result(f"{len(ends)} ranks ended, iterations {', '.join(map(str, iterations)) or 'none'}")
+
+
+def _routes_workload(folder: RunFolder, place: Place, rank: int, row: EvidenceRow, findings: Findings) -> None:
+    """A drawn workload can be drawn again: what the layer routed is what the scenario asks for."""
+    if folder.scenario.workload.kind not in ("uniform", "zipf", "hot"):
+        return
+    ids = workload.topk_ids(folder.scenario, place.iteration, place.layer, rank)
+    assert ids is not None
+    asked = np.bincount(ids.reshape(-1), minlength=folder.scenario.model.experts).tolist()
+    if row["counts"] != asked:
+        findings.wrong(f"rank {rank} routed {row['counts']} by expert, the scenario asks for {asked}", place)
 
 
 def _all_iterations(folder: RunFolder, ends: dict[int, EvidenceRow], findings: Findings) -> None:
@@ -54,12 +70,12 @@ def _state(row: EvidenceRow) -> str:
 
 
 def leaks(folder: RunFolder) -> CheckResult:
-    """After the run no thread, shared segment, queued work, open iteration or active balancer is left."""
+    """After the run no thread, segment, queued work or balancer is left (`call_order` sees open iterations)."""
     findings = Findings("leaks", "nothing left behind on any rank")
     rows = {row["rank"]: row for row in folder.evidence.rows(Row.LEAK)}
     findings.need_ranks("leak", folder, rows)
     for rank, row in rows.items():
-        for what in ("threads", "segments", "pending", "balancer", "in_iter"):
+        for what in ("threads", "segments", "pending", "balancer"):
             if row[what]:
                 findings.wrong(f"rank {rank} left {what}: {row[what]}")
     return findings.result(f"{len(rows)} ranks looked at")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["attestation", "equality", "exactly_once"]
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Largest allowed max|a-b| / max|b| by the model's dtype. The judge's own: evidence must not loosen its own measure."""
 
 _FAULTS = ("missing", "duplicated", "wrong_expert", "invalid_slot")
 
@@ -39,34 +44,59 @@ def _judge_dispatch(folder: RunFolder, row: EvidenceRow, findings: Findings) -> 
 
 
 def attestation(folder: RunFolder) -> CheckResult:
-    """After every commit, each slot's bytes are those of the expert it must hold."""
+    """At the start, after every commit and at the end, each slot's bytes are those of the expert it must hold."""
     findings = Findings("attestation", "every slot holds its expert's master weights after every commit")
     attested = folder.evidence.by_place(Row.ATTEST)
-    commits = folder.evidence.rows(Row.COMMIT)
+    commits, rows = folder.evidence.rows(Row.COMMIT), folder.evidence.rows(Row.ATTEST)
     for row in commits:
         if row["rank"] not in attested.get(Place(row["layer"], row["iteration"]), {}):
             findings.missing(f"a commit of rank {row['rank']} was not attested", _place(row))
-    rows = folder.evidence.rows(Row.ATTEST)
-    if not any(row["slots"] for row in rows):
-        findings.missing("no slot was attested")
+    _need_all_readings(folder, findings)
     for row in rows:
+        if row["slots"] != folder.scenario.slots_per_rank:
+            said = f"{row['slots']} of {folder.scenario.slots_per_rank} slots"
+            findings.missing(f"rank {row['rank']} attested {said}", _place(row))
         for slot, expert, digest in row["mismatched"]:
             findings.wrong(f"slot {slot} does not hold expert {expert}: its digest is {digest}", _place(row))
     return findings.result(f"{sum(row['slots'] for row in rows)} slots attested, {len(commits)} commits")
 
 
+def _need_all_readings(folder: RunFolder, findings: Findings) -> None:
+    """Each layer is read on each rank before the first iteration, after each commit, and after the last iteration."""
+    readings, commits = (
+        Counter((row["layer"], row["rank"]) for row in folder.evidence.rows(kind)) for kind in (Row.ATTEST, Row.COMMIT)
+    )
+    for layer in range(folder.scenario.model.layers):
+        for rank in folder.ranks:
+            needed = 2 + commits[layer, rank]
+            if readings[layer, rank] < needed:
+                found = f"{readings[layer, rank]} of {needed} readings"
+                findings.missing(f"rank {rank}, layer {layer}: {found} of the slots")
+
+
 def equality(folder: RunFolder) -> CheckResult:
-    """Sampled outputs equal the slow reference within the data type's tolerance."""
+    """Every output of every rank equals the slow reference within the data type's tolerance."""
     findings = Findings("equality", "max|a-b| / max|b| within the tolerance of the data type")
-    rows = [row for row in folder.evidence.rows(Row.EQUALITY) if row["tokens"] > 0]
-    if not rows:
-        findings.missing("no output was compared")
+    outputs = folder.evidence.by_place(Row.EQUALITY)
+    for place in folder.places:
+        findings.need_ranks("equality", folder, outputs.get(place, {}), place)
+    rows = folder.evidence.rows(Row.EQUALITY)
     for row in rows:
-        # A ratio that is not a number compares false and must not pass.
-        if not row["ratio"] <= row["tolerance"]:
-            findings.wrong(f"ratio {row['ratio']:.3g} > {row['tolerance']:.3g}", f"rank {row['rank']}, {_place(row)}")
+        _judge_output(folder, row, findings)
+    if not any(row["tokens"] for row in rows):
+        findings.missing("no output was compared")
     worst = max((row["ratio"] for row in rows), default=float("nan"))
     return findings.result(f"{len(rows)} outputs compared, largest ratio {worst:.3g}")
+
+
+def _judge_output(folder: RunFolder, row: EvidenceRow, findings: Findings) -> None:
+    where = f"rank {row['rank']}, {_place(row)}"
+    tolerance, tokens = TOLERANCE[folder.scenario.model.dtype], folder.scenario.tokens(row["rank"])
+    # A ratio that is not a number compares false and must not pass.
+    if not row["ratio"] <= tolerance:
+        findings.wrong(f"ratio {row['ratio']:.3g} > {tolerance:.3g}", where)
+    if row["tokens"] != tokens:
+        findings.missing(f"{row['tokens']} of {tokens} tokens were compared", where)
 
 
 def _place(row: EvidenceRow) -> Place:

@@ -21,12 +21,12 @@ def effect(folder: RunFolder) -> CheckResult:
     findings = Findings("effect", "each scheduled update is planned, committed when due, and seen in weights and loads")
     updates = scheduled_updates(folder) if folder.moving else []
     if folder.moving:
+        if not any(row["changed"] for row in folder.evidence.rows(Row.COMMIT)):
+            findings.wrong("not a single slot was moved in the whole run")
         _judge_plans(folder, updates, findings)
         judge_plan_contents(folder, updates, findings)
         _judge_commits(folder, findings)
         _judge_tables(folder, findings)
-        if not any(row["changed"] for row in folder.evidence.rows(Row.COMMIT)):
-            findings.wrong("not a single slot was moved in the whole run")
     judge_received(folder, findings)
     commits = folder.evidence.by_place(Row.COMMIT)
     moved = sum(len(rows[min(rows)]["changed"]) for rows in commits.values())
@@ -76,7 +76,7 @@ def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> N
 
 def _judge_commits(folder: RunFolder, findings: Findings) -> None:
     """Commits, and nothing else, changed the contents of just the slots they name, by the digests of their bytes."""
-    per_rank, slot_bytes = folder.scenario.slots_per_rank, folder.scenario.model.expert_bytes
+    per_rank, slot_bytes = folder.scenario.slots_per_rank, _slot_bytes(folder)
     moved: dict[tuple[Place, int], int] = {}
     for place, rows in folder.evidence.by_place(Row.COMMIT).items():
         for rank, row in rows.items():
@@ -88,6 +88,12 @@ def _judge_commits(folder: RunFolder, findings: Findings) -> None:
                 findings.wrong(f"rank {rank} moved {row['bytes']} bytes, {len(mine)} slots of {slot_bytes}", place)
     if folder.scenario.checks.attestation:
         _judge_contents(folder, moved, findings)
+
+
+def _slot_bytes(folder: RunFolder) -> int:
+    """Bytes of one expert's weights: w1, w3 and w2 of I x D values each."""
+    model = folder.scenario.model
+    return 3 * model.hidden * model.intermediate * {"float32": 4, "bfloat16": 2}[model.dtype]
 
 
 def _judge_contents(folder: RunFolder, moved: dict[tuple[Place, int], int], findings: Findings) -> None:

@@ -23,7 +23,7 @@ def call_order(folder: RunFolder) -> CheckResult:
         findings.missing("the run left no trace")
         return findings.result("nothing")
     outcome = replay(folder.trace, folder.dynamic_layers)
-    _judge_replay(folder, outcome, findings)
+    _judge_replay(folder, folder.trace, outcome, findings)
     _need_complete_logs(folder, folder.trace, findings)
     for rank in folder.ranks:
         if not outcome.calls.get(rank):
@@ -31,16 +31,16 @@ def call_order(folder: RunFolder) -> CheckResult:
     return findings.result(f"{sum(outcome.calls.values())} stage calls on {len(outcome.calls)} ranks")
 
 
-def _judge_replay(folder: RunFolder, outcome: Replay, findings: Findings) -> None:
+def _judge_replay(folder: RunFolder, trace: Trace, outcome: Replay, findings: Findings) -> None:
     expect = folder.scenario.expect_error
     for found in outcome.violations:
         # The call that raises is the last that a script makes; anything recorded after it is a second fault.
         if expect is None or found.code != expect.code or found.after:
             findings.wrong(f"{found.code} {found.what}{_around(found)}", f"rank {found.rank}, record {found.seq}")
     if expect is None and not folder.scripted:
-        # Of a run that was cut short an open iteration proves nothing.
-        note = findings.missing if folder.failed else findings.wrong
         for rank, what in outcome.unfinished.items():
+            # Of a run that was cut short, or a log that was full, an open iteration proves nothing.
+            note = findings.missing if folder.failed or trace.ranks[rank].dropped else findings.wrong
             note(f"rank {rank}: {what}")
 
 

@@ -89,8 +89,6 @@ def _placement(folder: RunFolder, place: Place) -> Placement | None:
 
 def _compare(expected: Plan, rank: int, row: EvidenceRow, place: Place, findings: Findings) -> None:
     if row["digest"] != expected.placement.digest():
-        findings.wrong(
-            f"rank {rank} planned {row['digest']}, the counts lead to {expected.placement.digest()}", place
-        )
+        findings.wrong(f"rank {rank} planned {row['digest']}, the counts lead to {expected.placement.digest()}", place)
     elif not np.allclose(row["predicted"], expected.predicted, rtol=1e-6):
         findings.wrong(f"rank {rank} predicted rank loads {row['predicted']}, not {expected.predicted.tolist()}", place)

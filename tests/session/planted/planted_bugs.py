@@ -114,6 +114,26 @@ def digest_disagreement(module: ModuleType) -> None:
     module.plan = other
 
 
+def load_never_zeroed(module: ModuleType) -> None:
+    """Every rank's next plan is made from the load of the plan before, too."""
+
+    def kept(self: Any) -> Any:
+        return self._load.numpy().astype("float64")
+
+    module.LoadWindow.take = kept
+
+
+def other_experts_than_asked(module: ModuleType) -> None:
+    """Every rank's router returns the experts after the supplied ones."""
+    apply = module.SuppliedMoeRoutingMethod.apply
+
+    def after(self: Any, logits: Any) -> Any:
+        ids, scales = apply(self, logits)
+        return (ids + 1) % logits.shape[1], scales
+
+    module.SuppliedMoeRoutingMethod.apply = after
+
+
 def leaked_segment(module: ModuleType) -> None:
     """Closing a host copy forgets to remove its segment."""
     module.HostMoeTensorSharer.close = lambda self: self._views.clear()
@@ -129,5 +149,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "wrong_axis_balancedness": ("moe_eplb.balancer.single_layer", wrong_axis_balancedness),
     "updates_silently_off": ("moe_eplb.balancer.load_balancer", updates_silently_off),
     "digest_disagreement": ("moe_eplb.balancer.updater", digest_disagreement),
+    "load_never_zeroed": ("moe_eplb.balancer.statistics", load_never_zeroed),
+    "other_experts_than_asked": ("moe_eplb.moe.routing", other_experts_than_asked),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
