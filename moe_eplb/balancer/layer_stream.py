@@ -1,13 +1,28 @@
-"""One layer's use of the balancer stream: two reusable events order it against the streams that run the layer."""
+"""One layer's use of the balancer stream and of the recorder: two reusable events and one reusable range."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_eplb.core.events import Kind
+from moe_eplb.core.events import EventSink, Kind
 from moe_eplb.device import AuxStreamType, Device, EventType, Stream
 
-__all__ = ["LayerStream"]
+__all__ = ["CallRange", "LayerStream"]
+
+
+class CallRange:
+    """The open record of a layer's call; one object for all of them, since they never nest."""
+
+    __slots__ = ("_end", "token")
+
+    def __init__(self, sink: EventSink) -> None:
+        self._end, self.token = sink.end, -1
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self._end(self.token)
 
 
 class LayerStream:

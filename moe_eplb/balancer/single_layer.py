@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_eplb.balancer.layer_stream import LayerStream
+from moe_eplb.balancer.layer_stream import CallRange, LayerStream
 from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.replica_choice import RouteTables
 from moe_eplb.balancer.statistics import AllReduce, LayerStatistics, require_gathered_shape
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import HOST, EventSink, Kind
+from moe_eplb.core.events import HOST, Kind
 from moe_eplb.core.placement import Placement, balancedness
 from moe_eplb.core.protocol import INITIAL, Call, Illegal, step, violation
 from moe_eplb.device import Stream
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["SingleLayerMoeLoadBalancer"]
 
 _KINDS = tuple(Kind(call.value) for call in Call)
-
-
-class _Range:
-    """The open record of a layer's call; one object for all of them, since they never nest."""
-
-    __slots__ = ("_end", "token")
-
-    def __init__(self, sink: EventSink) -> None:
-        self._end, self.token = sink.end, -1
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self._end(self.token)
 
 
 class SingleLayerMoeLoadBalancer:
@@ -79,7 +64,7 @@ class SingleLayerMoeLoadBalancer:
         self.updates = LayerUpdate(owner, self, placement)
         self._tables = RouteTables(placement, rank=self.ep_rank, choice=owner.options.replica_choice)
         self._state = INITIAL
-        self._range = _Range(self._device.sink)
+        self._range = CallRange(self._device.sink)
         if self.updates_enabled:
             options = owner.options
             self._stream = LayerStream(self._device, layer_idx, aux_stream)
@@ -256,7 +241,7 @@ class SingleLayerMoeLoadBalancer:
         """Whether the layer has begun and not handed over."""
         return self._state is not INITIAL
 
-    def _call(self, call: Call, first: bool = True, last: bool = True) -> _Range:
+    def _call(self, call: Call, first: bool = True, last: bool = True) -> CallRange:
         """Check and record a call; the record ends with the block, also when that raises."""
         flags = first | last << 1 | self.updates_enabled << 2
         token = self._device.sink.begin(_KINDS[call], self.layer_idx, self._device.iteration, HOST, flags)

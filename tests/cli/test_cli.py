@@ -83,9 +83,9 @@ def test_a_missing_file_is_no_bug(call: Call) -> None:
 
 
 def test_an_unwritable_place_is_no_bug(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    _raising(monkeypatch, PermissionError(13, "Permission denied", "/root/x"))
+    _raising(monkeypatch, PermissionError(13, "Permission denied", "/locked/x"))
     answer = call("shm", "list")
-    assert (answer.code, answer.err) == (2, "error[E006]: cannot use /root/x\n  why: Permission denied\n")
+    assert (answer.code, answer.err) == (2, "error[E006]: cannot use /locked/x\n  why: Permission denied\n")
 
 
 def test_python_m_eplbctl_is_the_same_program(
