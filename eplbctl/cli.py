@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 import click
 
-from moe_eplb.core.errors import EXIT_MEANING, EplbError, ExitCode, UsageError
+from eplbctl.output import say
+from moe_eplb.core.errors import EXIT_MEANING, EplbError, ExitCode, RunFailed, UsageError
 
 __all__ = ["COMMANDS", "cli", "invoke", "main"]
 
@@ -55,31 +59,58 @@ def invoke(arguments: Sequence[str]) -> int:
     except EplbError as error:
         return _known_error(error)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        say("interrupted", err=True)
         return int(ExitCode.INTERRUPTED)
+    except SystemExit as ended:
+        # Only click ends so: after completing a word, or when the reader of its pages has gone.
+        return int(ExitCode.UNKNOWN if ended.code else ExitCode.VALID)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             return _known_error(UsageError("E006", f"cannot use {error.filename}", why=error.strerror or str(error)))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _known_error(RunFailed("E183", "the output could not be written", why=str(error.strerror)))
         return _internal_error(error)
 
 
 def main() -> NoReturn:
-    """Entry point of the ``eplbctl`` script."""
-    sys.exit(invoke(sys.argv[1:]))
+    """Entry point of the ``eplbctl`` script. SIGTERM and SIGHUP end it after it has cleaned up."""
+    # torchrun ends its ranks by itself, and a rank within a collective would not come to run a handler.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _terminate)
+    try:
+        code = invoke(sys.argv[1:])
+    except _Terminated as terminated:
+        code = 128 + terminated.number  # as shells report it; sys.exit still removes what was made for a while
+    sys.exit(code)
+
+
+class _Terminated(BaseException):
+    """Unwinds the program after a signal, so that what it has started and made is removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    raise _Terminated(number)
 
 
 def _known_error(error: EplbError) -> int:
-    click.echo(str(error), err=True)
+    say(str(error), err=True)
     return int(error.exit_code)
 
 
 def _internal_error(error: Exception) -> int:
-    click.echo(f"internal error: {type(error).__name__}: {error}", err=True)
+    say(f"internal error: {type(error).__name__}: {error}", err=True)
     if os.environ.get("EPLBCTL_DEBUG") == "1":
         import traceback
 
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        say("".join(traceback.format_exception(error)).rstrip(), err=True)
     else:
-        click.echo("  This is a bug in eplbctl. Run it again with EPLBCTL_DEBUG=1 and report the traceback", err=True)
-        click.echo("  with the scenario and the output of `eplbctl doctor`.", err=True)
+        say("  This is a bug in eplbctl. Run it again with EPLBCTL_DEBUG=1 and report the traceback", err=True)
+        say("  with the scenario and the output of `eplbctl doctor`.", err=True)
     return int(ExitCode.INTERNAL)

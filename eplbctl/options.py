@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import click
 
+from eplbctl.output import say
 from moe_eplb.core.errors import UsageError
 
 __all__ = ["Destination", "format_option", "output_options", "overrides_option", "refuse_existing"]
@@ -27,15 +26,11 @@ class Destination:
 
     def write(self, text: str) -> None:
         """Write the text with exactly one newline at its end."""
-        text = text.rstrip("\n") + "\n"
+        text = text.rstrip("\n")
         if self.path is not None:
-            self.path.write_text(text, encoding="utf-8")
-            return
-        try:
-            click.echo(text, nl=False)
-        except BrokenPipeError:
-            # The reader (head, a pager) has gone. What it wanted it has; the exit code must still be the verdict's.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.path.write_text(text + "\n", encoding="utf-8")
+        else:
+            say(text)
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:

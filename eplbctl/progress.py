@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from eplbctl.output import say
+
 __all__ = ["Progress"]
 
 _LINES = 4
@@ -27,7 +29,7 @@ class Progress:
             self._draw(done, total)
         elif done * _LINES // total > self._quarter:
             self._quarter = done * _LINES // total
-            click.echo(f"{self._label}: iteration {done} of {total}", err=True)
+            say(f"{self._label}: iteration {done} of {total}", err=True)
 
     def _draw(self, done: int, total: int) -> None:
         if self._bar is None:

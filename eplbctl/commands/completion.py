@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from eplbctl.output import say
+
 __all__ = ["command"]
 
 
@@ -22,4 +24,4 @@ def command(ctx: click.Context, shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None, "the choices are click's own shells"
-    click.echo(kind(ctx.find_root().command, {}, "eplbctl", "_EPLBCTL_COMPLETE").source())
+    say(kind(ctx.find_root().command, {}, "eplbctl", "_EPLBCTL_COMPLETE").source())

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from eplbctl.options import Destination, format_option, output_options
+from moe_eplb.core.errors import TraceError
 
 __all__ = ["command"]
 
@@ -29,7 +30,13 @@ def command(run: Path, form: str, destination: Destination) -> None:
     from moe_eplb.analysis import run_folder, stages
 
     folder = run_folder.load(run)
-    made = stages.make_report(folder)
+    try:
+        made = stages.make_report(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(
+            "E058", "the evidence does not add up to a report", why=f"{type(error).__name__}: {error}", where=str(run),
+            hint=f"judge it instead: eplbctl verify {run}",
+        ) from error  # fmt: skip
     if form == "json":
         destination.write(render.json_text(made))
     elif form == "markdown":

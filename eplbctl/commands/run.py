@@ -13,6 +13,7 @@ import click
 from eplbctl.folders import default_name, new_folder, require_free
 from eplbctl.options import Destination, overrides_option
 from eplbctl.outcome import worst_exit_code
+from eplbctl.output import say
 from eplbctl.progress import Progress
 from eplbctl.targets import Target, load_all, select, targets
 from moe_eplb.core.errors import ExitCode, UsageError
@@ -66,6 +67,7 @@ def command(
     chosen = select(targets(paths), (), ())
     changes = [*overrides, *_shorthands(ranks=ranks, seed=seed, device=device)]
     _refuse_changes(chosen, changes)
+    _refuse_damaged(chosen)
     jobs = _jobs(chosen, load_all(chosen, changes), repeat, out)
     return worst_exit_code(_join(jobs, argv) if _joined() else _run(jobs, argv))
 
@@ -81,6 +83,15 @@ def _refuse_changes(chosen: Sequence[Target], changes: Sequence[str]) -> None:
             "E007", "a run folder is run again as it was", why=f"changes were given: {', '.join(changes)}",
             hint=f"change its scenario instead: eplbctl run {finished[0]}/scenario.yaml --set {changes[0]}",
         )  # fmt: skip
+
+
+def _refuse_damaged(chosen: Sequence[Target]) -> None:
+    """Raise for a run folder that a new run could not be compared with, before it is run."""
+    from moe_eplb.analysis import run_folder
+
+    for target in chosen:
+        if target.finished:
+            run_folder.load(target.path)
 
 
 def _jobs(chosen: Sequence[Target], scenarios: Sequence[Scenario], repeat: int, out: Path | None) -> Iterator[_Job]:
@@ -134,7 +145,7 @@ def _show(job: _Job, result: RunResult) -> ExitCode:
     codes = [result.exit_code]
     if job.target.finished and not result.verdict.failure:
         codes.append(_show_reproduction(job.target.path, folder))
-    click.echo(render.next_commands(result), err=True)
+    say(render.next_commands(result), err=True)
     return worst_exit_code(codes)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 
 from eplbctl.options import Destination, format_option, output_options, overrides_option, refuse_existing
+from eplbctl.output import say
 from eplbctl.targets import Target, load_all, select, targets
+from moe_eplb.core.errors import UsageError
 
 __all__ = ["TEMPLATES", "command"]
 
@@ -32,8 +34,8 @@ def init(path: Path, template: str, force: bool) -> None:
     refuse_existing(path, force=force)
     text = resources.files("eplbctl").joinpath("templates", f"{template}.yaml").read_text(encoding="utf-8")
     path.write_text(text, encoding="utf-8")
-    click.echo(f"wrote {path}")
-    click.echo(f"next: eplbctl run {path}", err=True)
+    say(f"wrote {path}")
+    say(f"next: eplbctl run {path}", err=True)
 
 
 @command.command()
@@ -45,7 +47,7 @@ def check(paths: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     loaded = load_all(chosen, overrides)
     for target, scenario in zip(chosen, loaded, strict=True):
         reason = scenario.balancer_off_reason()
-        click.echo(f"{target.path}: good" + (f" (balancer: off, because {reason})" if reason else ""))
+        say(f"{target.path}: good" + (f" (balancer: off, because {reason})" if reason else ""))
 
 
 @command.command()
@@ -56,7 +58,10 @@ def show(path: Path, overrides: tuple[str, ...], destination: Destination) -> No
     """Print a scenario with every default and every --set filled in."""
     from moe_eplb.core import scenario
 
-    (loaded,) = load_all(targets([path])[:1], overrides)
+    chosen = select(targets([path]), (), ())
+    if len(chosen) > 1:
+        raise UsageError("E008", f"{path} holds {len(chosen)} scenarios", hint=f"give one, such as {chosen[0].path}")
+    (loaded,) = load_all(chosen, overrides)
     destination.write(scenario.dump(loaded))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from eplbctl.output import say
+
 __all__ = ["command"]
 
 
@@ -20,11 +22,11 @@ def list_() -> None:
 
     rows = [(s.name, f"{s.bytes:,}", s.owner_pid, "in use" if s.alive else "stale") for s in list_segments()]
     if not rows:
-        click.echo("no segments")
+        say("no segments")
         return
-    click.echo(table(("segment", "bytes", "owner", "state"), rows))
+    say(table(("segment", "bytes", "owner", "state"), rows))
     if any(row[-1] == "stale" for row in rows):
-        click.echo("next: eplbctl shm clean", err=True)
+        say("next: eplbctl shm clean", err=True)
 
 
 @command.command()
@@ -35,6 +37,6 @@ def clean(include_alive: bool) -> None:
 
     removed = clean_segments(include_alive=include_alive)
     for segment in removed:
-        click.echo(f"removed {segment.name} ({segment.bytes:,} bytes)")
+        say(f"removed {segment.name} ({segment.bytes:,} bytes)")
     if not removed:
-        click.echo("nothing to remove")
+        say("nothing to remove")

@@ -14,6 +14,7 @@ import click
 from eplbctl.folders import new_folder
 from eplbctl.options import Destination, format_option, output_options
 from eplbctl.outcome import Outcome, worst_exit_code
+from eplbctl.output import say
 from eplbctl.targets import Target, load_all, select, targets
 from moe_eplb.core.errors import EplbError, ExitCode
 
@@ -59,9 +60,7 @@ def command(
     outcomes: list[Outcome] = []
     for outcome in _outcomes(chosen, scenarios, keep, argv):
         outcomes.append(outcome)
-        click.echo(
-            f"[{len(outcomes)}/{len(chosen)}] {outcome.name}: {outcome.word} ({outcome.seconds:.1f} s)", err=True
-        )
+        say(f"[{len(outcomes)}/{len(chosen)}] {outcome.name}: {outcome.word} ({outcome.seconds:.1f} s)", err=True)
         if fail_fast and outcome.exit_code != ExitCode.VALID:
             break
     destination.write(_render(form, outcomes, len(chosen) - len(outcomes)))

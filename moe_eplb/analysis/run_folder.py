@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +139,7 @@ def load(path: Path) -> RunFolder:
         path=path,
         scenario=scenarios.load(scenario_path, check_files=False),
         meta=_read_meta(path / "meta.json"),
-        evidence=Evidence(row for file in _evidence_files(path) for row in read_evidence(file)),
+        evidence=Evidence(row for rank, file in _evidence_files(path) for row in _rows_of(rank, file)),
         trace=read_trace(trace_path) if trace_path.exists() else None,
     )
 
@@ -156,11 +156,19 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _evidence_files(path: Path) -> list[Path]:
+def _rows_of(rank: int, file: Path) -> Iterator[EvidenceRow]:
+    for row in read_evidence(file):
+        if row["rank"] != rank:
+            why = f"a row of rank {row['rank']}"
+            raise TraceError("E050", "an evidence file holds another rank's row", why=why, where=str(file))
+        yield row
+
+
+def _evidence_files(path: Path) -> list[tuple[int, Path]]:
     def rank_of(file: Path) -> int:
         match = re.fullmatch(r"evidence\.rank(\d+)\.jsonl", file.name)
         if match is None:
             raise TraceError("E050", "an evidence file has no rank in its name", where=str(file))
         return int(match[1])
 
-    return sorted(path.glob("evidence.rank*.jsonl"), key=rank_of)
+    return sorted((rank_of(file), file) for file in path.glob("evidence.rank*.jsonl"))

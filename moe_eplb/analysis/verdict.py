@@ -99,7 +99,7 @@ def _run(check: _Check, folder: RunFolder) -> CheckResult:
     try:
         return check.judge(folder)
     except Exception as error:  # whatever is wrong with the evidence or the judge, this one check is not proved
-        _LOG.exception("the check %s could not be judged", check.name)
+        _LOG.error("the check %s could not be judged: %s", check.name, _named(error), exc_info=_verbose())
         where = str(folder.path)
         return CheckResult(check.name, Status.UNKNOWN, "not judged", "a judged check", _named(error), where)
 
@@ -108,8 +108,13 @@ def _measures(folder: RunFolder) -> tuple[Measures, list[str]]:
     try:
         return measure_run(folder), []
     except Exception as error:  # thresholds then have no value and are unknown
-        _LOG.exception("the metrics could not be computed")
+        _LOG.error("the metrics could not be computed: %s", _named(error), exc_info=_verbose())
         return Measures(), [f"no metrics: {_named(error)}"]
+
+
+def _verbose() -> bool:
+    """Tracebacks only for who asks: damaged evidence is more often the cause than a bug of a judge."""
+    return _LOG.isEnabledFor(logging.DEBUG)
 
 
 def _named(error: Exception) -> str:

@@ -60,6 +60,10 @@ class Row(enum.StrEnum):
     END = "end"
 
 
+_COMMON = {"row": str, "rank": int, "layer": int, "iteration": int}
+"""Fields of every row, whatever its kind."""
+
+
 class EvidenceWriter:
     """Appends evidence rows of one rank to a file; what was written survives the rank's death."""
 
@@ -83,7 +87,10 @@ class EvidenceWriter:
 
 def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of one file in order. A last line cut off by a dying rank is left out; any other damage is an error."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TraceError("E050", "the evidence file is no text", why=str(error), where=str(path)) from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -95,6 +102,6 @@ def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
             raise TraceError(
                 "E050", "the evidence file is damaged", why=str(error), where=f"{path}:{number}"
             ) from error
-        if not isinstance(row, dict) or "row" not in row:
+        if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in _COMMON.items()):
             raise TraceError("E050", "the evidence file holds a line that is no row", where=f"{path}:{number}")
         yield row

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -84,11 +87,13 @@ class RankPool:
         self.reserve(scenario.ranks)
         job = Job(scenarios.dump(scenario), str(folder))
         for rank in self._ranks:  # those beyond the scenario's ranks only help to make its process groups
-            rank.pipe.send(job)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the sentinel tells how the rank ended
+                rank.pipe.send(job)
         _Watch(self._ranks, deadline, scenario, progress).until_done()
 
     def _start(self, size: int) -> None:
         self._store = tempfile.mkdtemp(prefix="moe_eplb-store-")
+        _start_server()
         for number in range(size):
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
@@ -207,6 +212,16 @@ def run_scenario(
     """Run one scenario on ranks of its own."""
     with RankPool() as pool:
         return pool.run(scenario, folder, progress=progress, argv=argv)
+
+
+def _start_server() -> None:
+    """Start the server that forks the ranks, deaf to the keyboard: this process alone answers an interrupt for all."""
+    resource_tracker.ensure_running()  # first, since starting it would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _how(exitcode: int | None) -> str:

@@ -27,6 +27,23 @@ def test_a_good_folder_loads_whole(folder: Path) -> None:
     assert loaded.trace is not None
 
 
+DAMAGED = {
+    "no text": lambda text: b"\xff\xfe" + text,
+    "a number that is a word": lambda text: text.replace(b'"layer": 1', b'"layer": "one"', 1),
+    "a row without a rank": lambda text: text.replace(b'"rank": 0, ', b"", 1),
+    "a row of another rank": lambda text: text.replace(b'"rank": 0', b'"rank": 7', 1),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_evidence_is_named(what: str, folder: Path) -> None:
+    file = folder / "evidence.rank0.jsonl"
+    file.write_bytes(DAMAGED[what](file.read_bytes()))
+    with pytest.raises(TraceError, match="E050") as caught:
+        load(folder)
+    assert caught.value.where.startswith(str(file))
+
+
 def test_placements_know_their_slots_where_ranks_did_not_repeat_them(folder: Path) -> None:
     placements = load(folder).placements
     assert placements[Place(0, 2)][1]["slots"] == placements[Place(0, 1)][1]["slots"]
