@@ -215,9 +215,12 @@ def run_scenario(
 
 
 def _start_server() -> None:
-    """Start the server that forks the ranks, deaf to the keyboard: this process alone answers an interrupt for all."""
+    """Start the server that forks the ranks, deaf to what ends a terminal's whole group: this process answers for all.
+
+    Otherwise a server that went first would leave dying ranks that nobody can wait for, and their memory.
+    """
     resource_tracker.ensure_running()  # first, since starting it would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     try:
         forkserver.ensure_running()
     finally:

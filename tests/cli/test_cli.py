@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from moe_eplb.core.errors import BalancerError, RunFailed, ScenarioError
 
 from .conftest import Call, FakeSession, Write
 
+ROOT = Path(__file__).parents[2]
 ERRORS = [
     (ScenarioError("E021", "it is bad", why="1 of 2", hint="mend it", where="x.yaml:1:2"), 2),
     (RunFailed("E180", "rank 1 died"), 4),
@@ -119,15 +123,26 @@ def test_an_output_needs_its_folder(call: Call, write: Write, session: FakeSessi
     assert session.ran == []
 
 
-def test_a_reader_that_has_gone_changes_no_verdict(tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
+def test_a_full_disk_is_a_failure_and_no_bug(call: Call) -> None:
+    answer = call("scenario", "schema", "-o", "/dev/full", "--force")
+    assert (answer.code, answer.out) == (4, "")
+    assert answer.err == "error[E183]: the output could not be written\n  why: No space left on device\n"
 
-    root = Path(__file__).parents[2]
+
+@pytest.mark.parametrize(
+    "command", ["scenario schema", "scenario check scenarios/quickstart.yaml", "shm list", "completion bash"]
+)
+def test_a_reader_that_has_gone_changes_no_verdict(command: str) -> None:
     read, write_end = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "eplbctl", "scenario", "schema"]
-    done = subprocess.run(command, cwd=root, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "eplbctl", *command.split()], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE,
+        text=True, check=False, timeout=60,
+    )  # fmt: skip
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_help_page_nobody_reads_is_no_verdict(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    _raising(monkeypatch, SystemExit(1))
+    assert call("shm", "list").code == 3

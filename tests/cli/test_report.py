@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,16 @@ def test_what_is_no_run_folder_is_bad_input(call: Call) -> None:
     answer = call("report", ".")
     assert answer.code == 2
     assert "no run folder" in answer.err
+
+
+def test_evidence_that_does_not_add_up_is_bad_input(call: Call, write: Write, session: FakeSession) -> None:
+    call("run", write(), "--out", "one")
+    row = {"row": "commit", "rank": 0, "layer": 0, "iteration": 0, "changed": 7, "bytes": "many"}
+    with Path("one/evidence.rank0.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    answer = call("report", "one")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error[E058] one: ")
 
 
 def _cells(text: str) -> set[str]:

@@ -53,6 +53,19 @@ def test_show_is_complete_and_equal(call: Call, write: Write) -> None:
     assert scenarios.loads(out, "shown") == scenarios.load(path, ["seed=7"])
 
 
+def test_show_needs_just_one_scenario(call: Call, write: Write) -> None:
+    Path("scenarios").mkdir()
+    answer = call("scenario", "show", "scenarios")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error[E001]")
+    write("one")
+    assert call("scenario", "show", "scenarios").code == 0
+    write("two")
+    answer = call("scenario", "show", "scenarios")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error[E008]: scenarios holds 2 scenarios")
+
+
 def test_list_names_and_describes(call: Call, write: Write) -> None:
     write("one")
     write("two", SMALL.replace("layer_updates_per_iter: 1", "layer_updates_per_iter: 0"))
