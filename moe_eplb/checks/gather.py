@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_eplb.balancer import SingleLayerMoeLoadBalancer
 from moe_eplb.checks.attestation import SlotAttestation
 from moe_eplb.checks.equality import TOLERANCE, compare, reference_output
 from moe_eplb.checks.exactly_once import exchange, tally
@@ -205,8 +204,3 @@ def watched_layer(
 ) -> WatchedLayer:
     """A `WatchedLayer` with its attestation."""
     return WatchedLayer(slots, master, placement, dtype, SlotAttestation(slots, master, placement().experts))
-
-
-def placement_of(layer: SingleLayerMoeLoadBalancer) -> Callable[[], Placement]:
-    """The committed placement of a balanced layer, read anew at each call."""
-    return lambda: layer.placement
