@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_eplb.analysis import run_folder
-from moe_eplb.analysis.judges import agreement, completeness, correctness, effect, limits, measured, order
+from moe_eplb.analysis.judges import (
+    agreement,
+    completeness,
+    correctness,
+    effect,
+    generation,
+    limits,
+    measured,
+    order,
+)
 from moe_eplb.analysis.metrics import Measures, measure_run
 from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.core.verdict import CheckResult, Status, Verdict
@@ -38,6 +47,10 @@ def _model_runs(folder: RunFolder) -> bool:
     return not folder.scripted
 
 
+def _whole_model(folder: RunFolder) -> bool:
+    return folder.scenario.model.part == "whole"
+
+
 def _experts_move(folder: RunFolder) -> bool:
     return folder.moving
 
@@ -55,10 +68,11 @@ _CHECKS = (
     _Check("balancer", completeness.balancer, _always, switchable=False),
     _Check("expected_error", completeness.expected_error, _errors_matter, switchable=False),
     _Check("call_order", order.call_order, _calls_matter),
-    _Check("stream_join", order.stream_join, _experts_move),
+    _Check("stream_join", order.stream_join, _model_runs),
     _Check("exactly_once", correctness.exactly_once, _model_runs),
     _Check("attestation", correctness.attestation, _model_runs),
     _Check("equality", correctness.equality, _model_runs),
+    _Check("generation", generation.generation, _whole_model),
     _Check("statistics", agreement.statistics, _experts_move),
     _Check("agreement", agreement.agreement, _experts_move),
     _Check("effect", effect.effect, _model_runs),
@@ -129,7 +143,7 @@ def _notes(folder: RunFolder) -> Iterator[str]:
         if check.applies(folder) and _switched_off(check, folder):
             yield f"check {check.name} is switched off in the scenario"
         elif not check.applies(folder) and check.switchable:
-            yield f"check {check.name} does not apply: {_why_not(folder)}"
+            yield f"check {check.name} does not apply: {_why_not(check, folder)}"
     if folder.trace is not None:
         costs = [state.overhead_ns for state in folder.trace.ranks.values() if state.overhead_ns is not None]
         if costs:
@@ -137,7 +151,9 @@ def _notes(folder: RunFolder) -> Iterator[str]:
             yield f"recording cost {max(costs):.0f} ns a record on the slowest rank, {records} records"
 
 
-def _why_not(folder: RunFolder) -> str:
+def _why_not(check: _Check, folder: RunFolder) -> str:
+    if check.applies is _whole_model:
+        return "the scenario runs no whole model"
     return "the run is a list of calls" if folder.scripted else "no expert moves in this run"
 
 

@@ -76,6 +76,8 @@ class MoeLoadBalancer:
         self.group = group
         self.options = options or BalancerOptions()
         self.probe: Probe = probe or NullProbe()
+        if ep_rank == 0 and self.is_dynamic_routing():
+            clean_segments()  # what a crash left may be in the way of the host copies
         self.instance = shared_memory_base_name or self._agree_on_instance()
         self.layers: list[SingleLayerMoeLoadBalancer] = []
         self.enable_statistic = False
@@ -137,8 +139,6 @@ class MoeLoadBalancer:
                     why="its plan is agreed on in a later sum of statistics, and there is no other layer to carry it",
                     hint="use commit_delay=2 or more",
                 )  # fmt: skip
-            if self.ep_rank == 0:
-                clean_segments()
             for layer in self.layers:
                 layer.updates.host.finalize()
                 layer.updates.slots.check(layer.updates.host)

@@ -7,6 +7,7 @@ route, dispatch and experts, the hand-over overlaps combine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ class SingleLayerMoeLoadBalancer:
         self.layer_idx, self.expert_count, self.top_k = layer_idx, expert_count, top_k
         self.ep_rank, self.ep_size = owner.ep_rank, owner.ep_size
         self.slot_count_per_rank = placement.slots_per_rank
-        self.repeated_count = repeated_count
+        self.repeated_count, self._repeat = repeated_count, 0
         self.updates_enabled = owner.is_dynamic_routing()
         self.updates = LayerUpdate(owner, self, placement)
         self._tables = RouteTables(placement, rank=self.ep_rank, choice=owner.options.replica_choice)
@@ -115,9 +116,18 @@ class SingleLayerMoeLoadBalancer:
         """Tell which tensor the kernel reads as weight `name` of a local slot."""
         self.updates.slots.register(local_slot, name, tensor)
 
+    def expect_expert_weights(self, weights: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
+        """Tell dtype and shape of each weight before the first is shared, so that none is kept twice meanwhile."""
+        self.updates.host.expect(weights)
+
     def share_expert_weight(self, expert: int, name: str, tensor: Tensor) -> None:
         """Give the host copy of one weight of one expert of `load_expert_ids`."""
         self.updates.host.share_host_tensor(expert, name, tensor)
+
+    def begin_forward(self) -> tuple[bool, bool]:
+        """Whether the forward that begins is the layer's first, and whether its last, in this iteration."""
+        repeat, self._repeat = self._repeat, (self._repeat + 1) % self.repeated_count
+        return repeat == 0, self._repeat == 0
 
     # -- the ten stage calls -------------------------------------------------------------------------------------
 
@@ -230,7 +240,7 @@ class SingleLayerMoeLoadBalancer:
 
         Counts and plans go, because how much of them the streams had done differs between ranks.
         """
-        self._state = INITIAL
+        self._state, self._repeat = INITIAL, 0
         if self.updates_enabled:
             if self.updates.abort(iteration, begun=begun):
                 self._tables.set(self.placement)

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from moe_eplb.checks.gather import EvidenceGatherer, WatchedLayer, watched_layer
+from moe_eplb.checks.topk_ids import TopkIds
 
-__all__ = ["EvidenceGatherer", "WatchedLayer", "watched_layer"]
+__all__ = ["EvidenceGatherer", "TopkIds", "WatchedLayer", "watched_layer"]

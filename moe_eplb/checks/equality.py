@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCE", "Difference", "compare", "reference_output"]
+__all__ = ["TOLERANCE", "Difference", "compare", "reference_output", "shared_reference"]
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest allowed max|a-b| / max|b| by weight dtype."""
@@ -31,13 +31,23 @@ def reference_output(
     y = torch.zeros_like(x)
     for expert in torch.unique(expert_ids).tolist():
         token, k = torch.nonzero(expert_ids == expert, as_tuple=True)
-        weights = master(int(expert))
-        up, gate = weights["w3_w1"].to(torch.float32).chunk(2, dim=0)
-        rows = x[token]
-        hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
-        out = hidden @ weights["w2"].to(torch.float32).T
+        out = _feed_forward(x[token], master(int(expert)))
         y.index_add_(0, token, out * scales[token, k].to(torch.float32).unsqueeze(1))
     return y
+
+
+def shared_reference(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """y float32 [T, D] of a shared expert with weights ``w3_w1``, ``w2`` and, where it has one, ``gate`` [1, D]."""
+    x = x.to(torch.float32)
+    y = _feed_forward(x, weights)
+    gate = weights.get("gate")
+    return y if gate is None else torch.sigmoid(x @ gate.to(torch.float32).T) * y
+
+
+def _feed_forward(rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    up, gate = weights["w3_w1"].to(torch.float32).chunk(2, dim=0)
+    hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+    return hidden @ weights["w2"].to(torch.float32).T
 
 
 def compare(y: Tensor, reference: Tensor) -> Difference:

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.checks.attestation import SlotAttestation
-from moe_eplb.checks.equality import TOLERANCE, compare, reference_output
-from moe_eplb.checks.exactly_once import exchange, tally
+from moe_eplb.checks.equality import TOLERANCE, compare, reference_output, shared_reference
+from moe_eplb.checks.exactly_once import exchange
+from moe_eplb.checks.layer_evidence import LayerEvidence
 from moe_eplb.checks.replica_twin import expected_slot_counts
+from moe_eplb.checks.topk_ids import TopkIds
 from moe_eplb.core.evidence import EvidenceWriter, Row
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
@@ -27,6 +29,7 @@ class WatchedLayer:
     """What the gatherer knows of a layer.
 
     `slots`: by local slot, the tensors the kernel reads. `master`: weights by expert. `placement`: the committed one.
+    `shared`: weights of the shared expert, None without one.
     """
 
     slots: Sequence[Mapping[str, Tensor]]
@@ -34,6 +37,7 @@ class WatchedLayer:
     placement: Callable[[], Placement]
     dtype: torch.dtype
     attestation: SlotAttestation
+    shared: Mapping[str, Tensor] | None = None
 
 
 class EvidenceGatherer:
@@ -60,12 +64,11 @@ class EvidenceGatherer:
         self._writer, self._rank, self._ranks, self._group = writer, rank, ranks, group
         self._local_first, self._checks = local_first, checks
         self._layers: dict[int, WatchedLayer] = {}
-        self._wanted: dict[int, Tensor] = {}
-        self._processed: dict[int, list[Tensor]] = {}
+        self._now: dict[int, LayerEvidence] = {}
         self._written_digest: dict[int, int] = {}
         self._to_attest: dict[int, list[int]] = {}
         self.iteration = -1
-        self.topk_ids: list[np.ndarray] | None = None
+        self.topk_ids: TopkIds | None = None
 
     def watch(self, index: int, layer: WatchedLayer) -> None:
         """Watch a layer and attest its initial weights."""
@@ -77,18 +80,15 @@ class EvidenceGatherer:
     def routed(self, layer: int, expert_ids: Tensor, slot_ids: Tensor) -> None:
         if layer in self._to_attest:
             self._attest(layer, self._to_attest.pop(layer))
-        placement = self._layers[layer].placement()
-        ids = expert_ids.cpu()
-        self._wanted[layer] = ids
-        if self.topk_ids is not None:
-            self.topk_ids.append(ids.numpy().copy())
-        counts = np.bincount(ids.numpy().reshape(-1), minlength=placement.experts)
+        placement, ids = self._layers[layer].placement(), expert_ids.cpu()
         expected = expected_slot_counts(
             ids.numpy(), placement.slot_to_expert, rank=self._rank, ranks=self._ranks, local_first=self._local_first
         )
-        self._write(Row.ROUTED, layer, counts=counts.tolist())
-        self._write(Row.EXPECTED, layer, slots=expected.tolist())
-        self._write_placement(layer, placement)
+        seen = self._of(layer)
+        # A second row in one iteration means that it changed under the layer's feet, which the judge must see.
+        if not seen.ids or placement.digest() != self._written_digest[layer]:
+            self._write_placement(layer, placement)
+        seen.add_routed(ids, expected)
 
     def processed(self, layer: int, source_rank: Tensor, token: Tensor, k: Tensor, slot: Tensor) -> None:
         watched = self._layers[layer]
@@ -97,16 +97,19 @@ class EvidenceGatherer:
         held = torch.tensor([watched.attestation.expert(s) for s in range(per_rank)] + [-1], dtype=torch.int64)
         inside = (local >= 0) & (local < per_rank)
         found = held[torch.where(inside, local, per_rank)]
-        rows = torch.stack([t.to(torch.int64) for t in (source_rank, token, k, slot, found)], dim=1)
-        self._processed.setdefault(layer, []).append(rows)
+        self._of(layer).add_processed(source_rank, token, k, slot, found)
 
-    def output(self, layer: int, x: Tensor, expert_ids: Tensor, scales: Tensor, y: Tensor) -> None:
-        if "equality" not in self._checks:
-            return
-        watched = self._layers[layer]
-        difference = compare(y, reference_output(x, expert_ids, scales, watched.master))
-        tolerance = TOLERANCE[watched.dtype]
-        self._write(Row.EQUALITY, layer, **asdict(difference), tolerance=tolerance, tokens=x.shape[0])
+    def output(
+        self, layer: int, x: Tensor, router_logits: Tensor, expert_ids: Tensor, scales: Tensor, y: Tensor
+    ) -> None:
+        if "equality" in self._checks:
+            reference = reference_output(x, expert_ids, scales, self._layers[layer].master)
+            self._of(layer).routed_output.add(compare(y, reference), x.shape[0])
+
+    def shared_output(self, layer: int, x: Tensor, y: Tensor) -> None:
+        shared = self._layers[layer].shared
+        if "equality" in self._checks and shared is not None:
+            self._of(layer).shared_output.add(compare(y, shared_reference(x, shared)), x.shape[0])
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         self._write(Row.REDUCED, layer, counts=counts.tolist())
@@ -136,13 +139,15 @@ class EvidenceGatherer:
     # -- iteration boundaries -----------------------------------------------------------------------------------------
 
     def end_iteration(self) -> None:
-        """Exchange what was processed with the source ranks and write the iteration's dispatch evidence."""
-        if self._wanted:
-            entries = torch.cat([self._rows(layer) for layer in sorted(self._layers)])
+        """Exchange what was processed with the source ranks and write down what the iteration's layers did."""
+        if self._now:
+            entries = torch.cat([self._received(layer) for layer in sorted(self._layers)])
             arrived = exchange(entries[:, 1:], entries[:, 0], ranks=self._ranks, group=self._group)
-            self._write_dispatch(arrived)
-        self._wanted.clear()
-        self._processed.clear()
+            for layer in sorted(self._layers):
+                self._write_layer(layer, self._of(layer), arrived[arrived[:, 0] == layer][:, 1:])
+        if self.topk_ids is not None:
+            self.topk_ids.append([self._of(layer).ids for layer in sorted(self._layers)])
+        self._now.clear()
         self._writer.flush()
 
     def finish(self) -> None:
@@ -150,23 +155,31 @@ class EvidenceGatherer:
         for layer in sorted(self._layers):
             self._attest(layer, ())
 
-    def _write_dispatch(self, arrived: Tensor) -> None:
-        """What all ranks processed of this rank's tokens, rows (layer, token, k, slot, found expert)."""
-        for layer, expert_ids in sorted(self._wanted.items()):
-            mine = arrived[arrived[:, 0] == layer][:, 1:]
-            evidence = tally(expert_ids, mine, slots=self._layers[layer].placement().slots)
-            self._write(Row.DISPATCH, layer, **asdict(evidence))
+    def _of(self, layer: int) -> LayerEvidence:
+        return self._now.setdefault(layer, LayerEvidence())
 
-    def _rows(self, layer: int) -> Tensor:
-        """This rank's processed entries (source, layer, token, k, slot, found expert); writes their counts per slot."""
-        parts = self._processed.get(layer, [])
-        rows = torch.cat(parts) if parts else torch.empty(0, 5, dtype=torch.int64)
+    def _received(self, layer: int) -> Tensor:
+        """This rank's processed entries (source, layer, chunk, token, k, slot, found); writes their counts per slot."""
+        rows = self._of(layer).rows()
         per_rank = len(self._layers[layer].slots)
-        local = rows[:, 3] - self._rank * per_rank
+        local = rows[:, 4] - self._rank * per_rank
         inside = local[(local >= 0) & (local < per_rank)]
         self._write(Row.RECEIVED, layer, slots=torch.bincount(inside, minlength=per_rank).tolist())
         tag = torch.full((rows.shape[0], 1), layer, dtype=torch.int64)
         return torch.cat([rows[:, :1], tag, rows[:, 1:]], dim=1)
+
+    def _write_layer(self, layer: int, seen: LayerEvidence, arrived: Tensor) -> None:
+        """Rows of a layer's iteration; `arrived`: what all ranks processed of this rank's tokens."""
+        if seen.expected is not None:
+            placement = self._layers[layer].placement()
+            self._write(Row.ROUTED, layer, counts=seen.counts(placement.experts).tolist())
+            self._write(Row.EXPECTED, layer, slots=seen.expected.tolist())
+            self._write(Row.DISPATCH, layer, **asdict(seen.dispatch(arrived, slots=placement.slots)))
+        if "equality" in self._checks:
+            shared = {"shared_ratio": seen.shared_output.worst.ratio, "shared_tokens": seen.shared_output.tokens}
+            routed = asdict(seen.routed_output.worst) | {"tokens": seen.routed_output.tokens}
+            tolerance = TOLERANCE[self._layers[layer].dtype]
+            self._write(Row.EQUALITY, layer, **routed, tolerance=tolerance, **shared)
 
     def _attest(self, layer: int, changed: Sequence[int]) -> None:
         watched = self._layers[layer]
@@ -201,6 +214,8 @@ def watched_layer(
     master: Callable[[int], Mapping[str, Tensor]],
     placement: Callable[[], Placement],
     dtype: torch.dtype,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> WatchedLayer:
     """A `WatchedLayer` with its attestation."""
-    return WatchedLayer(slots, master, placement, dtype, SlotAttestation(slots, master, placement().experts))
+    attestation = SlotAttestation(slots, master, placement().experts)
+    return WatchedLayer(slots, master, placement, dtype, attestation, shared)

@@ -81,6 +81,7 @@ class Kind(enum.IntEnum):
     SHARED_EXPERT = 35
     STEP = 40
     CHECK = 41
+    UNORDERED = 42
 
 
 class KindInfo(NamedTuple):
@@ -125,6 +126,7 @@ KINDS: dict[Kind, KindInfo] = {
     Kind.SHARED_EXPERT: KindInfo("shared_expert", Role.COMPUTE, "tokens"),
     Kind.STEP: KindInfo("step", Role.OTHER, "tokens"),
     Kind.CHECK: KindInfo("check", Role.OTHER),
+    Kind.UNORDERED: KindInfo("unordered", Role.OTHER, "kind", "kind << 8 | stream it did not wait for"),
 }
 
 _BY_NAME = {info.name: kind for kind, info in KINDS.items()}

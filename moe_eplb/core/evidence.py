@@ -21,7 +21,8 @@ class Row(enum.StrEnum):
     """Kinds of evidence. The fields beside the common ones:
 
     BEGIN        pid, ranks, layers, experts, slots, top_k, dynamic (bool), off (reason or "")
-    ROUTED       counts [E]: routed (token, k) entries per expert on this rank, counted by the checker from the ids
+    ROUTED       counts [E]: routed (token, k) entries per expert on this rank, counted by the checker from the ids;
+                 this row and EXPECTED, RECEIVED, DISPATCH are sums over all chunks and repeats of the layer
     EXPECTED     slots [P]: entries per slot that the replica rule must give for those ids, by an independent twin
     RECEIVED     slots [P/R]: entries per local slot that this rank's experts really processed
     DISPATCH     expected, once, missing, duplicated, wrong_expert, invalid_slot, first (str): by source rank
@@ -34,7 +35,10 @@ class Row(enum.StrEnum):
     DROPPED      due, ready, ranks, digests_differ (bool), reason
     ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many
                  slots have another digest than at the previous attestation); the first one is made in iteration -1
-    EQUALITY     max_abs, max_ref, ratio, tolerance, tokens
+    EQUALITY     max_abs, max_ref, ratio, tolerance, tokens: the worst of the layer's forwards in the iteration, tokens
+                 in sum; shared_ratio, shared_tokens: the same of its shared expert, 0 where it has none
+    GENERATED    tokens, expected [[ids of a sequence]]: what this rank's whole model generated, and what the same model
+                 generates with its own MoE blocks
     MEMORY       slots_bytes, host_bytes, staging_bytes
     CALL         index, call, error {code, what} or null, expected (bool)
     LEAK         threads [names], segments [names], pending (thunks left on streams), balancer (bool)
@@ -54,6 +58,7 @@ class Row(enum.StrEnum):
     DROPPED = "dropped"
     ATTEST = "attest"
     EQUALITY = "equality"
+    GENERATED = "generated"
     MEMORY = "memory"
     CALL = "call"
     LEAK = "leak"

@@ -24,8 +24,11 @@ class Probe(Protocol):
     def processed(self, layer: int, source_rank: Any, token: Any, k: Any, slot: Any) -> None:
         """The entries [N] whose expert computation this rank does, from the tensors handed to it; slots global."""
 
-    def output(self, layer: int, x: Any, expert_ids: Any, scales: Any, y: Any) -> None:
-        """A layer finished: x and y [T, D], ids int32 [T, K], scales float32 [T, K]."""
+    def output(self, layer: int, x: Any, router_logits: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+        """A forward of a layer finished: x and y [T, D], logits [T, E], ids int32 [T, K], scales float32 [T, K]."""
+
+    def shared_output(self, layer: int, x: Any, y: Any) -> None:
+        """A layer's shared expert finished: x and y [T, D]."""
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         """Statistics int64 [E] were reduced and folded; the balancer reports this balancedness for them."""
@@ -49,7 +52,10 @@ class NullProbe:
     def processed(self, layer: int, source_rank: Any, token: Any, k: Any, slot: Any) -> None:
         return None
 
-    def output(self, layer: int, x: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+    def output(self, layer: int, x: Any, router_logits: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+        return None
+
+    def shared_output(self, layer: int, x: Any, y: Any) -> None:
         return None
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:

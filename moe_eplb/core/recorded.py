@@ -6,6 +6,7 @@ integer [windows, layers, experts]. Beside ``topk_ids`` it may hold ``sequence_i
 
 from __future__ import annotations
 
+import bisect
 import tokenize
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_eplb.core.errors import ScenarioError
+from moe_eplb.core.workload_tokens import tokens_before
 
 if TYPE_CHECKING:
     from moe_eplb.core.scenario_model import Scenario
@@ -102,10 +104,11 @@ def _unfit(file: Recorded, name: str, wanted: int) -> bool:
 
 
 def _check_length(scenario: Scenario, tokens: int, path: str) -> None:
-    each = sum(scenario.tokens(rank) for rank in range(scenario.ranks))
-    fit = tokens // each if each else scenario.iterations
-    if fit < scenario.iterations:
-        why = f"{tokens} tokens, {each} an iteration: {fit} iterations fit, {scenario.iterations} are asked for"
+    wanted, counted = scenario.iterations, range(1, scenario.iterations + 1)
+    fit = bisect.bisect_right(counted, tokens, key=lambda iterations: tokens_before(scenario, iterations))
+    if fit < wanted:
+        needed = tokens_before(scenario, wanted)
+        why = f"{tokens} of the {needed} tokens that are needed: {fit} iterations fit, {wanted} are asked for"
         hint = f"iterations: {fit}" if fit else "use fewer tokens_per_rank"
         raise ScenarioError("E042", "the recorded file runs out of tokens", why=why, hint=hint, where=path)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_eplb.core import balancer_file, recorded, scenario_overrides, scenario_problems, yaml_source
+from moe_eplb.core import architecture_file, balancer_file, recorded, scenario_overrides, scenario_problems, yaml_source
 from moe_eplb.core.errors import ScenarioError
 from moe_eplb.core.scenario_model import Scenario
 
@@ -26,7 +26,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool =
 
     Raises:
         ScenarioError: E020 to E025 the text, E030 unknown keys, E031 bad values, E032 values that do not fit together,
-            E033 overrides, E035 and E036 thresholds, E040 to E042 the recorded file it names.
+            E033 overrides, E035 and E036 thresholds, E040 to E042 the recorded file it names, E043 to E045 the
+            configuration of the model it names.
     """
     path = Path(path)
     scenario = loads(yaml_source.read_text(path), str(path), overrides)
@@ -37,13 +38,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool =
 
 def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Scenario:
     """The scenario of a text. `name` is its file's path, for places and for the files it names; these are not read,
-    except a balancer file, whose content becomes part of the scenario."""
+    except a balancer file and a model's configuration, whose content becomes part of the scenario."""
     document = scenario_overrides.apply(yaml_source.load(text, name), overrides)
     if not isinstance(document.data, dict):
         raise ScenarioError("E025", "a scenario is a mapping of keys to values", where=name)
     document.data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", Path(name).stem)[:100])
     _make_absolute(document.data, Path(name).parent)
     balancer_file.merge(document)
+    architecture_file.merge(document)
     try:
         return Scenario.model_validate(document.data)
     except ValidationError as error:
@@ -62,7 +64,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _make_absolute(data: dict[Any, Any], folder: Path) -> None:
-    for section, key in (("workload", "path"), ("balancer", "config")):
+    for section, key in (("workload", "path"), ("balancer", "config"), ("model", "hf")):
         inner = data.get(section)
         if isinstance(inner, dict) and isinstance(inner.get(key), str) and inner[key]:
             inner[key] = str((folder / inner[key]).absolute())

@@ -20,8 +20,9 @@ class Scenario(Section):
     """One scenario file.
 
     `iterations` counts forward passes of the whole model; `timeout_s` bounds the run in seconds; `reorder_seed` picks a
-    legal order of the work on auxiliary streams (None: from `seed`). With `calls` the balancer's API is driven by that
-    list instead of by a model.
+    legal order of the work on auxiliary streams (None: from `seed`). `moe_max_num_tokens` is the most tokens of all
+    ranks that a MoE layer takes at once; more go in chunks, every other one on a stream of its own. With `calls` the
+    balancer's API is driven by that list instead of by a model.
     """
 
     name: str = Field(default="", max_length=100, pattern=r"^[A-Za-z0-9_.-]*$")
@@ -33,6 +34,7 @@ class Scenario(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     model: Model
     dispatch: Literal["alltoall", "allgather"] = "alltoall"
+    moe_max_num_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
     statistics: Literal["auto", "gathered", "local_ids", "global_ids"] = "auto"
     overlap: Literal["after", "serial"] = "after"
     replica_choice: Literal["round_robin", "local_first"] = "round_robin"
@@ -78,8 +80,8 @@ class Scenario(Section):
         """Seed of the order of auxiliary work."""
         return self.seed if self.reorder_seed is None else self.reorder_seed
 
-    def tokens(self, rank: int) -> int:
-        """T, the tokens of a rank in every iteration."""
+    def sequences(self, rank: int) -> int:
+        """Sequences that a rank works on at a time."""
         tokens = self.workload.tokens_per_rank
         return tokens if isinstance(tokens, int) else tokens[rank]
 

@@ -33,41 +33,80 @@ class Section(BaseModel):
 
 
 class Routing(Section):
-    """How the router chooses experts. `groups` and `top_groups` belong to ``deepseek_v3``."""
+    """How the router chooses experts. `groups`, `top_groups`, `scale` and `normalize` belong to ``deepseek_v3``.
 
-    method: Literal["default", "renormalize", "deepseek_v3"] = "renormalize"
+    ``llama4`` chooses one expert. `normalize`: whether a token's scales sum to `scale`.
+    """
+
+    method: Literal["default", "renormalize", "renormalize_naive", "deepseek_v3", "llama4"] = "renormalize"
     groups: Count = 1
     top_groups: Count = 1
     scale: float = Field(default=1.0, gt=0)
+    normalize: bool = True
 
 
 class Model(Section):
-    """A stack of `layers` MoE layers: E `experts`, K `top_k`, D `hidden`, I `intermediate`."""
+    """A stack of `layers` MoE layers: E `experts`, K `top_k`, D `hidden`, I `intermediate`.
+
+    `shared_intermediate`: size of an expert that every token uses beside the routed ones, 0 for none.
+    `repeated_layers`: layers that run more than once an iteration, as one shared by MTP steps does, and how often.
+    `hf`: folder of a Hugging Face checkpoint, whose ``config.json`` gives all sizes; without weights in it they are
+    drawn from the seed. `part`: the checkpoint's MoE ``blocks`` alone, or the ``whole`` model generating text.
+    """
 
     layers: int = Field(ge=1, le=4096)
     experts: int = Field(ge=1, le=1024)
     top_k: int = Field(ge=1, le=64)
     hidden: int = Field(default=64, ge=1, le=1 << 16)
     intermediate: int = Field(default=32, ge=1, le=1 << 16)
+    shared_intermediate: int = Field(default=0, ge=0, le=1 << 16)
+    repeated_layers: dict[int, Annotated[int, Field(ge=2, le=16)]] = {}
     dtype: Literal["float32", "bfloat16"] = "float32"
     backend: Literal["wide_ep", "grouped", "fused"] = "wide_ep"
     routing: Routing = Routing()
+    hf: str | None = None
+    part: Literal["whole", "blocks"] | None = None
+
+    def repeats(self, layer: int) -> int:
+        """How often a layer runs in one iteration."""
+        return self.repeated_layers.get(layer, 1)
 
 
 class Workload(Section):
-    """Which experts the tokens ask for.
+    """Which experts the tokens ask for, and how many tokens there are.
 
-    ``uniform``: all alike. ``zipf``: the n-th hottest expert has weight n**-skew. ``hot``: `hot_experts` of them share
-    `hot_share` of the probability. ``model``: the router's own choice. ``recorded``: from the file at `path`.
-    `drift_every`: iterations after which zipf and hot pick other experts as the hot ones, 0 for never.
-    `order`: the tokens of a recorded file as they stand, or by position so that its sequences decode side by side.
+    ``balanced``: every expert equally often, to one. ``uniform``: drawn, all alike. ``zipf``: the n-th hottest expert
+    has weight n**-skew. ``hot``: `hot_experts` of them share `hot_share` of the probability. ``hot_rank``: the experts
+    that rank `hot_rank` holds at the start share it. ``spread_hot``: `hot_experts` of them share it, equally many, to
+    one, of each rank that holds their first slots at the start. ``idle``: nobody asks for what rank `idle_rank` alone
+    holds at the start, nor for `idle_experts` others. ``rotating``: as hot, but the next `hot_experts` in turn become
+    the hot ones. ``burst``: drawn alike, but the last of every `burst_every` iterations has `burst_factor` times the
+    tokens and they ask as in hot. ``model``: the router's own choice. ``recorded``: from the file at `path`.
+    `drift_every`: iterations after which zipf and hot draw other experts as the hot ones, 0 for never, and after which
+    rotating moves on, 0 for 1. `order`: the tokens of a recorded file as they stand, or by position so that its
+    sequences decode side by side.
+
+    `tokens_per_rank`: sequences of each rank. `steps`: in a ``decode`` step every sequence has one token, in a
+    ``prefill`` step `prompt_tokens`; in ``mixed`` steps all decode and each rank in turn takes in one prompt more;
+    ``generate`` is one prefill step and then decode steps. `ragged`: by up to this share, drawn for each iteration and
+    rank, there are fewer or more tokens; with 1 some ranks have none at times, but never all.
     """
 
-    kind: Literal["uniform", "zipf", "hot", "model", "recorded"] = "uniform"
+    kind: Literal[
+        "balanced", "uniform", "zipf", "hot", "hot_rank", "spread_hot", "idle", "rotating", "burst", "model", "recorded"
+    ] = "uniform"
     tokens_per_rank: TokensPerRank = 64
+    steps: Literal["decode", "prefill", "mixed", "generate"] = "decode"
+    prompt_tokens: Count = 1
+    ragged: float = Field(default=0.0, ge=0, le=1)
     skew: float = Field(default=1.0, ge=0, le=16)
     hot_experts: Count = 1
     hot_share: float = Field(default=0.5, gt=0, le=1)
+    hot_rank: int = Field(default=0, ge=0, lt=64)
+    idle_experts: int = Field(default=0, ge=0, le=1024)
+    idle_rank: int | None = Field(default=None, ge=0, lt=64)
+    burst_every: int = Field(default=8, ge=2, le=1 << 20)
+    burst_factor: int = Field(default=4, ge=1, le=64)
     drift_every: int = Field(default=0, ge=0, le=1 << 20)
     path: str | None = None
     order: Literal["file", "position"] = "file"
@@ -97,7 +136,10 @@ class Balancer(Section):
 
 
 class Checks(Section):
-    """What is proved on the run. `thresholds` maps a metric to ``[agg] op number``."""
+    """What is proved on the run. `thresholds` maps a metric to ``[agg] op number``.
+
+    `generation` belongs to whole models: they say what transformers says without us.
+    """
 
     exactly_once: bool = True
     equality: bool = True
@@ -108,6 +150,7 @@ class Checks(Section):
     stream_join: bool = True
     agreement: bool = True
     balancedness: bool = True
+    generation: bool = True
     leaks: bool = True
     thresholds: dict[str, str] = {}
 
@@ -117,7 +160,11 @@ class Checks(Section):
 
 
 class Record(Section):
-    """What the run folder keeps beside events and evidence: loads per layer and iteration, and every chosen id."""
+    """What the run folder keeps beside events and evidence.
+
+    `loads`: tokens per layer, iteration and expert. `topk_ids`: every chosen id. `metrics`: Prometheus text.
+    """
 
     loads: bool = True
     topk_ids: bool = False
+    metrics: bool = False

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from moe_eplb.core.errors import ScenarioError
-from moe_eplb.core.scenario_rules import Problem
+from moe_eplb.core.problem import Problem
 from moe_eplb.core.yaml_source import Document, Loc
 
 __all__ = ["from_validation", "to_error"]

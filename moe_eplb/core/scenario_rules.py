@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from moe_eplb.core import thresholds
+from moe_eplb.core import model_rules, thresholds, workload_rules
 from moe_eplb.core.errors import ScenarioError
+from moe_eplb.core.problem import Problem
 from moe_eplb.core.yaml_source import Loc
 
 if TYPE_CHECKING:
     from moe_eplb.core.scenario_model import Scenario
     from moe_eplb.core.scenario_parts import Balancer
 
-__all__ = ["Problem", "problems"]
-
-
-class Problem(NamedTuple):
-    """One thing wrong with a scenario."""
-
-    loc: Loc
-    what: str
-    hint: str = ""
-    code: str = "E032"
+__all__ = ["problems"]
 
 
 def problems(s: Scenario) -> tuple[Problem, ...]:
     """Everything that does not fit together in a scenario whose values are each acceptable."""
-    rules = [_model, _routing, _dispatch, _workload, _calls, _thresholds]
+    rules = [model_rules.problems, _dispatch, _chunks, workload_rules.problems, _calls, _thresholds]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
         found += [problem for rule in (_slots, _updates, _assignments) for problem in rule(s, s.balancer)]
     return tuple(found)
-
-
-def _model(s: Scenario) -> Iterator[Problem]:
-    if s.model.top_k > s.model.experts:
-        yield Problem(("model", "top_k"), f"top_k {s.model.top_k} is more than the {s.model.experts} experts")
-    if s.balancer is not None and s.model.backend != "wide_ep":
-        what = f"backend {s.model.backend!r} keeps every expert on every rank and cannot have a balancer"
-        yield Problem(("model", "backend"), what, "use backend 'wide_ep' or remove the balancer section")
-
-
-def _routing(s: Scenario) -> Iterator[Problem]:
-    routing, experts = s.model.routing, s.model.experts
-    loc: Loc = ("model", "routing")
-    if s.workload.kind != "model" and routing != type(routing)():
-        what = f"the router has no say with workload kind {s.workload.kind!r}"
-        yield Problem(loc, what, "use workload kind 'model' or remove the routing section")
-    if routing.method != "deepseek_v3":
-        for name in ("groups", "top_groups", "scale"):
-            if getattr(routing, name) != 1:
-                yield Problem(
-                    (*loc, name), f"{name!r} has no effect with routing {routing.method!r}", f"remove {name!r}"
-                )
-        return
-    if experts % routing.groups:
-        yield Problem((*loc, "groups"), f"{routing.groups} groups do not divide {experts} experts")
-    elif routing.top_groups > routing.groups:
-        yield Problem((*loc, "top_groups"), f"top_groups {routing.top_groups} of only {routing.groups} groups")
-    elif s.model.top_k > routing.top_groups * (experts // routing.groups):
-        room = routing.top_groups * (experts // routing.groups)
-        yield Problem((*loc, "top_groups"), f"top_k {s.model.top_k} experts out of groups that hold only {room}")
-    elif routing.groups > 1 and experts // routing.groups < 2:
-        yield Problem((*loc, "groups"), "a group is scored by its two best experts", "use fewer groups")
 
 
 def _dispatch(s: Scenario) -> Iterator[Problem]:
@@ -75,32 +35,13 @@ def _dispatch(s: Scenario) -> Iterator[Problem]:
         yield Problem(("statistics",), "the ids of all ranks reach every rank only with dispatch 'allgather'", hint)
 
 
-_OF_KIND = {
-    "skew": ("zipf",),
-    "hot_experts": ("hot",),
-    "hot_share": ("hot",),
-    "drift_every": ("zipf", "hot"),
-    "path": ("recorded",),
-    "order": ("recorded",),
-}
-
-
-def _workload(s: Scenario) -> Iterator[Problem]:
-    work = s.workload
-    loc: Loc = ("workload",)
-    for name, kinds in _OF_KIND.items():
-        if work.kind not in kinds and getattr(work, name) != type(work).model_fields[name].default:
-            hint = f"remove it, or use kind {' or '.join(kinds)}"
-            yield Problem((*loc, name), f"{name!r} has no effect with kind {work.kind!r}", hint)
-    if work.kind == "recorded" and not work.path:
-        yield Problem((*loc, "path"), "a recorded workload needs the path of its file", "add 'path: loads.npz'")
-    if work.kind == "hot" and work.hot_experts > s.model.experts:
-        yield Problem((*loc, "hot_experts"), f"{work.hot_experts} hot experts of only {s.model.experts}")
-    tokens = work.tokens_per_rank
-    if isinstance(tokens, tuple) and len(tokens) != s.ranks:
-        yield Problem((*loc, "tokens_per_rank"), f"{len(tokens)} numbers of tokens for {s.ranks} ranks")
-    elif s.calls is None and not (sum(tokens) if isinstance(tokens, tuple) else tokens):
-        yield Problem((*loc, "tokens_per_rank"), "no rank has any token", "give at least one rank a token")
+def _chunks(s: Scenario) -> Iterator[Problem]:
+    most, loc = s.moe_max_num_tokens, ("moe_max_num_tokens",)
+    if most is not None and s.calls is not None:
+        yield Problem(loc, "'moe_max_num_tokens' has no effect with 'calls', which run no layer", "remove it")
+    elif most is not None and most < s.ranks:
+        what = f"a layer that takes {most} tokens at a time cannot take one of each of the {s.ranks} ranks"
+        yield Problem(loc, what, f"moe_max_num_tokens: {s.ranks} or more")
 
 
 def _calls(s: Scenario) -> Iterator[Problem]:

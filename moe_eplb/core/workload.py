@@ -3,75 +3,89 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_eplb.core import recorded
-from moe_eplb.core.scenario_model import Scenario
+from moe_eplb.core.workload_tokens import tokens, tokens_before
+from moe_eplb.core.workload_weights import LEAST, expert_weights
 
-__all__ = ["expert_weights", "tokens", "topk_ids"]
+if TYPE_CHECKING:
+    from moe_eplb.core.scenario_model import Scenario
 
-_ORDER, _DRAW = 1, 2  # keeps the two uses of one seed apart
-_NEVER = 1e-300  # weight of an expert that nobody asks for: it is chosen only when no other is left
+__all__ = ["expert_weights", "is_drawn", "tokens", "topk_ids"]
 
-
-def tokens(scenario: Scenario, iteration: int, rank: int) -> int:
-    """T, the tokens of a rank in an iteration."""
-    return scenario.tokens(rank)
+# Keep the uses of one seed apart.
+_DRAW, _DEAL = 2, 4
 
 
-def topk_ids(scenario: Scenario, iteration: int, layer: int, rank: int) -> np.ndarray | None:
+def is_drawn(scenario: Scenario) -> bool:
+    """Whether the ids follow from the scenario alone, so that anybody can draw them again."""
+    return scenario.workload.kind not in ("model", "recorded")
+
+
+def topk_ids(scenario: Scenario, iteration: int, layer: int, rank: int, repeat: int = 0) -> np.ndarray | None:
     """The chosen experts, int32 [T, K], distinct in every row; None when the model's router is to choose.
 
-    Recorded ids are handed out in order: an iteration takes the next tokens of the file and the ranks share them in
-    order. Everything else is drawn without replacement in proportion to `expert_weights`, by the exponential-race form
-    of the Gumbel top-k trick (Efraimidis and Spirakis 2006).
+    `repeat` counts the runs of a layer that runs more than once in an iteration: each draws anew, but a recorded file
+    says the same to all of them.
     """
-    kind, count, k = scenario.workload.kind, tokens(scenario, iteration, rank), scenario.model.top_k
-    if kind == "model":
-        return None
-    if kind == "recorded":
-        ids = _recorded_ids(*_file(scenario), scenario.workload.order)
-        if ids is not None:
-            start = sum(tokens(scenario, iteration, r) for r in range(scenario.ranks)) * iteration
-            start += sum(tokens(scenario, iteration, r) for r in range(rank))
-            return np.array(ids[start : start + count, layer])
-    rng = np.random.default_rng([scenario.seed, _DRAW, iteration, layer, rank])
-    return _draw(rng, expert_weights(scenario, iteration, layer), count, k)
+    match scenario.workload.kind:
+        case "model":
+            return None
+        case "recorded":
+            return _recorded_ids(scenario, iteration, layer, rank)
+        case "balanced":
+            return _deal(scenario, iteration, layer, rank, repeat)
+        case _:
+            weights = expert_weights(scenario, iteration, layer)
+            return _draw(scenario, iteration, layer, rank, weights, repeat)
 
 
-def expert_weights(scenario: Scenario, iteration: int, layer: int) -> np.ndarray:
-    """How much each expert is asked for, float64 [E], positive, in no particular unit."""
-    work, experts = scenario.workload, scenario.model.experts
-    if work.kind == "recorded":
-        counts = _recorded(*_file(scenario)).counts
-        assert counts is not None, "recorded ids have no weights"
-        window: np.ndarray = counts[iteration % len(counts), layer].astype(np.float64)
-        return window.clip(min=_NEVER)
-    weights = np.ones(experts)
-    if work.kind == "zipf":
-        weights = np.arange(1, experts + 1, dtype=np.float64) ** -work.skew
-    if work.kind == "hot" and work.hot_experts < experts:
-        weights[: work.hot_experts] = work.hot_share / work.hot_experts
-        weights[work.hot_experts :] = (1 - work.hot_share) / (experts - work.hot_experts)
-    epoch = iteration // work.drift_every if work.drift_every else 0
-    shuffled: np.ndarray = np.maximum(weights, _NEVER)[_order(scenario.seed, epoch, layer, experts)]
-    return shuffled
-
-
-def _draw(rng: np.random.Generator, weights: np.ndarray, count: int, k: int) -> np.ndarray:
-    arrival = rng.standard_exponential((count, len(weights))) / weights
+def _draw(
+    scenario: Scenario, iteration: int, layer: int, rank: int, weights: np.ndarray, repeat: int = 0
+) -> np.ndarray:
+    """Draw without replacement in proportion to the weights, by the exponential-race form of the Gumbel top-k trick
+    (Efraimidis and Spirakis 2006)."""
+    seed = [scenario.seed, _DRAW, iteration, layer, rank, repeat]
+    rng = np.random.default_rng(seed if repeat else seed[:-1])
+    asked, k = np.flatnonzero(weights), scenario.model.top_k
+    arrival = rng.standard_exponential((tokens(scenario, iteration, rank), len(asked))) / weights[asked]
     first = np.argpartition(arrival, k - 1, axis=1)[:, :k]
     order = np.argsort(np.take_along_axis(arrival, first, axis=1), axis=1, kind="stable")
-    return np.ascontiguousarray(np.take_along_axis(first, order, axis=1).astype(np.int32))
+    return np.ascontiguousarray(asked[np.take_along_axis(first, order, axis=1)].astype(np.int32))
 
 
-@functools.lru_cache(maxsize=256)
-def _order(seed: int, epoch: int, layer: int, experts: int) -> np.ndarray:
-    order = np.random.default_rng([seed, _ORDER, epoch, layer]).permutation(experts)
-    order.flags.writeable = False
-    return order
+def _deal(scenario: Scenario, iteration: int, layer: int, rank: int, repeat: int) -> np.ndarray:
+    """Deal the experts out in turn over the tokens of all ranks, in rounds after which all were dealt equally often.
+
+    Each round has an order of its own. Within one, a token's experts are neighbours in the order and so distinct.
+    """
+    experts, k = scenario.model.experts, scenario.model.top_k
+    ends = np.cumsum([tokens(scenario, iteration, r) for r in range(scenario.ranks)])
+    size = experts // math.gcd(experts, k)  # tokens of a round
+    rng = np.random.default_rng([scenario.seed, _DEAL, iteration, layer, repeat])
+    orders = rng.permuted(np.tile(np.arange(experts, dtype=np.int32), (-(-int(ends[-1]) // size), 1)), axis=1)
+    token = np.arange(ends[rank] - tokens(scenario, iteration, rank), ends[rank])[:, None]
+    dealt: np.ndarray = orders[token // size, (token % size * k + np.arange(k)) % experts]
+    return dealt
+
+
+def _recorded_ids(scenario: Scenario, iteration: int, layer: int, rank: int) -> np.ndarray:
+    """The file's ids in order, of which an iteration takes the next and the ranks share them in order, or ids drawn in
+    proportion to the file's counts."""
+    file = _file(scenario)
+    ids = _ids_in_order(*file, scenario.workload.order)
+    if ids is None:
+        counts = _recorded(*file).counts
+        assert counts is not None, "a recorded file holds ids or counts"
+        window = counts[iteration % len(counts), layer].astype(np.float64)
+        return _draw(scenario, iteration, layer, rank, window.clip(min=LEAST))
+    start = tokens_before(scenario, iteration) + sum(tokens(scenario, iteration, r) for r in range(rank))
+    return np.array(ids[start : start + tokens(scenario, iteration, rank), layer])
 
 
 def _file(scenario: Scenario) -> tuple[str, int]:
@@ -86,6 +100,6 @@ def _recorded(path: str, changed: int) -> recorded.Recorded:
 
 
 @functools.lru_cache(maxsize=4)
-def _recorded_ids(path: str, changed: int, order: str) -> np.ndarray | None:
+def _ids_in_order(path: str, changed: int, order: str) -> np.ndarray | None:
     file = _recorded(path, changed)
     return None if file.topk_ids is None else recorded.in_order(file, order)

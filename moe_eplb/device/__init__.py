@@ -11,8 +11,13 @@ from moe_eplb.device.streams import AuxStreamType, EventType
 __all__ = ["AuxStreamType", "CpuDevice", "Device", "Event", "EventType", "Stream", "get_device"]
 
 
-def get_device(kind: str, sink: EventSink, *, seed: int | None = None, rank: int = 0) -> Device:
-    """The device called `kind`; `seed` (common to all ranks) reorders auxiliary work where the backend can."""
+def get_device(
+    kind: str, sink: EventSink, *, seed: int | None = None, rank: int = 0, check_order: bool = False
+) -> Device:
+    """The device called `kind`; `seed` (common to all ranks) reorders auxiliary work where the backend can.
+
+    `check_order`: see `CpuDevice`.
+    """
     if kind != "cpu":
         raise UsageError("E010", f"there is no device {kind!r}", why="available: cpu", hint="use device: cpu")
-    return CpuDevice(sink, seed=seed, rank=rank)
+    return CpuDevice(sink, seed=seed, rank=rank, check_order=check_order)

@@ -19,6 +19,7 @@ from typing import TypeVar
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import KINDS, EventSink, Kind, Role
 from moe_eplb.device.base import Device, Event, Stream
+from moe_eplb.device.order import Clock, StreamOrder
 
 __all__ = ["CpuDevice"]
 
@@ -42,6 +43,7 @@ class _CpuEvent(Event):
         super().__init__(name)
         self.stream: _CpuStream | None = None
         self.position = 0
+        self.mark: Clock = {}
 
 
 class CpuDevice(Device):
@@ -51,11 +53,13 @@ class CpuDevice(Device):
         sink: See `Device`.
         seed: Seed of the reordering, common to all ranks; None runs all work at once, in the order of submission.
         rank: Makes the seed of local work the rank's own.
+        check_order: Record work that did not wait for what it must come after, as `Kind.UNORDERED`.
     """
 
     kind = "cpu"
 
-    def __init__(self, sink: EventSink, *, seed: int | None = None, rank: int = 0) -> None:
+    def __init__(self, sink: EventSink, *, seed: int | None = None, rank: int = 0, check_order: bool = False) -> None:
+        self._order = StreamOrder() if check_order else None
         self._streams: list[_CpuStream] = []
         self._waiting = 0
         self._eager = seed is None
@@ -75,6 +79,8 @@ class CpuDevice(Device):
         assert isinstance(event, _CpuEvent)
         assert isinstance(stream, _CpuStream)
         event.stream, event.position = stream, stream.submitted
+        if self._order is not None:
+            event.mark = self._order.mark(stream)
 
     def wait(self, stream: Stream, event: Event) -> None:
         assert isinstance(event, _CpuEvent)
@@ -85,6 +91,8 @@ class CpuDevice(Device):
                 "E133", f"stream {stream.name} waits for event {event.name!r}, which was never recorded",
                 hint="record the event on the stream whose work is needed, then wait",
             )  # fmt: skip
+        if self._order is not None:
+            self._order.wait(stream, event.mark)
         if source is stream or source.done >= position:
             return
         if stream is self.main or stream is self.current:  # whose work runs at once
@@ -95,6 +103,8 @@ class CpuDevice(Device):
     def run(self, kind: Kind, layer: int, fn: Callable[[], T], *, a: int = 0, b: int = 0) -> T:
         if self._waiting:
             self._advance(collectives=KINDS[kind].role is Role.COMM)
+            self._catch_up(self.current)
+        self._check(self.current, kind, layer)
         token = self.sink.begin(kind, layer, self.iteration, self.current.index, a, b)
         try:
             return fn()
@@ -113,6 +123,7 @@ class CpuDevice(Device):
         b: int = 0,
     ) -> None:
         assert isinstance(stream, _CpuStream)
+        self._check(stream, kind, layer)
         work = partial(self._do, stream, kind, layer, self.iteration, fn, a, b)
         if stream is self.main or self._eager:
             work()
@@ -129,10 +140,19 @@ class CpuDevice(Device):
             stream.queue.clear()
             stream.done = stream.submitted
         self._waiting = 0
+        if self._order is not None:
+            self._order.forget()
         return left
 
     def pending(self) -> int:
         return self._waiting
+
+    def _check(self, stream: Stream, kind: Kind, layer: int) -> None:
+        found = None if self._order is None else self._order.work(stream, kind, layer)
+        if found is not None:
+            self.sink.mark(
+                Kind.UNORDERED, layer, self.iteration, stream.index, a=kind, b=found.earlier << 8 | found.stream.index
+            )
 
     def _do(
         self, stream: _CpuStream, kind: Kind, layer: int, iteration: int, fn: Callable[[], None], a: int, b: int
@@ -144,6 +164,11 @@ class CpuDevice(Device):
         finally:
             self.current = previous
             self.sink.end(token)
+
+    def _catch_up(self, stream: Stream) -> None:
+        """Work that runs at once comes after what its own stream still holds."""
+        assert isinstance(stream, _CpuStream)
+        self._drain(stream, stream.submitted)
 
     def _enqueue(self, stream: _CpuStream, run: Callable[[], None], *, collective: bool) -> None:
         stream.queue.append((run, collective))

@@ -10,9 +10,12 @@ from moe_eplb.moe.routing import (
     BaseMoeRoutingMethod,
     DeepSeekV3MoeRoutingMethod,
     DefaultMoeRoutingMethod,
+    Llama4MoeRoutingMethod,
     RenormalizeMoeRoutingMethod,
+    RenormalizeNaiveMoeRoutingMethod,
     SuppliedMoeRoutingMethod,
 )
+from moe_eplb.moe.routing_rule import RoutingRule
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.wide_ep import WideEPMoE
 
@@ -25,8 +28,11 @@ __all__ = [
     "ExpertSlots",
     "FusedMoE",
     "GroupedMoE",
+    "Llama4MoeRoutingMethod",
     "MoeShape",
     "RenormalizeMoeRoutingMethod",
+    "RenormalizeNaiveMoeRoutingMethod",
+    "RoutingRule",
     "SuppliedMoeRoutingMethod",
     "WideEPMoE",
     "create_moe",

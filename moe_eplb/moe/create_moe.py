@@ -33,7 +33,8 @@ def create_moe(
     backend: BackendName = "wide_ep",
     aux_stream_dict: Mapping[AuxStreamType, Stream] | None = None,
     layer_idx: int = 0,
-    **wide_ep_options: Any,
+    moe_max_num_tokens: int | None = None,
+    **options: Any,
 ) -> WideEPMoE | GroupedMoE | FusedMoE:
     """Make a MoE layer; K is the routing method's.
 
@@ -45,7 +46,8 @@ def create_moe(
         aux_stream_dict: Model-wide auxiliary streams. "wide_ep" takes the dictionary, the others the stream
             MoeChunkingOverlap alone; None makes own streams.
         layer_idx: Number of the layer in records.
-        wide_ep_options: Further arguments of `WideEPMoE`; no other backend takes any.
+        moe_max_num_tokens: The most tokens of one pass (of all ranks together with "wide_ep"); None for no limit.
+        options: Further arguments of `WideEPMoE`; the other backends take only `ep_rank` and `ep_size`, for records.
 
     Raises:
         BalancerError: E140 when a stream is missing, E158 when the backend does not exist or cannot do what is asked.
@@ -53,26 +55,39 @@ def create_moe(
     shape = MoeShape(num_experts, routing_method.top_k, hidden_size, intermediate_size, dtype)
     if backend == "wide_ep":
         return WideEPMoE(
-            routing_method, shape, device, aux_stream_dict=aux_stream_dict, layer_idx=layer_idx, **wide_ep_options
+            routing_method,
+            shape,
+            device,
+            aux_stream_dict=aux_stream_dict,
+            layer_idx=layer_idx,
+            moe_max_num_tokens=moe_max_num_tokens,
+            **options,
         )
-    _check_local(backend, wide_ep_options)
+    _check_local(backend, options)
     aux_stream = None
     if aux_stream_dict is not None:
         aux_stream = required_stream(
             aux_stream_dict, AuxStreamType.MoeChunkingOverlap, f"backend {backend!r} runs overlapped chunks there"
         )
-    if backend == "grouped":
-        return GroupedMoE(routing_method, shape, device, aux_stream=aux_stream, layer_idx=layer_idx)
-    return FusedMoE(routing_method, shape, device, aux_stream=aux_stream, layer_idx=layer_idx)
+    make = GroupedMoE if backend == "grouped" else FusedMoE
+    return make(
+        routing_method,
+        shape,
+        device,
+        aux_stream=aux_stream,
+        layer_idx=layer_idx,
+        moe_max_num_tokens=moe_max_num_tokens,
+        **options,
+    )
 
 
-def _check_local(backend: str, wide_ep_options: Mapping[str, Any]) -> None:
+def _check_local(backend: str, options: Mapping[str, Any]) -> None:
     if backend not in ("grouped", "fused"):
         raise BalancerError("E158", f"there is no MoE backend {backend!r}", hint="use one of wide_ep, grouped, fused")
-    if wide_ep_options:
+    if unfit := sorted(options.keys() - {"ep_rank", "ep_size"}):
         raise BalancerError(
             "E158",
-            f"backend {backend!r} does not take {', '.join(sorted(wide_ep_options))}",
+            f"backend {backend!r} does not take {', '.join(unfit)}",
             hint="only backend 'wide_ep' spreads experts over ranks",
         )
     balancer = get_moe_load_balancer()

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.moe.routing_rule import RoutingRule
 
 __all__ = [
     "BaseMoeRoutingMethod",
     "DeepSeekV3MoeRoutingMethod",
     "DefaultMoeRoutingMethod",
+    "Llama4MoeRoutingMethod",
     "RenormalizeMoeRoutingMethod",
+    "RenormalizeNaiveMoeRoutingMethod",
     "SuppliedMoeRoutingMethod",
 ]
 
@@ -27,6 +30,15 @@ class BaseMoeRoutingMethod(ABC):
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
 
+    @property
+    @abstractmethod
+    def rule(self) -> RoutingRule:
+        """The method and its parameters, in plain values."""
+
+    def begin(self, tokens: int) -> None:
+        """A forward of T tokens begins, in one or more calls of `apply`; most methods need no such notice."""
+        return None
+
     @abstractmethod
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids int32 [T, K], distinct for a token, and scales float32 [T, K] for router logits [T, E]."""
@@ -34,6 +46,11 @@ class BaseMoeRoutingMethod(ABC):
 
 class DefaultMoeRoutingMethod(BaseMoeRoutingMethod):
     """Softmax over all experts, then the K largest probabilities; the scales do not sum to one."""
+
+    @property
+    def rule(self) -> RoutingRule:
+        """See the base class."""
+        return RoutingRule("default", self.top_k)
 
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
@@ -44,10 +61,61 @@ class DefaultMoeRoutingMethod(BaseMoeRoutingMethod):
 class RenormalizeMoeRoutingMethod(BaseMoeRoutingMethod):
     """The K largest logits, then softmax over those; the scales sum to one (Mixtral)."""
 
+    @property
+    def rule(self) -> RoutingRule:
+        """See the base class."""
+        return RoutingRule("renormalize", self.top_k)
+
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
         chosen, ids = logits.float().topk(self.top_k, dim=-1)
         return ids.int(), torch.softmax(chosen, dim=-1)
+
+
+class RenormalizeNaiveMoeRoutingMethod(BaseMoeRoutingMethod):
+    """Softmax over all experts, the K largest probabilities, divided by their sum (Qwen3-MoE with norm_topk_prob).
+
+    In exact arithmetic this is `RenormalizeMoeRoutingMethod`. Rounded probabilities can tie where logits do not, so
+    only the same order of operations makes the same choice as the published models.
+    """
+
+    @property
+    def rule(self) -> RoutingRule:
+        """See the base class."""
+        return RoutingRule("renormalize_naive", self.top_k)
+
+    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        chosen, ids = torch.softmax(logits.float(), dim=-1).topk(self.top_k, dim=-1)
+        return ids.int(), chosen / chosen.sum(dim=-1, keepdim=True)
+
+
+class Llama4MoeRoutingMethod(BaseMoeRoutingMethod):
+    """The one expert with the largest logit; the scale is the logit's sigmoid (Llama 4).
+
+    Raises:
+        BalancerError: E150 when K is not one.
+    """
+
+    def __init__(self, top_k: int = 1) -> None:
+        if top_k != 1:
+            raise BalancerError(
+                "E150",
+                "this routing method chooses one expert for a token",
+                why=f"top_k {top_k}",
+                hint="use top_k 1, or another routing method",
+            )
+        super().__init__(top_k)
+
+    @property
+    def rule(self) -> RoutingRule:
+        """See the base class."""
+        return RoutingRule("llama4", self.top_k)
+
+    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        chosen, ids = logits.float().topk(1, dim=-1)
+        return ids.int(), chosen.sigmoid()
 
 
 class DeepSeekV3MoeRoutingMethod(BaseMoeRoutingMethod):
@@ -55,14 +123,15 @@ class DeepSeekV3MoeRoutingMethod(BaseMoeRoutingMethod):
 
     The bias takes part in the choice alone: a group's worth is the sum of its two best biased scores, the best
     `topk_group` groups stay, and the K best biased scores among them win. The scales are the unbiased scores of the
-    winners, normalised to sum to one and multiplied by `routed_scaling_factor`.
+    winners, divided by their sum if `norm_topk_prob`, and multiplied by `routed_scaling_factor`.
 
     Args:
         top_k: K.
         n_group: Number of equal groups that the experts form, in order of id.
         topk_group: Groups that a token may use.
-        routed_scaling_factor: Sum of a token's scales.
+        routed_scaling_factor: What the scales are multiplied by; their sum if they are normalised.
         e_score_correction_bias: Bias float32 [E].
+        norm_topk_prob: Whether a token's scales are divided by their sum.
 
     Raises:
         BalancerError: E150 when the groups do not divide E or hold fewer than K experts.
@@ -75,6 +144,8 @@ class DeepSeekV3MoeRoutingMethod(BaseMoeRoutingMethod):
         topk_group: int,
         routed_scaling_factor: float,
         e_score_correction_bias: Tensor,
+        *,
+        norm_topk_prob: bool = True,
     ) -> None:
         super().__init__(top_k)
         experts = e_score_correction_bias.numel()
@@ -83,7 +154,21 @@ class DeepSeekV3MoeRoutingMethod(BaseMoeRoutingMethod):
         self.topk_group = topk_group
         self.routed_scaling_factor = routed_scaling_factor
         self.e_score_correction_bias = e_score_correction_bias.float()
+        self.norm_topk_prob = norm_topk_prob
         self._group_size = experts // n_group
+
+    @property
+    def rule(self) -> RoutingRule:
+        """See the base class."""
+        return RoutingRule(
+            "deepseek_v3",
+            self.top_k,
+            groups=self.n_group,
+            top_groups=self.topk_group,
+            scale=self.routed_scaling_factor,
+            normalize=self.norm_topk_prob,
+            bias=tuple(self.e_score_correction_bias.tolist()),
+        )
 
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
@@ -93,7 +178,9 @@ class DeepSeekV3MoeRoutingMethod(BaseMoeRoutingMethod):
             biased = biased.masked_fill(~self._allowed(biased), float("-inf"))
         ids = biased.topk(self.top_k, dim=-1).indices
         chosen = scores.gather(1, ids)
-        return ids.int(), chosen * (self.routed_scaling_factor / (chosen.sum(dim=-1, keepdim=True) + 1e-20))
+        if self.norm_topk_prob:
+            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+        return ids.int(), chosen * self.routed_scaling_factor
 
     def _allowed(self, biased: Tensor) -> Tensor:
         grouped = biased.view(-1, self.n_group, self._group_size)
@@ -122,29 +209,47 @@ def _check_groups(experts: int, top_k: int, n_group: int, topk_group: int) -> No
 
 
 class SuppliedMoeRoutingMethod(BaseMoeRoutingMethod):
-    """Expert ids come from outside, for one call at a time; the scales are a softmax of the logits at those ids."""
+    """Expert ids come from outside, for one forward at a time; the scales are a softmax of the logits at those ids."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__(top_k)
-        self._ids: Tensor | None = None
+        self._left: Tensor | None = None
+
+    @property
+    def rule(self) -> RoutingRule:
+        """See the base class."""
+        return RoutingRule("supplied", self.top_k)
 
     def supply(self, ids: Tensor) -> None:
-        """Give the expert ids int32 [T, K] of the next `apply`."""
-        self._ids = ids
+        """Give the expert ids int32 [T, K] of the next forward, whose chunks take their rows one after the other."""
+        self._left = ids
 
-    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ids given last and forget them, so that no call can use the ids of another.
+    def begin(self, tokens: int) -> None:
+        """See the base class.
 
         Raises:
             BalancerError: E151 when no ids were supplied, or not [T, K] of them.
         """
-        ids, self._ids = self._ids, None
-        wanted = (logits.shape[0], self.top_k)
-        if ids is None or ids.shape != wanted:
-            raise BalancerError(
-                "E151",
-                "the supplied expert ids do not fit the tokens",
-                why=f"wanted shape {wanted}, got {'none' if ids is None else tuple(ids.shape)}",
-                hint="call supply(ids) with ids [T, K] before every forward",
-            )
+        if self._left is None or self._left.shape != (tokens, self.top_k):
+            raise self._unfit(tokens)
+
+    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next rows and forget them, so that no call can use the ids of another.
+
+        Raises:
+            BalancerError: E151 when too few are left.
+        """
+        left, rows = self._left, logits.shape[0]
+        if left is None or len(left) < rows:
+            raise self._unfit(rows)
+        ids, self._left = left[:rows], left[rows:]
         return ids.int(), torch.softmax(logits.float().gather(1, ids.long()), dim=-1)
+
+    def _unfit(self, rows: int) -> BalancerError:
+        left, self._left = self._left, None
+        return BalancerError(
+            "E151",
+            "the supplied expert ids do not fit the tokens",
+            why=f"wanted shape {(rows, self.top_k)}, got {'none' if left is None else tuple(left.shape)}",
+            hint="call supply(ids) with ids [T, K] of all tokens before every forward",
+        )

@@ -19,6 +19,8 @@ __all__ = ["LayerStages", "UnbalancedStages"]
 class LayerStages(Protocol):
     """What `WideEPMoE` calls; `moe_eplb.balancer.SingleLayerMoeLoadBalancer` is one."""
 
+    def begin_forward(self) -> tuple[bool, bool]: ...
+
     def start_wait_gpu_stage(self) -> None: ...
 
     def done_wait_gpu_stage(self) -> None: ...
@@ -60,6 +62,10 @@ class UnbalancedStages:
         self._rank = rank
         self.placement = placement
         self._tables = RouteTables(placement, rank=rank, choice=ReplicaChoice.ROUND_ROBIN)
+
+    def begin_forward(self) -> tuple[bool, bool]:
+        """Nobody counts this layer's forwards: each is first and last."""
+        return True, True
 
     def start_wait_gpu_stage(self) -> None:
         return None

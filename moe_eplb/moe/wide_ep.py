@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,24 @@ from moe_eplb.core.events import Kind
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
+from moe_eplb.moe.chunking import Chunk, ChunkStreams, check_own_tokens, chunk_count, split
 from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received
 from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, Grouping, group_by_slot, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.stages import LayerStages
 from moe_eplb.moe.statistics_path import DispatchName, StatisticsName, choose_path, make_path
-from moe_eplb.moe.wide_ep_setup import join_balancer, make_allreduce
+from moe_eplb.moe.wide_ep_setup import join_balancer, make_allreduce, overlap_stream
 
 __all__ = ["WideEPMoE"]
+
+
+class _Output(NamedTuple):
+    """A chunk's output [T, D] with its ids and scales [T, K]."""
+
+    y: Tensor
+    ids: Tensor
+    scales: Tensor
 
 
 class WideEPMoE(nn.Module):
@@ -42,6 +52,8 @@ class WideEPMoE(nn.Module):
         statistics: How counts reach the balancer, see `moe_eplb.moe.statistics_path`; None follows the dispatch.
         initial_slots: The expert of each of the P slots at the start; by default the balancer's or the reference's.
         layer_idx: Number of the layer in records when there is no balancer; a balancer numbers its layers itself.
+        moe_max_num_tokens: The most tokens of all ranks in one pass; larger forwards go in chunks, every other one on
+            the MoeChunkingOverlap stream. None for no limit.
 
     Attributes:
         probe: Watches routing, computation and output when set.
@@ -62,6 +74,7 @@ class WideEPMoE(nn.Module):
         statistics: StatisticsName | None = None,
         initial_slots: list[int] | None = None,
         layer_idx: int = 0,
+        moe_max_num_tokens: int | None = None,
     ) -> None:
         super().__init__()
         path = choose_path(dispatch, statistics)
@@ -76,6 +89,8 @@ class WideEPMoE(nn.Module):
         self.rank = membership.rank
         self.slots_per_rank = membership.slots_per_rank
         self.aux_stream_dict = membership.streams
+        self.moe_max_num_tokens = moe_max_num_tokens
+        self._streams = ChunkStreams(device, overlap_stream(membership.streams, device, moe_max_num_tokens))
         self.layer_load_balancer: SingleLayerMoeLoadBalancer | None = membership.balancer
         self.experts = ExpertSlots(self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.dtype)
         self.allreduce: AllReduce | None = make_allreduce(membership, path, statistics_group)
@@ -104,42 +119,85 @@ class WideEPMoE(nn.Module):
         Args:
             expert_weights: Gives an expert's tensors by id: "w3_w1" [2I, D] and "w2" [D, I].
         """
+        slots: dict[int, list[int]] = {}
         for slot, expert in enumerate(self._stages.local_slot_experts()):
-            self.experts.load(slot, expert_weights(expert))
-        if self.layer_load_balancer is not None and self.layer_load_balancer.need_load_shared_weights():
-            self._share_weights(self.layer_load_balancer, expert_weights)
-
-    def _share_weights(
-        self, balancer: SingleLayerMoeLoadBalancer, expert_weights: Callable[[int], Mapping[str, Tensor]]
-    ) -> None:
-        for expert in balancer.load_expert_ids:
+            slots.setdefault(expert, []).append(slot)
+        shared = self._begin_sharing(self.layer_load_balancer)
+        # Once an expert, because each may have to be read from a file.
+        for expert in sorted(slots.keys() | shared):
             weights = expert_weights(expert)
-            for name in WEIGHT_NAMES:
-                balancer.share_expert_weight(expert, name, weights[name].to(self.shape.dtype))
-        for slot in range(self.slots_per_rank):
-            for name in WEIGHT_NAMES:
-                balancer.register_weight_slot(slot, name, self.experts.slot_tensor(slot, name))
+            for slot in slots.get(expert, ()):
+                self.experts.load(slot, weights)
+            if self.layer_load_balancer is not None and expert in shared:
+                for name in WEIGHT_NAMES:
+                    self.layer_load_balancer.share_expert_weight(expert, name, weights[name].to(self.shape.dtype))
 
-    def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
+    def _begin_sharing(self, balancer: SingleLayerMoeLoadBalancer | None) -> set[int]:
+        """Tell the balancer where the slots are; the experts whose host copy it wants."""
+        if balancer is None or not balancer.need_load_shared_weights():
+            return set()
+        by_slot = self.experts.by_slot()
+        balancer.expect_expert_weights({name: (tensor.dtype, tensor.shape) for name, tensor in by_slot[0].items()})
+        for slot, tensors in enumerate(by_slot):
+            for name, tensor in tensors.items():
+                balancer.register_weight_slot(slot, name, tensor)
+        return set(balancer.load_expert_ids)
+
+    def forward(self, x: Tensor, router_logits: Tensor, all_rank_num_tokens: Sequence[int] | None = None) -> Tensor:
         """Output [T, D] for hidden states [T, D] and router logits [T, E]; T may be 0 and differ between ranks.
 
-        Every rank of the group calls it equally often, because each call takes part in collectives.
+        Every rank of the group calls it equally often, because each call takes part in collectives. Where
+        `moe_max_num_tokens` splits it, that many collectives are made for each chunk.
+
+        Args:
+            x: Hidden states.
+            router_logits: Router logits.
+            all_rank_num_tokens: T of each rank. Only chunking needs it; when it is left out, the ranks exchange it.
         """
-        stages = self._stages
-        stages.start_wait_gpu_stage()
-        ids, scales = self._top_k(router_logits)
-        stages.done_wait_gpu_stage()
-        self._statistics.after_top_k(ids)
-        slot_ids = self._route(ids)
-        exchange = self._prepare(slot_ids, ids)
-        received = self._dispatch(exchange, x, scales)
-        partial_sums = self._compute(received)
-        stages.start_set_cpu_stage()
-        y = self._combine(exchange, partial_sums)
-        stages.done_set_cpu_stage()
+        chunks = self._chunks(x.shape[0], all_rank_num_tokens)
+        self.routing_method.begin(x.shape[0])
+        parts: list[_Output] = []
+        self._streams.each(
+            chunks, lambda chunk: parts.append(self._forward_chunk(chunk, chunk.of(x), chunk.of(router_logits)))
+        )
+        y = parts[0].y if len(parts) == 1 else torch.cat([part.y for part in parts])
         if self.probe is not None:
-            self.probe.output(self.layer_idx, x, ids, scales, y)
+            ids, scales = (torch.cat([part[column] for part in parts]) for column in (1, 2))
+            self.probe.output(self.layer_idx, x, router_logits, ids, scales, y)
         return y
+
+    def _chunks(self, tokens: int, all_rank_num_tokens: Sequence[int] | None) -> list[Chunk]:
+        first, last = self._stages.begin_forward()
+        if self.moe_max_num_tokens is None:
+            return split(tokens, 1, first=first, last=last)
+        ranks = self._dispatcher.ranks
+        if all_rank_num_tokens is None:
+            gather = partial(ranks.all_gather, torch.tensor([[tokens]], device=self.experts.weight("w2").device))
+            gathered = self.device.run(Kind.PREPARE, self.layer_idx, gather, a=8 * (ranks.size > 1))
+            all_rank_num_tokens = gathered.flatten().tolist()
+        check_own_tokens(all_rank_num_tokens, rank=ranks.rank, size=ranks.size, tokens=tokens)
+        padded = isinstance(self._dispatcher, AllGather)
+        count = chunk_count(all_rank_num_tokens, self.moe_max_num_tokens, padded=padded)
+        return split(tokens, count, first=first, last=last)
+
+    def _forward_chunk(self, chunk: Chunk, x: Tensor, router_logits: Tensor) -> _Output:
+        stages = self._stages
+        if chunk.first:
+            stages.start_wait_gpu_stage()
+        ids, scales = self._top_k(router_logits)
+        if chunk.first:
+            stages.done_wait_gpu_stage()
+        self._statistics.after_top_k(ids, chunk)
+        slot_ids = self._route(ids)
+        exchange = self._prepare(slot_ids, ids, chunk)
+        received = self._dispatch(exchange, x, scales, chunk)
+        partial_sums = self._compute(received)
+        if chunk.last:
+            stages.start_set_cpu_stage()
+        y = self._combine(exchange, partial_sums)
+        if chunk.last:
+            stages.done_set_cpu_stage()
+        return _Output(y, ids, scales)
 
     def _top_k(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         choose = partial(self.routing_method.apply, router_logits)
@@ -151,8 +209,10 @@ class WideEPMoE(nn.Module):
             self.probe.routed(self.layer_idx, ids, slot_ids)
         return slot_ids
 
-    def _prepare(self, slot_ids: Tensor, ids: Tensor) -> Exchange:
-        counts, lanes = self._statistics.local_counts(), self._stages.get_agreement_lanes()
+    def _prepare(self, slot_ids: Tensor, ids: Tensor, chunk: Chunk) -> Exchange:
+        counts = self._statistics.local_counts(chunk)
+        votes = chunk.last and self._statistics.carries_agreement
+        lanes = self._stages.get_agreement_lanes() if votes else None
         given = [rider.to(torch.int64) for rider in (counts, lanes) if rider is not None]
         riders = torch.cat(given) if given else None
         prepare = partial(self._dispatcher.prepare, slot_ids, ids, riders)
@@ -170,10 +230,10 @@ class WideEPMoE(nn.Module):
         if has_lanes:
             self._stages.update_agreement(riders[:, width:])
 
-    def _dispatch(self, exchange: Exchange, x: Tensor, scales: Tensor) -> Received:
+    def _dispatch(self, exchange: Exchange, x: Tensor, scales: Tensor, chunk: Chunk) -> Received:
         send = partial(exchange.dispatch, x, scales)
         received = self.device.run(Kind.DISPATCH, self.layer_idx, send, a=exchange.dispatch_bytes)
-        self._statistics.after_dispatch(received)
+        self._statistics.after_dispatch(received, chunk)
         return received
 
     def _compute(self, received: Received) -> Tensor:

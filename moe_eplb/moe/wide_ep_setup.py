@@ -23,7 +23,7 @@ from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.stages import LayerStages, UnbalancedStages
 from moe_eplb.moe.statistics_path import StatisticsName
 
-__all__ = ["Membership", "join_balancer", "make_allreduce", "required_stream"]
+__all__ = ["Membership", "join_balancer", "make_allreduce", "overlap_stream", "required_stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,17 @@ def make_allreduce(membership: Membership, path: StatisticsName, group: dist.Pro
             hint="pass statistics_group=torch.distributed.new_group(ranks)",
         )
     return AllReduce(group)
+
+
+def overlap_stream(streams: Mapping[AuxStreamType, Stream], device: Device, limit: int | None) -> Stream:
+    """The stream of overlapped chunks.
+
+    Raises:
+        BalancerError: E140 when forwards may be chunked and the dictionary lacks it.
+    """
+    if limit is None:
+        return streams.get(AuxStreamType.MoeChunkingOverlap) or device.main
+    return required_stream(streams, AuxStreamType.MoeChunkingOverlap, f"forwards of more than {limit} tokens overlap")
 
 
 def required_stream(streams: Mapping[AuxStreamType, Stream], kind: AuxStreamType, why: str) -> Stream:

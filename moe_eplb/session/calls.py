@@ -8,12 +8,13 @@ from functools import partial
 import torch
 
 from moe_eplb.balancer import AllReduce, MoeLoadBalancer, SingleLayerMoeLoadBalancer
+from moe_eplb.core import workload
 from moe_eplb.core.errors import BalancerError, EplbError
 from moe_eplb.core.evidence import EvidenceWriter, Row
 from moe_eplb.core.scenario import CallStep, Scenario
 from moe_eplb.device import Device
 from moe_eplb.session.groups import Groups
-from moe_eplb.session.weights import MasterWeights, torch_dtype
+from moe_eplb.session.weights import MasterWeights
 
 __all__ = ["run_calls"]
 
@@ -52,7 +53,7 @@ class _Script:
         balancer.finalize_model()
         balancer.set_iter_info(enable_statistic=True, enable_update_weights=balancer.is_dynamic_routing())
         model = scenario.model
-        tokens = max(1, scenario.tokens(balancer.ep_rank))
+        tokens = max(1, workload.tokens(scenario, 0, balancer.ep_rank))
         self._ids = (torch.arange(tokens * model.top_k, dtype=torch.int32) % model.experts).reshape(tokens, model.top_k)
 
     def call(self, step: CallStep) -> None:
@@ -81,14 +82,11 @@ class _Script:
                 getattr(layer, name)()
 
     def _add_layer(self, index: int) -> None:
-        model, dtype = self._scenario.model, torch_dtype(self._scenario.model.dtype)
+        model = self._scenario.model
         layer = self._balancer.add_layer(model.experts, model.top_k, self._scenario.slots_per_rank)
         if not layer.need_load_shared_weights():
             return
-        master = MasterWeights(
-            self._scenario.seed, index, experts=model.experts, hidden=model.hidden, intermediate=model.intermediate,
-            dtype=dtype,
-        )  # fmt: skip
+        master = MasterWeights.of(self._scenario, index)
         for expert in layer.load_expert_ids:
             for name, tensor in master(expert).items():
                 layer.share_expert_weight(expert, name, tensor)

@@ -93,13 +93,20 @@ def _write_loads(folder: Path, scenario: Scenario) -> None:
                     counts[row["iteration"], row["layer"]] += np.asarray(row["counts"])
         np.savez_compressed(folder / "loads.npz", counts=counts)
     if scenario.record.topk_ids:
-        parts = [folder / f"topk_ids.rank{rank}.npy" for rank in range(scenario.ranks)]
-        per_rank = [np.load(part) for part in parts]
-        # A recorded workload deals tokens iteration by iteration, within one rank by rank.
-        ids = np.concatenate([p[i] for i in range(scenario.iterations) for p in per_rank])
-        np.savez_compressed(folder / "topk_ids.npz", topk_ids=ids, num_experts=np.int64(scenario.model.experts))
-        for part in parts:
-            part.unlink()
+        _merge_topk_ids(folder, scenario)
+
+
+def _merge_topk_ids(folder: Path, scenario: Scenario) -> None:
+    """One file of all ranks' ids: a recorded workload deals tokens iteration by iteration, within one rank by rank."""
+    parts = [folder / f"topk_ids.rank{rank}.npz" for rank in range(scenario.ranks)]
+    steps: list[list[np.ndarray]] = []
+    for part in parts:
+        with np.load(part) as file:
+            steps.append(np.split(file["topk_ids"], np.cumsum(file["tokens"])[:-1]))
+    ids = np.concatenate([step for iteration in zip(*steps, strict=True) for step in iteration])
+    np.savez_compressed(folder / "topk_ids.npz", topk_ids=ids, num_experts=np.int64(scenario.model.experts))
+    for part in parts:
+        part.unlink()
 
 
 def _versions() -> dict[str, str]:

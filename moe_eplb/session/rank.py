@@ -9,12 +9,11 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moe_eplb.balancer import MoeLoadBalancer, MoeLoadBalancerIterContext, get_moe_load_balancer
 from moe_eplb.balancer.host_memory import list_segments
-from moe_eplb.checks import EvidenceGatherer, watched_layer
+from moe_eplb.checks import EvidenceGatherer, TopkIds, watched_layer
 from moe_eplb.core.events import Kind
 from moe_eplb.core.evidence import EvidenceWriter, Row
 from moe_eplb.core.scenario import Scenario
@@ -24,8 +23,8 @@ from moe_eplb.session.balancing import make_balancer
 from moe_eplb.session.calls import run_calls
 from moe_eplb.session.folder import events_path, evidence_path
 from moe_eplb.session.groups import Groups
+from moe_eplb.session.model import Model, make_model
 from moe_eplb.session.result import Progress
-from moe_eplb.session.stack import MoeStack
 from moe_eplb.session.weights import torch_dtype
 
 __all__ = ["run_rank"]
@@ -43,7 +42,7 @@ def run_rank(scenario: Scenario, folder: Path, rank: int, groups: Groups, on_ste
         torch.inference_mode(),
     ):
         seed = None if scenario.overlap == "serial" else scenario.effective_reorder_seed
-        device = get_device(scenario.device, log, seed=seed, rank=rank)
+        device = get_device(scenario.device, log, seed=seed, rank=rank, check_order=True)
         balancer = make_balancer(scenario, rank, device, groups)
         _write_begin(evidence, scenario, balancer)
         try:
@@ -74,10 +73,10 @@ class _Run:
         evidence: EvidenceWriter,
     ) -> None:
         self._scenario, self._folder, self._rank = scenario, folder, rank
-        self._device, self._balancer = device, balancer
+        self._device, self._balancer, self._evidence = device, balancer, evidence
         self._gatherer = _make_gatherer(scenario, rank, groups, evidence)
         with balancer or contextlib.nullcontext():
-            self._stack = MoeStack(scenario, rank, device, groups)
+            self._model = make_model(scenario, rank, device, groups)
         if balancer is not None:
             balancer.probe = self._gatherer
             balancer.finalize_model()
@@ -85,7 +84,7 @@ class _Run:
             if scenario.balancer is not None:
                 balancer.set_warm_up_iter_count(scenario.balancer.warm_up)
         self._watch_layers()
-        _write_memory(evidence, self._stack, balancer)
+        _write_memory(evidence, self._model, balancer)
 
     def iterate(self, on_step: Progress) -> None:
         """Run all iterations, then read all weights back once more."""
@@ -94,40 +93,37 @@ class _Run:
             self._step(iteration)
             on_step(iteration + 1, total)
         self._gatherer.finish()
+        self._model.finish(self._evidence)
         if self._gatherer.topk_ids is not None:
-            self._save_topk_ids(self._gatherer.topk_ids)
+            self._gatherer.topk_ids.save(self._folder / f"topk_ids.rank{self._rank}.npz")
 
     def _step(self, iteration: int) -> None:
         self._device.iteration = self._gatherer.iteration = iteration
         token = self._device.sink.begin(Kind.STEP, -1, iteration, self._device.main.index)
         with MoeLoadBalancerIterContext(self._balancer):
-            self._stack.step(iteration)
+            self._model.step(iteration)
         self._device.sink.end(token)
         token = self._device.sink.begin(Kind.CHECK, -1, iteration, self._device.main.index)
         self._gatherer.end_iteration()
         self._device.sink.end(token)
 
     def _watch_layers(self) -> None:
-        for index, (moe, master) in enumerate(zip(self._stack.layers, self._stack.masters, strict=True)):
-            moe.probe = self._gatherer
-            dtype = torch_dtype(self._scenario.model.dtype)
-            self._gatherer.watch(index, watched_layer(moe.experts.by_slot(), master, moe.placement, dtype))
-
-    def _save_topk_ids(self, per_call: list[np.ndarray]) -> None:
-        """Ids [iterations, T, L, K] of this rank, from one [T, K] a layer and iteration."""
-        layers = self._scenario.model.layers
-        steps = [np.stack(per_call[i : i + layers], axis=1) for i in range(0, len(per_call), layers)]
-        np.save(self._folder / f"topk_ids.rank{self._rank}.npy", np.stack(steps))
+        dtype = torch_dtype(self._scenario.model.dtype)
+        for index, (block, master) in enumerate(zip(self._model.blocks, self._model.masters, strict=True)):
+            block.moe.probe = self._gatherer
+            slots, placement = block.moe.experts.by_slot(), block.moe.placement
+            self._gatherer.watch(index, watched_layer(slots, master.experts, placement, dtype, master.shared))
 
 
 def _make_gatherer(scenario: Scenario, rank: int, groups: Groups, evidence: EvidenceWriter) -> EvidenceGatherer:
     names = ("exactly_once", "equality", "attestation")
     gatherer = EvidenceGatherer(
         evidence, rank=rank, ranks=scenario.ranks, group=groups.checks,
-        local_first=scenario.replica_choice == "local_first",
+        local_first=scenario.replica_choice == "local_first" or scenario.model.backend != "wide_ep",
         checks=frozenset(name for name in names if getattr(scenario.checks, name)),
     )  # fmt: skip
-    gatherer.topk_ids = [] if scenario.record.topk_ids else None
+    repeats = [scenario.model.repeats(layer) for layer in range(scenario.model.layers)]
+    gatherer.topk_ids = TopkIds(repeats) if scenario.record.topk_ids else None
     return gatherer
 
 
@@ -140,9 +136,9 @@ def _write_begin(evidence: EvidenceWriter, scenario: Scenario, balancer: MoeLoad
     evidence.flush()
 
 
-def _write_memory(evidence: EvidenceWriter, stack: MoeStack, balancer: MoeLoadBalancer | None) -> None:
+def _write_memory(evidence: EvidenceWriter, model: Model, balancer: MoeLoadBalancer | None) -> None:
     slots = sum(
-        t.numel() * t.element_size() for moe in stack.layers for slot in moe.experts.by_slot() for t in slot.values()
+        t.numel() * t.element_size() for b in model.blocks for slot in b.moe.experts.by_slot() for t in slot.values()
     )
     host = sum(layer.updates.host.host_bytes for layer in balancer.layers) if balancer is not None else 0
     evidence.write(Row.MEMORY, slots_bytes=slots, host_bytes=host, staging_bytes=slots if host else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -68,3 +70,86 @@ def test_missing_and_differing_experts() -> None:
     sharer.share_host_tensor(1, "scale", weight(1, "scale"))
     with pytest.raises(HostMemoryError, match="E167"):
         sharer.finalize()
+
+
+SPEC = {name: (weight(0, name).dtype, weight(0, name).shape) for name in ("w2", "scale")}
+
+
+def share_expected(rank: int, size: int, instance: str) -> list[bool]:
+    import torch.distributed as dist
+
+    sharer = HostMoeTensorSharer(0, 7, rank=rank, ranks=size, instance=instance, group=dist.group.WORLD)
+    sharer.expect(SPEC)
+    for expert in sharer.experts_of(rank):
+        for name in SPEC:
+            given = weight(expert, name)
+            sharer.share_host_tensor(expert, name, given)
+            given.zero_()  # it was copied: the caller may use its memory again
+    sharer.finalize()
+    good = [torch.equal(sharer.host_tensor(e, n), weight(e, n)) for e in range(7) for n in SPEC]
+    dist.barrier()
+    sharer.close()
+    return good
+
+
+def test_expected_weights_are_written_as_they_are_given() -> None:
+    instance = new_instance()
+    assert run_ranks(share_expected, 2, instance) == [[True] * 14] * 2
+    assert not [s for s in list_segments() if instance in s.name]
+
+
+def one_rank_expecting() -> HostMoeTensorSharer:
+    sharer = one_rank()
+    sharer.expect(SPEC)
+    return sharer
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("w2", torch.zeros(3, 5).bfloat16()), ("w2", torch.zeros(5, 3)), ("w1", torch.zeros(7))],
+    ids=["shape", "dtype", "name"],
+)
+def test_a_tensor_that_was_not_expected(name: str, tensor: torch.Tensor) -> None:
+    sharer = one_rank_expecting()
+    with pytest.raises(HostMemoryError, match=rf"E168(.|\n)*{name} of expert 1(.|\n)*w2 bfloat16 \(5, 3\)"):
+        sharer.share_host_tensor(1, name, tensor)
+    sharer.close()
+
+
+def test_expected_weights_that_were_not_given() -> None:
+    sharer = one_rank_expecting()
+    for expert in range(2):
+        sharer.share_host_tensor(expert, "w2", weight(expert, "w2"))
+    with pytest.raises(HostMemoryError, match=r"E167.*expert 0 has other weights than what was expected"):
+        sharer.finalize()
+    sharer.close()
+
+
+def test_expected_weights_are_not_given_twice() -> None:
+    sharer = one_rank_expecting()
+    sharer.share_host_tensor(0, "w2", weight(0, "w2"))
+    with pytest.raises(HostMemoryError, match="E165"):
+        sharer.share_host_tensor(0, "w2", weight(0, "w2"))
+    sharer.close()
+
+
+def test_expecting_too_late() -> None:
+    sharer = one_rank()
+    sharer.share_host_tensor(0, "w2", weight(0, "w2"))
+    with pytest.raises(HostMemoryError, match=r"E169(.|\n)*shared already"):
+        sharer.expect(SPEC)
+    sharer = one_rank_expecting()
+    with pytest.raises(HostMemoryError, match="E169"):
+        sharer.expect(SPEC)
+    sharer.close()
+
+
+def test_a_segment_that_was_made_for_expected_weights_goes_without_finalize() -> None:
+    def mine() -> set[str]:
+        return {segment.name for segment in list_segments() if segment.owner_pid == os.getpid()}
+
+    before = mine()
+    sharer = one_rank_expecting()
+    assert mine() > before
+    sharer.close()
+    assert mine() == before

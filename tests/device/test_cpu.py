@@ -120,3 +120,14 @@ def test_waiting_for_an_event_that_was_never_recorded_is_an_error() -> None:
 def test_unknown_device() -> None:
     with pytest.raises(UsageError, match="no device 'tpu'"):
         get_device("tpu", NullSink())
+
+
+def test_work_on_an_auxiliary_stream_comes_after_what_waits_there() -> None:
+    device, done = CpuDevice(NullSink(), seed=0), list[int]()
+    stream = device.stream(AuxStreamType.MoeChunkingOverlap)
+    for seed in range(20):
+        done.clear()
+        device.submit(stream, Kind.PLAN, 0, lambda: done.append(0))
+        with device.use(stream):
+            device.run(Kind.EXPERTS, seed, lambda: done.append(1))
+        assert done == [0, 1]

@@ -13,7 +13,10 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.moe import (
     DeepSeekV3MoeRoutingMethod,
     DefaultMoeRoutingMethod,
+    Llama4MoeRoutingMethod,
     RenormalizeMoeRoutingMethod,
+    RenormalizeNaiveMoeRoutingMethod,
+    RoutingRule,
     SuppliedMoeRoutingMethod,
 )
 
@@ -129,4 +132,88 @@ def test_supplied_ids_of_other_tokens_are_refused() -> None:
     method = SuppliedMoeRoutingMethod(2)
     method.supply(torch.zeros(3, 2, dtype=torch.int32))
     with pytest.raises(BalancerError, match=r"wanted shape \(2, 2\), got \(3, 2\)"):
-        method.apply(_logits(2, 4, 3))
+        method.begin(2)
+
+
+def test_chunks_share_out_the_supplied_ids() -> None:
+    method = SuppliedMoeRoutingMethod(2)
+    given_ids = torch.tensor([[0, 1], [2, 3], [1, 0]], dtype=torch.int32)
+    method.supply(given_ids)
+    method.begin(3)
+    parts = [method.apply(_logits(rows, 4, 3))[0] for rows in (2, 0, 1)]
+    assert torch.cat(parts).tolist() == given_ids.tolist()
+    with pytest.raises(BalancerError, match=r"wanted shape \(1, 2\), got \(0, 2\)"):
+        method.apply(_logits(1, 4, 3))
+
+
+def test_renormalize_naive_divides_probabilities_by_their_sum() -> None:
+    logits = _logits(4, 8, 4)
+    ids, scales = RenormalizeNaiveMoeRoutingMethod(3).apply(logits)
+    for token, values in enumerate(logits.tolist()):
+        probabilities = _softmax(values)
+        chosen = _largest(values, 3, list(range(8)))
+        total = sum(probabilities[e] for e in chosen)
+        assert ids[token].tolist() == chosen
+        assert scales[token].tolist() == pytest.approx([probabilities[e] / total for e in chosen], rel=1e-5)
+
+
+def test_llama4_takes_the_sigmoid_of_the_one_best_logit() -> None:
+    ids, scales = Llama4MoeRoutingMethod().apply(torch.tensor([[0.0, 2.0, 1.0], [-1.0, -2.0, -3.0]]))
+    assert ids.tolist() == [[1], [0]]
+    assert scales.flatten().tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.e)])
+
+
+def test_llama4_rejects_more_than_one_expert() -> None:
+    with pytest.raises(BalancerError, match=r"E150(.|\n)*top_k 2"):
+        Llama4MoeRoutingMethod(2)
+
+
+def test_deepseek_v3_without_normalisation_scales_the_scores_themselves() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    ids, scales = DeepSeekV3MoeRoutingMethod(2, 1, 1, 2.5, torch.zeros(4), norm_topk_prob=False).apply(logits)
+    assert ids.tolist() == [[0, 1]]
+    torch.testing.assert_close(scales, 2.5 * torch.sigmoid(logits[:, :2]))
+
+
+def test_methods_tell_their_rule() -> None:
+    bias = torch.tensor([0.5, -0.25, 0.0, 1.0])
+    deepseek = DeepSeekV3MoeRoutingMethod(2, 2, 1, 2.5, bias, norm_topk_prob=False)
+    wanted = RoutingRule("deepseek_v3", 2, 2, 1, 2.5, False, (0.5, -0.25, 0.0, 1.0))
+    assert deepseek.rule == wanted
+    kinds = {
+        DefaultMoeRoutingMethod: "default",
+        RenormalizeMoeRoutingMethod: "renormalize",
+        RenormalizeNaiveMoeRoutingMethod: "renormalize_naive",
+        SuppliedMoeRoutingMethod: "supplied",
+    }
+    assert {method(3).rule for method in kinds} == {RoutingRule(kind, 3) for kind in kinds.values()}  # type: ignore[arg-type]
+    assert Llama4MoeRoutingMethod().rule == RoutingRule("llama4", 1)
+
+
+def _theirs(family: str, logits: torch.Tensor, top_k: int, normalize: bool, bias: torch.Tensor) -> torch.Tensor:
+    """Ids that transformers' own router chooses; its weight is such that the hidden states are the logits."""
+    from transformers import DeepseekV3Config, Qwen3MoeConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    experts = logits.shape[1]
+    sizes = {"hidden_size": experts, "num_experts_per_tok": top_k, "norm_topk_prob": normalize}
+    if family == "qwen3_moe":
+        router = Qwen3MoeTopKRouter(Qwen3MoeConfig(**sizes, num_experts=experts))
+    else:
+        router = DeepseekV3TopkRouter(DeepseekV3Config(**sizes, n_routed_experts=experts, n_group=4, topk_group=2))
+        router.e_score_correction_bias.copy_(bias)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(experts))
+        return router(logits)[2]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 100.0])
+def test_ids_are_those_that_transformers_chooses(spread: float, normalize: bool) -> None:
+    logits, bias = _logits(2000, 16, 5) * spread, _logits(1, 16, 6)[0] / 8
+    naive = RenormalizeNaiveMoeRoutingMethod if normalize else DefaultMoeRoutingMethod
+    deepseek = DeepSeekV3MoeRoutingMethod(4, 4, 2, 1.0, bias, norm_topk_prob=normalize)
+    for family, method in (("qwen3_moe", naive(4)), ("deepseek_v3", deepseek)):
+        theirs = _theirs(family, logits, 4, normalize, bias)
+        assert torch.equal(method.apply(logits)[0].sort().values, theirs.int().sort().values)

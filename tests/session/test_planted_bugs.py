@@ -21,14 +21,23 @@ ranks: 2
 seed: 11
 iterations: 6
 timeout_s: 60
-model: {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16}
-workload: {kind: zipf, tokens_per_rank: 32, skew: 1.2, drift_every: 2}
+workload: {kind: zipf, tokens_per_rank: [32, 5], skew: 1.2, drift_every: 2}
 balancer: {num_slots: 24, layer_updates_per_iter: 3, empty_group: never}
 """
+PLAIN = "model: {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16}\n"
+LARGE = """\
+model:
+  {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16, shared_intermediate: 32, repeated_layers: {1: 2}}
+moe_max_num_tokens: 6
+"""
+# An odd number of chunks: the last one is not on the caller's stream, which would imply a join of the others.
 PATHS = {
-    "gathered": "dispatch: alltoall\n",
-    "local_ids": "dispatch: allgather\n",
-    "global_ids": "dispatch: allgather\nstatistics: global_ids\n",
+    "gathered": PLAIN + "dispatch: alltoall\n",
+    "local_ids": PLAIN + "dispatch: allgather\n",
+    "global_ids": PLAIN + "dispatch: allgather\nstatistics: global_ids\n",
+    "chunked": LARGE + "dispatch: alltoall\n",
+    "chunked_local_ids": LARGE + "dispatch: allgather\n",
+    "chunked_global_ids": LARGE + "dispatch: allgather\nstatistics: global_ids\n",
 }
 # bug -> (the check meant for it, statistics path of the run that it is planted in)
 MEANT_FOR = {
@@ -43,6 +52,12 @@ MEANT_FOR = {
     "digest_disagreement": ("agreement", "local_ids"),
     "load_never_zeroed": ("effect", "gathered"),
     "other_experts_than_asked": ("run_complete", "local_ids"),
+    "chunk_reads_without_waiting": ("stream_join", "chunked"),
+    "hand_over_while_a_chunk_reads": ("stream_join", "chunked_local_ids"),
+    "chunk_result_used_early": ("stream_join", "chunked"),
+    "empty_chunk_counted_again": ("statistics", "chunked"),
+    "padding_counted": ("statistics", "chunked_global_ids"),
+    "shared_expert_of_other_tokens": ("equality", "chunked_local_ids"),
     "leaked_segment": ("leaks", "gathered"),
 }
 

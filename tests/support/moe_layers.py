@@ -67,7 +67,7 @@ class Watch(NullProbe):
     def processed(self, layer: int, source_rank: Any, token: Any, k: Any, slot: Any) -> None:
         self.entries = list(zip(source_rank.tolist(), token.tolist(), k.tolist(), slot.tolist(), strict=True))
 
-    def output(self, layer: int, x: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+    def output(self, layer: int, x: Any, router_logits: Any, expert_ids: Any, scales: Any, y: Any) -> None:
         self.seen = (x, expert_ids, scales, y)
 
     def committed(self, layer: int, taken: int, placement: Any, changed: Any, moved_bytes: int) -> None:

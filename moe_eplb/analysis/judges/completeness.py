@@ -8,7 +8,7 @@ from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core import workload
 from moe_eplb.core.evidence import Row
-from moe_eplb.core.scenario import ExpectError
+from moe_eplb.core.scenario import ExpectError, Scenario
 from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["balancer", "expected_error", "leaks", "run_complete"]
@@ -34,13 +34,21 @@ def run_complete(folder: RunFolder) -> CheckResult:
 
 def _routes_workload(folder: RunFolder, place: Place, rank: int, row: EvidenceRow, findings: Findings) -> None:
     """A drawn workload can be drawn again: what the layer routed is what the scenario asks for."""
-    if folder.scenario.workload.kind not in ("uniform", "zipf", "hot"):
-        return
-    ids = workload.topk_ids(folder.scenario, place.iteration, place.layer, rank)
-    assert ids is not None
-    asked = np.bincount(ids.reshape(-1), minlength=folder.scenario.model.experts).tolist()
-    if row["counts"] != asked:
-        findings.wrong(f"rank {rank} routed {row['counts']} by expert, the scenario asks for {asked}", place)
+    if workload.is_drawn(folder.scenario):
+        asked = _asked(folder.scenario, place, rank)
+        if row["counts"] != asked:
+            findings.wrong(f"rank {rank} routed {row['counts']} by expert, the scenario asks for {asked}", place)
+
+
+def _asked(scenario: Scenario, place: Place, rank: int) -> list[int]:
+    """Entries by expert of all runs of the layer in the iteration."""
+    counts = np.zeros(scenario.model.experts, dtype=np.int64)
+    for repeat in range(scenario.model.repeats(place.layer)):
+        ids = workload.topk_ids(scenario, place.iteration, place.layer, rank, repeat)
+        assert ids is not None, "a drawn workload has ids"
+        counts += np.bincount(ids.reshape(-1), minlength=scenario.model.experts)
+    asked: list[int] = counts.tolist()
+    return asked
 
 
 def _all_iterations(folder: RunFolder, ends: dict[int, EvidenceRow], findings: Findings) -> None:

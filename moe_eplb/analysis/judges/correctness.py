@@ -6,6 +6,7 @@ from collections import Counter
 
 from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
+from moe_eplb.core import workload
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.verdict import CheckResult
 
@@ -33,7 +34,7 @@ def exactly_once(folder: RunFolder) -> CheckResult:
 def _judge_dispatch(folder: RunFolder, row: EvidenceRow, findings: Findings) -> None:
     where = f"rank {row['rank']}, {_place(row)}"
     faults = [f"{row[name]} {name}" for name in _FAULTS if row[name]]
-    routed = folder.scenario.tokens(row["rank"]) * folder.scenario.model.top_k
+    routed = _tokens(folder, row) * folder.scenario.model.top_k
     if faults or row["once"] != row["expected"]:
         said = f": {row['first']}" if row["first"] else ""
         findings.wrong(
@@ -91,12 +92,24 @@ def equality(folder: RunFolder) -> CheckResult:
 
 def _judge_output(folder: RunFolder, row: EvidenceRow, findings: Findings) -> None:
     where = f"rank {row['rank']}, {_place(row)}"
-    tolerance, tokens = TOLERANCE[folder.scenario.model.dtype], folder.scenario.tokens(row["rank"])
+    tolerance, tokens = TOLERANCE[folder.scenario.model.dtype], _tokens(folder, row)
     # A ratio that is not a number compares false and must not pass.
     if not row["ratio"] <= tolerance:
         findings.wrong(f"ratio {row['ratio']:.3g} > {tolerance:.3g}", where)
     if row["tokens"] != tokens:
         findings.missing(f"{row['tokens']} of {tokens} tokens were compared", where)
+    if not folder.scenario.model.shared_intermediate:
+        return
+    if not row["shared_ratio"] <= tolerance:
+        findings.wrong(f"the shared expert's ratio {row['shared_ratio']:.3g} > {tolerance:.3g}", where)
+    if row["shared_tokens"] != tokens:
+        findings.missing(f"{row['shared_tokens']} of {tokens} tokens of the shared expert were compared", where)
+
+
+def _tokens(folder: RunFolder, row: EvidenceRow) -> int:
+    """Tokens that the row's layer takes from its rank in all its runs of the iteration."""
+    each = workload.tokens(folder.scenario, row["iteration"], row["rank"])
+    return each * folder.scenario.model.repeats(row["layer"])
 
 
 def _place(row: EvidenceRow) -> Place:

@@ -10,7 +10,7 @@ from moe_eplb.analysis.conformance import Replay, Violation, replay
 from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.run_folder import Place, RunFolder
 from moe_eplb.analysis.trace import OPEN, Records, Trace
-from moe_eplb.core.events import Kind
+from moe_eplb.core.events import KINDS, STREAMS, Kind
 from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["call_order", "stream_join"]
@@ -74,8 +74,8 @@ class Span(NamedTuple):
 def stream_join(folder: RunFolder) -> CheckResult:
     """The work itself was in order, by the records that the device wrote.
 
-    The wait ended before route and experts began; the hand-over began after the experts and ended before
-    `done_set_cpu_stage` returned.
+    No work was put on a stream without waiting for what it must come after. Where experts move: the wait ended before
+    route and experts began; the hand-over began after the experts and ended before `done_set_cpu_stage` returned.
     """
     findings = Findings(
         "stream_join", "wait before route and experts, hand-over after experts and before done_set returns"
@@ -84,11 +84,25 @@ def stream_join(folder: RunFolder) -> CheckResult:
         findings.missing("the run left no trace")
         return findings.result("nothing")
     _need_complete_logs(folder, folder.trace, findings)
-    spans = _Spans(folder.trace.records)
-    for place in folder.places:
-        for rank in folder.ranks:
-            _judge_joins(spans, Stage(rank, place.layer, place.iteration), findings)
+    _judge_unordered(folder.trace.records, findings)
+    if folder.moving:
+        spans = _Spans(folder.trace.records)
+        for place in folder.places:
+            for rank in folder.ranks:
+                _judge_joins(spans, Stage(rank, place.layer, place.iteration), findings)
     return findings.result(f"{len(folder.places) * len(folder.ranks)} layers x iterations x ranks")
+
+
+def _judge_unordered(records: Records, findings: Findings) -> None:
+    """What the device itself saw: work that was told to wait too little, whenever it happened to run."""
+    found = records.kinds(Kind.UNORDERED)
+    for rank, layer, iteration, stream, kind, earlier in zip(
+        *(column.tolist() for column in (found.rank, found.layer, found.iteration, found.stream, found.a, found.b)),
+        strict=True,
+    ):
+        what = f"{KINDS[Kind(kind)].name} on {STREAMS[stream]} did not wait"
+        whom = f"for {KINDS[Kind(earlier >> 8)].name} on {STREAMS[earlier & 255]}"
+        findings.wrong(f"{what} {whom}", f"rank {rank}, {Place(layer, iteration)}")
 
 
 class _Spans:

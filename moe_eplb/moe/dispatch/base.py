@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_eplb.moe.dispatch.collectives import Ranks
+
 __all__ = ["Dispatcher", "Exchange", "Received"]
 
 
@@ -59,6 +61,8 @@ class Exchange(Protocol):
 
 class Dispatcher(Protocol):
     """Makes exchanges over one process group."""
+
+    ranks: Ranks
 
     def prepare(self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None) -> Exchange:
         """Tell all ranks what will be sent.

@@ -56,8 +56,8 @@ def replica_chosen_by_receiver(module: ModuleType) -> None:
 
     dispatch = module.WideEPMoE._dispatch
 
-    def rechoose(self: Any, exchange: Any, x: Any, scales: Any) -> Any:
-        received = dispatch(self, exchange, x, scales)
+    def rechoose(self: Any, exchange: Any, x: Any, scales: Any, chunk: Any) -> Any:
+        received = dispatch(self, exchange, x, scales, chunk)
         layer = self.layer_load_balancer
         local = layer._tables.route(received.expert_ids, offset=layer.ep_rank) - self.rank * self.slots_per_rank
         mine = (local >= 0) & (local < self.slots_per_rank)
@@ -139,6 +139,67 @@ def leaked_segment(module: ModuleType) -> None:
     module.HostMoeTensorSharer.close = lambda self: self._views.clear()
 
 
+def chunk_reads_without_waiting(module: ModuleType) -> None:
+    """A chunk on another stream than the first one's routes before the wait for the layer is joined."""
+
+    def no_join(self: Any) -> None:
+        if self._device.current not in self._readers:
+            self._readers.append(self._device.current)
+
+    module.LayerStream.read = no_join
+
+
+def hand_over_while_a_chunk_reads(module: ModuleType) -> None:
+    """The hand-over waits for the last chunk's stream alone."""
+    module.LayerStream.end_reading = lambda self: self._follow(self._device.current)
+
+
+def chunk_result_used_early(module: ModuleType) -> None:
+    """Nobody waits for the chunks on the other stream at the end."""
+    each = module.ChunkStreams.each
+
+    def no_end(self: Any, chunks: Any, forward: Any) -> None:
+        end, self._end = self._end, self._device.new_event()
+        self._device.record(self._end, self._device.current)
+        record = self._device.record
+        self._device.record = lambda event, stream: None if event is self._end else record(event, stream)
+        try:
+            each(self, chunks, forward)
+        finally:
+            self._device.record = record
+            self._end = end
+
+    module.ChunkStreams.each = no_end
+
+
+def empty_chunk_counted_again(module: ModuleType) -> None:
+    """An empty chunk counts the ids of the chunk before once more."""
+    after_top_k = module.GatheredPath.after_top_k
+
+    def again(self: Any, ids: Any, chunk: Any) -> None:
+        before = getattr(self, "before", ids)
+        self.before = ids
+        after_top_k(self, ids if len(ids) else before, chunk)
+
+    module.GatheredPath.after_top_k = again
+
+
+def padding_counted(module: ModuleType) -> None:
+    """The rows that fill up a short rank's block are counted as tokens of expert 0."""
+    import torch
+
+    def all_rows(self: Any, ids: Any) -> Any:
+        return torch.where(ids < 0, 0, ids)
+
+    module.AllGatherExchange._real_rows = all_rows
+
+
+def shared_expert_of_other_tokens(module: ModuleType) -> None:
+    """The shared expert's rows come back in another order."""
+    forward = module.SharedExpert.forward
+    module.SharedExpert.forward = lambda self, x: forward(self, x).flip(0)
+
+
 BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "stale_weight": ("moe_eplb.balancer.migrate", stale_weight),
     "slot_table_off_by_one": ("moe_eplb.balancer.replica_choice", slot_table_off_by_one),
@@ -151,5 +212,11 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "digest_disagreement": ("moe_eplb.balancer.updater", digest_disagreement),
     "load_never_zeroed": ("moe_eplb.balancer.statistics", load_never_zeroed),
     "other_experts_than_asked": ("moe_eplb.moe.routing", other_experts_than_asked),
+    "chunk_reads_without_waiting": ("moe_eplb.balancer.layer_stream", chunk_reads_without_waiting),
+    "hand_over_while_a_chunk_reads": ("moe_eplb.balancer.layer_stream", hand_over_while_a_chunk_reads),
+    "chunk_result_used_early": ("moe_eplb.moe.chunking", chunk_result_used_early),
+    "empty_chunk_counted_again": ("moe_eplb.moe.statistics_path", empty_chunk_counted_again),
+    "padding_counted": ("moe_eplb.moe.dispatch.allgather", padding_counted),
+    "shared_expert_of_other_tokens": ("moe_eplb.models.shared_expert", shared_expert_of_other_tokens),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }

@@ -1,0 +1,97 @@
+"""Which work must come after which, checked by what the streams were told and not by when it happened to run.
+
+On a CPU the main stream runs at once, so times alone would show every order as right. Vector clocks (Mattern 1988)
+know which work really waits for which: an event's mark carries its stream's clock, a wait merges it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from moe_eplb.core.events import Kind
+from moe_eplb.device.base import Stream
+
+__all__ = ["Clock", "StreamOrder", "Unordered"]
+
+Clock = dict[Stream, int]
+"""For each stream, how much of its work comes before."""
+
+_READS = (Kind.ROUTE, Kind.EXPERTS)
+_RESULTS = (Kind.COMBINE, Kind.SHARED_EXPERT)
+
+
+class Unordered(NamedTuple):
+    """Work that should have waited for earlier work of another stream and did not."""
+
+    earlier: Kind
+    stream: Stream
+
+
+class _Work(NamedTuple):
+    kind: Kind
+    stream: Stream
+    position: int
+
+
+class StreamOrder:
+    """Follows the work of all streams of a device.
+
+    The rules, for each layer: route and experts come after the wait for the layer; the hand-over comes after every
+    route and experts, on whatever stream; the next layer's top-k comes after every result of the layers before.
+    """
+
+    def __init__(self) -> None:
+        self._clocks: defaultdict[Stream, Clock] = defaultdict(dict)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the layers have begun, after an iteration that was aborted."""
+        self._wait: dict[int, _Work] = {}
+        self._reads: defaultdict[int, list[_Work]] = defaultdict(list)
+        self._results: defaultdict[int, list[_Work]] = defaultdict(list)
+        self._layer, self._input = -1, list[_Work]()
+
+    def mark(self, stream: Stream) -> Clock:
+        """What comes before an event that is recorded on `stream` now."""
+        return self._clocks[stream].copy()
+
+    def wait(self, stream: Stream, mark: Clock) -> None:
+        """Later work of `stream` comes after the mark."""
+        clock = self._clocks[stream]
+        for other, position in mark.items():
+            if position > clock.get(other, 0):
+                clock[other] = position
+
+    def work(self, stream: Stream, kind: Kind, layer: int) -> Unordered | None:
+        """Put work on a stream; the first thing that it should have waited for and did not."""
+        clock = self._clocks[stream]
+        position = clock[stream] = clock.get(stream, 0) + 1
+        work = _Work(kind, stream, position)
+        for earlier in self._earlier(work, layer):
+            if clock.get(earlier.stream, 0) < earlier.position:
+                return Unordered(earlier.kind, earlier.stream)
+        return None
+
+    def _earlier(self, work: _Work, layer: int) -> list[_Work]:
+        """What `work` must come after, while it takes its place among the layer's work."""
+        kind = work.kind
+        if kind in _READS:
+            self._reads[layer].append(work)
+            return [self._wait[layer]] if layer in self._wait else []
+        if kind in _RESULTS:
+            self._results[layer].append(work)
+        elif kind is Kind.START_WAIT_GPU_STAGE:
+            self._wait[layer] = work
+        elif kind is Kind.START_SET_CPU_STAGE:
+            return self._reads.pop(layer, [])
+        elif kind is Kind.TOPK:
+            return self._inputs(layer)
+        return []
+
+    def _inputs(self, layer: int) -> list[_Work]:
+        """Results of the layer before, which are this layer's input on whatever stream a chunk of it begins."""
+        if layer != self._layer:
+            others = [other for other in self._results if other != layer]
+            self._layer, self._input = layer, [result for other in others for result in self._results.pop(other)]
+        return self._input

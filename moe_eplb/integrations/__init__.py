@@ -1,0 +1,1 @@
+"""Our layers inside the models of other libraries."""

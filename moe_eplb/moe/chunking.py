@@ -1,0 +1,95 @@
+"""Forwards that are too large for one pass: split into chunks, every other one on a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import Device, EventType, Stream
+
+__all__ = ["Chunk", "ChunkStreams", "check_own_tokens", "chunk_count", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a forward. `first` and `last` are meant within the iteration, over all forwards of the layer."""
+
+    rows: slice
+    index: int
+    first: bool
+    last: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The chunk's rows of a tensor [T, ...]."""
+        return tensor[self.rows]
+
+
+def chunk_count(all_rank_num_tokens: Sequence[int], limit: int | None, *, padded: bool) -> int:
+    """How many chunks a forward takes so that no pass has more than `limit` tokens of all ranks; at least one.
+
+    Args:
+        all_rank_num_tokens: T of each rank.
+        limit: The most tokens of a pass, None for no limit.
+        padded: Whether every rank's tokens are padded to the fullest rank's.
+    """
+    total = len(all_rank_num_tokens) * max(all_rank_num_tokens) if padded else sum(all_rank_num_tokens)
+    return 1 if limit is None else max(1, -(-total // limit))
+
+
+def split(tokens: int, chunks: int, *, first: bool = True, last: bool = True) -> list[Chunk]:
+    """`chunks` parts of T tokens, the first T mod chunks of them one longer; parts may be empty.
+
+    Every rank gets equally many parts, because each takes part in collectives. An empty part has no rows, so nothing
+    in it can be counted or computed.
+    """
+    size, longer = divmod(tokens, chunks)
+    bounds = [index * size + min(index, longer) for index in range(chunks + 1)]
+    return [
+        Chunk(slice(begin, end), index, first and index == 0, last and index == chunks - 1)
+        for index, (begin, end) in enumerate(pairwise(bounds))
+    ]
+
+
+def check_own_tokens(all_rank_num_tokens: Sequence[int], *, rank: int, size: int, tokens: int) -> None:
+    """Raise BalancerError E156 unless the table has one number a rank, and this rank's is T."""
+    if len(all_rank_num_tokens) != size or all_rank_num_tokens[rank] != tokens:
+        raise BalancerError(
+            "E156",
+            "all_rank_num_tokens disagrees with this rank",
+            why=f"{list(all_rank_num_tokens)} for {size} ranks, rank {rank} has {tokens} tokens",
+            hint="give every rank's number of tokens of this forward, in order of rank",
+        )
+
+
+class ChunkStreams:
+    """Runs even chunks on the MoeChunkingOverlap stream and odd ones on the caller's, joined at both ends.
+
+    A single chunk stays on the caller's stream.
+
+    Args:
+        device: Where the work runs.
+        overlap: The MoeChunkingOverlap stream.
+    """
+
+    def __init__(self, device: Device, overlap: Stream) -> None:
+        self._device, self._overlap = device, overlap
+        self._begin = device.new_event(EventType.Main.name)
+        self._end = device.new_event(EventType.MoeChunkingOverlap.name)
+
+    def each(self, chunks: Sequence[Chunk], forward: Callable[[Chunk], None]) -> None:
+        """Call `forward` for every chunk, in order, on its stream."""
+        if len(chunks) == 1:
+            forward(chunks[0])
+            return
+        device, caller = self._device, self._device.current
+        device.record(self._begin, caller)
+        device.wait(self._overlap, self._begin)
+        for chunk in chunks:
+            with device.use(caller if chunk.index % 2 else self._overlap):
+                forward(chunk)
+        device.record(self._end, self._overlap)
+        device.wait(caller, self._end)

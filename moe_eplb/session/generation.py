@@ -1,0 +1,82 @@
+"""The model of a scenario that generates text: a whole transformers model whose MoE blocks are ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_eplb.core.evidence import EvidenceWriter, Row
+from moe_eplb.core.scenario import Scenario
+from moe_eplb.device import Device
+from moe_eplb.integrations.transformers import load_model, replace_moe_blocks
+from moe_eplb.session.balancing import layer_placement_slots
+from moe_eplb.session.groups import Groups
+from moe_eplb.session.master import Master
+from moe_eplb.session.weights import seeded_generator, torch_dtype
+
+__all__ = ["GeneratingModel"]
+
+
+class GeneratingModel:
+    """Greedy generation on one rank, one token of every sequence an iteration; the first iteration takes the prompts.
+
+    Must be built inside the balancer's context where there is one.
+
+    Args:
+        scenario: What to build.
+        rank: This rank, which has its own prompts.
+        device: Where it runs.
+        groups: Process groups of the ranks.
+
+    Attributes:
+        blocks: The blocks that stand where the model had its own.
+        masters: For each block, the original model's weights.
+    """
+
+    def __init__(self, scenario: Scenario, rank: int, device: Device, groups: Groups) -> None:
+        folder = Path(scenario.model.hf or "")
+        self._model = load_model(folder, seed=scenario.seed, dtype=torch_dtype(scenario.model.dtype))
+        self._prompts = self._draw_prompts(scenario, rank)
+        self._expected = self._generate_without_us(scenario.iterations) if scenario.checks.generation else None
+        replaced = replace_moe_blocks(
+            self._model, device, ep_group=groups.model, statistics_group=groups.statistics, num_slots=scenario.slots,
+            dispatch=scenario.dispatch, statistics=scenario.statistics_path,
+            moe_max_num_tokens=scenario.moe_max_num_tokens,
+            initial_slots=[layer_placement_slots(scenario, layer) for layer in range(scenario.model.layers)],
+        )  # fmt: skip
+        self.blocks = [one.block for one in replaced]
+        self.masters = [Master(one.weights, one.shared) for one in replaced]
+        self._next = self._prompts
+        self._cache: Any = None
+        self._generated: list[Tensor] = []
+
+    def step(self, iteration: int) -> Tensor:
+        """One forward; the next token of every sequence int64 [B]."""
+        output = self._model(input_ids=self._next, past_key_values=self._cache, use_cache=True)
+        chosen: Tensor = output.logits[:, -1].argmax(dim=-1)
+        self._cache, self._next = output.past_key_values, chosen.unsqueeze(1)
+        self._generated.append(chosen)
+        return chosen
+
+    def finish(self, evidence: EvidenceWriter) -> None:
+        """Write down what was generated, beside what the original model generates."""
+        if self._expected is not None:
+            tokens = torch.stack(self._generated, dim=1)
+            evidence.write(Row.GENERATED, tokens=tokens.tolist(), expected=self._expected.tolist())
+
+    def _draw_prompts(self, scenario: Scenario, rank: int) -> Tensor:
+        shape = (scenario.sequences(rank), scenario.workload.prompt_tokens)
+        generator = seeded_generator("prompt", scenario.seed, rank)
+        return torch.randint(0, self._model.config.vocab_size, shape, generator=generator)
+
+    def _generate_without_us(self, tokens: int) -> Tensor:
+        """What transformers' own generation says, with its own blocks; end tokens do not end it."""
+        output = self._model.generate(  # type: ignore[operator]  # a mixin that the stubs do not know
+            self._prompts, attention_mask=torch.ones_like(self._prompts), do_sample=False, max_new_tokens=tokens,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        new: Tensor = output[:, self._prompts.shape[1] :]
+        return new
