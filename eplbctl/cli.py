@@ -5,18 +5,14 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import signal
-import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 import click
 
 from eplbctl.output import say
 from moe_eplb.core.errors import EXIT_MEANING, EplbError, ExitCode, RunFailed, UsageError
 
-__all__ = ["COMMANDS", "cli", "invoke", "main"]
+__all__ = ["COMMANDS", "cli", "invoke"]
 
 COMMANDS = ("run", "verify", "report", "scenario", "protocol", "doctor", "shm", "completion")
 """The commands in the order in which a new user meets them; each is a module of `eplbctl.commands`."""
@@ -70,33 +66,6 @@ def invoke(arguments: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _known_error(RunFailed("E183", "the output could not be written", why=str(error.strerror)))
         return _internal_error(error)
-
-
-def main() -> NoReturn:
-    """Entry point of the ``eplbctl`` script. SIGTERM and SIGHUP end it after it has cleaned up."""
-    # torchrun ends its ranks by itself, and a rank within a collective would not come to run a handler.
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _terminate)
-    try:
-        code = invoke(sys.argv[1:])
-    except _Terminated as terminated:
-        code = 128 + terminated.number  # as shells report it; sys.exit still removes what was made for a while
-    sys.exit(code)
-
-
-class _Terminated(BaseException):
-    """Unwinds the program after a signal, so that what it has started and made is removed."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)
-    raise _Terminated(number)
 
 
 def _known_error(error: EplbError) -> int:

@@ -6,6 +6,7 @@ import datetime
 import itertools
 from pathlib import Path
 
+from eplbctl.output import require_room
 from moe_eplb.core.errors import UsageError
 
 __all__ = ["default_name", "new_folder", "require_free"]
@@ -17,12 +18,23 @@ def default_name(scenario: str) -> str:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """A path below `parent` that does not exist yet: `name`, or `name` with the first free number behind it."""
-    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in (parent / candidate for candidate in candidates) if not path.exists())
+    """Make a folder below `parent`: `name`, or `name` with the first free number behind it.
+
+    Making it is what claims the name: another process that wants it at the same moment gets the next one.
+    """
+    require_room(parent)
+    for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+        try:
+            (parent / candidate).mkdir()
+        except FileExistsError:
+            continue
+        return parent / candidate
+    raise AssertionError("the numbers do not end")
 
 
 def require_free(folder: Path) -> None:
-    """Raise UsageError when `folder` holds anything: a run never overwrites."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Make `folder`; UsageError when it holds anything, since a run never overwrites, or when it cannot be made."""
+    taken = folder.is_symlink() and not folder.exists()
+    if taken or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise UsageError("E002", f"{folder} exists already and is not empty", hint="give --out another folder")
+    require_room(folder)

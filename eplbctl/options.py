@@ -10,12 +10,25 @@ from typing import Any
 
 import click
 
-from eplbctl.output import say
+from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
-__all__ = ["Destination", "format_option", "output_options", "overrides_option", "refuse_existing"]
+__all__ = ["PATH", "Destination", "format_option", "output_options", "overrides_option"]
 
 Function = Callable[..., Any]
+
+
+class _Path(click.Path):
+    """A path that is not empty: `Path("")` would be the current folder, and all that is in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            name = param.human_readable_name if param is not None else "a path"
+            raise UsageError("E013", f"{name} is empty", hint="is a variable of the shell unset?")
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 @dataclass(frozen=True)
@@ -28,30 +41,20 @@ class Destination:
         """Write the text with exactly one newline at its end."""
         text = text.rstrip("\n")
         if self.path is not None:
-            self.path.write_text(text + "\n", encoding="utf-8")
+            write_file(self.path, text + "\n")
         else:
             say(text)
-
-
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise UsageError unless `path` may be written: it must be free, or `force` given, and its folder must exist."""
-    if path.is_dir():
-        raise UsageError("E002", f"{path} is a folder", hint="give the path of a file")
-    if path.exists() and not force:
-        raise UsageError("E002", f"{path} exists already", hint="use --force to overwrite it, or choose another name")
-    if not path.parent.is_dir():
-        raise UsageError("E004", f"there is no folder {path.parent} to write {path.name} to", hint="make it first")
 
 
 def output_options(function: Function) -> Function:
     """Add ``-o/--output`` and ``--force``; the command gets a `Destination` that was checked before it started."""
 
-    @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file instead of stdout.")
+    @click.option("-o", "--output", type=PATH, help="Write to this file instead of stdout.")
     @click.option("--force", is_flag=True, help="Overwrite the output file if it exists.")
     @functools.wraps(function)
     def wrapper(*args: Any, output: Path | None, force: bool, **kwargs: Any) -> Any:
         if output is not None:
-            refuse_existing(output, force=force)
+            require_writable(output, force=force)
         return function(*args, destination=Destination(output), **kwargs)
 
     return wrapper

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from moe_eplb.core.errors import ScenarioError, UsageError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Target", "is_run_folder", "load_all", "select", "targets"]
 
 _SUFFIXES = (".yaml", ".yml")
+_LEFT_BY_RUNS = ("events.rank*.bin", "evidence.rank*.jsonl", "trace.sqlite", "verdict.json")
 DATA_FOLDER = "data"
 """Name of folders that hold what scenarios read, which may be YAML too; no search goes into them."""
 
@@ -35,8 +37,8 @@ class Target:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether a run wrote this folder."""
-    return (path / "meta.json").is_file()
+    """Whether a run wrote this folder, or what is left of it: that is told, instead of taking its scenario for new."""
+    return os.path.lexists(path / "meta.json") or any(next(path.glob(left), None) for left in _LEFT_BY_RUNS)
 
 
 def targets(paths: Sequence[Path]) -> list[Target]:
@@ -81,12 +83,13 @@ def load_all(chosen: Sequence[Target], overrides: Sequence[str] = ()) -> list[Sc
 
 
 def _under(path: Path) -> Iterator[Target]:
-    if not path.exists():
-        raise UsageError("E003", f"there is no {path}", hint="give a scenario file, a folder of them, or a run folder")
-    if path.is_file():
+    mode = _mode(path)
+    if stat.S_ISREG(mode):
         yield Target(path, finished=False)
         return
-    for folder, folders, files in os.walk(path):
+    if not stat.S_ISDIR(mode):
+        raise UsageError("E016", f"{path} is neither a file nor a folder", hint="pipes and devices are not read")
+    for folder, folders, files in os.walk(path, onerror=_unreadable):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if name != DATA_FOLDER and not name.startswith("."))
         if is_run_folder(here):
@@ -94,6 +97,22 @@ def _under(path: Path) -> Iterator[Target]:
             yield Target(here, finished=True)
             continue
         yield from (Target(here / name, finished=False) for name in sorted(files) if name.endswith(_SUFFIXES))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "give a scenario file, a folder of them, or a run folder"
+        raise UsageError("E003", f"there is no {path}", hint=hint) from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError("E016", f"{path} cannot be read", why=why) from error
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """What cannot be searched may hold what was asked for."""
+    raise UsageError("E016", f"{error.filename} cannot be searched", why=error.strerror) from error
 
 
 def _matches(target: Target, globs: Sequence[str]) -> bool:

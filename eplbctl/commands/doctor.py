@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import Destination, format_option, output_options
+from eplbctl.options import PATH, Destination, format_option, output_options
 from moe_eplb.core.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("scenario", required=False, type=click.Path(path_type=Path))
+@click.argument("scenario", required=False, type=PATH)
 @format_option("text", "json")
 @output_options
 def command(scenario: Path | None, form: str, destination: Destination) -> ExitCode:

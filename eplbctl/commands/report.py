@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from eplbctl.options import Destination, format_option, output_options
+from eplbctl.options import PATH, Destination, format_option, output_options
 from moe_eplb.core.errors import TraceError
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @format_option("text", "json", "markdown")
 @output_options
 def command(run: Path, form: str, destination: Destination) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from eplbctl.folders import default_name, new_folder, require_free
-from eplbctl.options import Destination, overrides_option
+from eplbctl.options import PATH, Destination, overrides_option
 from eplbctl.outcome import worst_exit_code
 from eplbctl.output import say
 from eplbctl.progress import Progress
+from eplbctl.signals import held, released
 from eplbctl.targets import Target, load_all, select, targets
 from moe_eplb.core.errors import ExitCode, UsageError
 
@@ -36,16 +37,14 @@ class _Job:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCENARIO...")
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="SCENARIO...")
 @overrides_option
 @click.option("--ranks", type=int, help="Short for --set ranks=N.")
 @click.option("--seed", type=int, help="Short for --set seed=N.")
 @click.option("--device", type=click.Choice(("cpu",)), help="Short for --set device=NAME.")
 @click.option("--recorder", type=click.Choice(("builtin",)), default="builtin", show_default=True, help="What records.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Run each so many times.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="The run folder; of several runs, their parent."
-)
+@click.option("--out", type=PATH, metavar="DIR", help="The run folder; of several runs, their parent.")
 @click.pass_obj
 def command(
     argv: Sequence[str], paths: tuple[Path, ...], overrides: tuple[str, ...], ranks: int | None, seed: int | None,
@@ -101,8 +100,13 @@ def _jobs(chosen: Sequence[Target], scenarios: Sequence[Scenario], repeat: int, 
         require_free(out)
     for target, scenario in zip(chosen, scenarios, strict=True):
         for _ in range(repeat):
-            folder = out if single and out is not None else new_folder(out or RUNS, default_name(scenario.name))
-            yield _Job(target, scenario, folder)
+            yield _Job(target, scenario, out if single and out is not None else _new_folder(out or RUNS, scenario))
+
+
+def _new_folder(parent: Path, scenario: Scenario) -> Path:
+    name = default_name(scenario.name)
+    # Rank 0 alone makes the folder and tells the others.
+    return parent / name if _follower() else new_folder(parent, name)
 
 
 def _joined() -> bool:
@@ -115,17 +119,20 @@ def _follower() -> bool:
     return _joined() and os.environ["RANK"] != "0"
 
 
-def _run(jobs: Iterator[_Job], argv: Sequence[str]) -> Iterator[ExitCode]:
+def _run(jobs: Iterable[_Job], argv: Sequence[str]) -> list[ExitCode]:
     from moe_eplb.session import RankPool
 
-    with RankPool() as pool:
+    codes = []
+    with held(), RankPool() as pool, released():
         for job in jobs:
             with Progress(job.scenario.name) as progress:
                 result = pool.run(job.scenario, job.folder, progress=progress, argv=argv)
-            yield _show(job, result)
+            codes.append(_show(job, result))
+        pool.close()
+    return codes
 
 
-def _join(jobs: Iterator[_Job], argv: Sequence[str]) -> Iterator[ExitCode]:
+def _join(jobs: Iterable[_Job], argv: Sequence[str]) -> Iterator[ExitCode]:
     """Every rank of torchrun comes here; rank 0 alone has a result to show."""
     from moe_eplb.session import run_joined
 

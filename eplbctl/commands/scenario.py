@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import Destination, format_option, output_options, overrides_option, refuse_existing
-from eplbctl.output import say
+from eplbctl.options import PATH, Destination, format_option, output_options, overrides_option
+from eplbctl.output import require_writable, say, write_file
 from eplbctl.targets import Target, load_all, select, targets
 from moe_eplb.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from eplbctl.render.memory import Checked
+    from moe_eplb.core.scenario import Scenario
 
 __all__ = ["TEMPLATES", "command"]
 
@@ -24,34 +32,61 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("path", type=click.Path(path_type=Path), default=Path("scenario.yaml"))
+@click.argument("path", type=PATH, default=Path("scenario.yaml"))
 @click.option(
     "--template", type=click.Choice(TEMPLATES), default=TEMPLATES[0], show_default=True, help="What to start from."
 )
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 def init(path: Path, template: str, force: bool) -> None:
     """Write a scenario to start from; PATH is scenario.yaml by default."""
-    refuse_existing(path, force=force)
+    require_writable(path, force=force)
     text = resources.files("eplbctl").joinpath("templates", f"{template}.yaml").read_text(encoding="utf-8")
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
     say(f"wrote {path}")
     say(f"next: eplbctl run {path}", err=True)
 
 
+def _positive(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise click.BadParameter(f"{value:g} is not a number above 0")
+    return value
+
+
 @command.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="PATH...")
 @overrides_option
-def check(paths: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
-    """Check scenario files, or folders of them, without running anything."""
+@click.option(
+    "--bandwidth", type=float, default=55.0, show_default=True, metavar="GB/S", callback=_positive,
+    help="Assumed speed of a move; by default that of pinned host memory to an H200 over PCIe 5.",
+)  # fmt: skip
+@click.option("--step-ms", type=float, callback=_positive, help="Assumed time of an iteration, to judge moves by.")
+@format_option("text", "json")
+@output_options
+def check(
+    paths: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    bandwidth: float,
+    step_ms: float | None,
+    form: str,
+    destination: Destination,
+) -> None:
+    """Check scenario files, or folders of them, without running anything.
+
+    Says what each takes: memory of a rank and of the node, what an update copies, and whether that is hidden between
+    two uses of a layer. One scenario is told in detail, several have a line each.
+    """
+    from eplbctl.render import memory as render
+
     chosen = _files(paths)
-    loaded = load_all(chosen, overrides)
-    for target, scenario in zip(chosen, loaded, strict=True):
-        reason = scenario.balancer_off_reason()
-        say(f"{target.path}: good" + (f" (balancer: off, because {reason})" if reason else ""))
+    checked = _checked(chosen, load_all(chosen, overrides), bandwidth, step_ms)
+    if form == "json":
+        destination.write(render.json_text(checked, bandwidth_gb_s=bandwidth, step_ms=step_ms))
+    else:
+        destination.write(render.details(checked[0]) if len(checked) == 1 else render.lines(checked))
 
 
 @command.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @overrides_option
 @output_options
 def show(path: Path, overrides: tuple[str, ...], destination: Destination) -> None:
@@ -66,7 +101,7 @@ def show(path: Path, overrides: tuple[str, ...], destination: Destination) -> No
 
 
 @command.command("list")
-@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="[PATH]...")
+@click.argument("paths", nargs=-1, type=PATH, metavar="[PATH]...")
 @format_option("text", "json")
 @output_options
 def list_(paths: tuple[Path, ...], form: str, destination: Destination) -> None:
@@ -96,3 +131,19 @@ def schema(destination: Destination) -> None:
 
 def _files(paths: tuple[Path, ...]) -> list[Target]:
     return select([target for target in targets(paths) if not target.finished], (), ())
+
+
+def _checked(
+    chosen: Sequence[Target], loaded: Sequence[Scenario], bandwidth: float, step_ms: float | None
+) -> list[Checked]:
+    from eplbctl.render.memory import Checked
+    from moe_eplb.balancer.host_memory import SHM_DIR
+    from moe_eplb.core.memory import memory_of, move_time
+
+    stat = os.statvfs(SHM_DIR)
+    made = []
+    for target, scenario in zip(chosen, loaded, strict=True):
+        memory = memory_of(scenario)
+        move = move_time(memory, bandwidth_gb_s=bandwidth, step_ms=step_ms)
+        made.append(Checked(str(target.path), scenario, memory, move, stat.f_bavail * stat.f_frsize))
+    return made

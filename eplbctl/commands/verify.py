@@ -6,15 +6,17 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from eplbctl.folders import new_folder
-from eplbctl.options import Destination, format_option, output_options
+from eplbctl.options import PATH, Destination, format_option, output_options
 from eplbctl.outcome import Outcome, worst_exit_code
-from eplbctl.output import say
+from eplbctl.output import require_room, say
+from eplbctl.signals import held, released
 from eplbctl.targets import Target, load_all, select, targets
 from moe_eplb.core.errors import EplbError, ExitCode
 
@@ -26,11 +28,11 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="[PATH]...")
+@click.argument("paths", nargs=-1, type=PATH, metavar="[PATH]...")
 @click.option("--select", "wanted", multiple=True, metavar="GLOB", help="Only names that match. Repeatable.")
 @click.option("--exclude", "unwanted", multiple=True, metavar="GLOB", help="No names that match. Repeatable.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first one that is not valid.")
-@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the run folders in this folder.")
+@click.option("--keep", type=PATH, metavar="DIR", help="Keep the run folders in this folder.")
 @format_option("text", "json", "junit", "github")
 @output_options
 @click.pass_obj
@@ -58,38 +60,49 @@ def command(
         zip([t for t in chosen if not t.finished], load_all([t for t in chosen if not t.finished]), strict=True)
     )
     outcomes: list[Outcome] = []
-    for outcome in _outcomes(chosen, scenarios, keep, argv):
-        outcomes.append(outcome)
-        say(f"[{len(outcomes)}/{len(chosen)}] {outcome.name}: {outcome.word} ({outcome.seconds:.1f} s)", err=True)
-        if fail_fast and outcome.exit_code != ExitCode.VALID:
-            break
+    with held(), _folder(keep) as parent, _pool(bool(scenarios)) as pool, released():
+        for target in chosen:
+            outcome = _outcome(pool, target, scenarios.get(target), parent, keep is not None, argv)
+            outcomes.append(outcome)
+            say(f"[{len(outcomes)}/{len(chosen)}] {outcome.name}: {outcome.word} ({outcome.seconds:.1f} s)", err=True)
+            if fail_fast and outcome.exit_code != ExitCode.VALID:
+                break
     destination.write(_render(form, outcomes, len(chosen) - len(outcomes)))
     return worst_exit_code(outcome.exit_code for outcome in outcomes)
 
 
-def _outcomes(
-    chosen: Sequence[Target], scenarios: dict[Target, Scenario], keep: Path | None, argv: Sequence[str]
-) -> Iterator[Outcome]:
-    """One outcome after another, all from one pool of ranks."""
-    with contextlib.ExitStack() as stack:
-        kept = keep is not None
-        parent = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eplbctl-verify-")))
-        pool = stack.enter_context(_pool()) if scenarios else None
-        for target in chosen:
-            started = time.monotonic()
-            try:
-                if target.finished or pool is None:
-                    yield _judge(target, started)
-                else:
-                    yield _run(pool, target, scenarios[target], parent, kept, argv)
-            except EplbError as error:
-                yield Outcome.of_error(target.name, target.path, error, time.monotonic() - started)
+def _folder(keep: Path | None) -> AbstractContextManager[Path]:
+    """Where the run folders are: a folder that stays, or one that goes with them."""
+    if keep is None:
+        return _temporary_folder()
+    require_room(keep)
+    return contextlib.nullcontext(keep)
 
 
-def _pool() -> RankPool:
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="eplbctl-verify-") as folder:
+        yield Path(folder)
+
+
+def _pool(needed: bool) -> AbstractContextManager[RankPool | None]:
+    if not needed:
+        return contextlib.nullcontext()
     from moe_eplb.session import RankPool
 
     return RankPool()
+
+
+def _outcome(
+    pool: RankPool | None, target: Target, scenario: Scenario | None, parent: Path, kept: bool, argv: Sequence[str]
+) -> Outcome:
+    started = time.monotonic()
+    try:
+        if pool is None or scenario is None:
+            return _judge(target, started)
+        return _run(pool, target, scenario, parent, kept, argv)
+    except EplbError as error:
+        return Outcome.of_error(target.name, target.path, error, time.monotonic() - started)
 
 
 def _judge(target: Target, started: float) -> Outcome:

@@ -24,15 +24,17 @@ def table(
 
 
 def check_table(verdict: Verdict) -> str:
-    """Every check with what was seen and what was needed, then the detail of those that are not valid."""
+    """Why a run failed, every check with what was seen and what was needed, the detail of those that are not valid."""
     rows = [(check.name, check.status.value, check.observed, check.expected) for check in verdict.checks]
     parts = [table(("check", "status", "observed", "expected"), rows, width=_CELL)] if rows else []
-    return "\n".join(parts + _details(verdict))
+    return "\n".join(_failure(verdict) + parts + _details(verdict))
 
 
 def outcome_details(outcome: Outcome) -> str:
     """One outcome that is not valid: its headline and why."""
-    return "\n".join([f"{outcome.name}: {outcome.word} ({outcome.path})", *_details(outcome.verdict)])
+    return "\n".join(
+        [f"{outcome.name}: {outcome.word} ({outcome.path})", *_failure(outcome.verdict), *_details(outcome.verdict)]
+    )
 
 
 def summary(outcomes: Sequence[Outcome], *, not_run: int) -> str:
@@ -46,11 +48,15 @@ def summary(outcomes: Sequence[Outcome], *, not_run: int) -> str:
     return "\n\n".join([*parts, ", ".join(counts)])
 
 
+def _failure(verdict: Verdict) -> list[str]:
+    return [f"  {line}" for line in verdict.failure.splitlines()]
+
+
 def _details(verdict: Verdict) -> list[str]:
-    lines = [line for check in verdict.checks if check.status is not Status.VALID for line in _explain(check)]
-    lines += [f"  note: {note}" for note in verdict.notes]
-    lines += [f"  {line}" for line in verdict.failure.splitlines()]
-    return lines
+    """What is wrong; that the evidence of a run which failed is incomplete needs no further explanation."""
+    explained = (Status.INVALID,) if verdict.failure else (Status.INVALID, Status.UNKNOWN)
+    lines = [line for check in verdict.checks if check.status in explained for line in _explain(check)]
+    return lines + [f"  note: {note}" for note in verdict.notes]
 
 
 def _explain(check: CheckResult) -> list[str]:

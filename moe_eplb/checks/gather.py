@@ -16,10 +16,12 @@ from moe_eplb.checks.equality import TOLERANCE, compare, reference_output, share
 from moe_eplb.checks.exactly_once import exchange
 from moe_eplb.checks.layer_evidence import LayerEvidence
 from moe_eplb.checks.replica_twin import expected_slot_counts
+from moe_eplb.checks.routing_twin import misrouted, scales_of
 from moe_eplb.checks.topk_ids import TopkIds
 from moe_eplb.core.evidence import EvidenceWriter, Row
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
+from moe_eplb.moe.routing_rule import RoutingRule
 
 __all__ = ["EvidenceGatherer", "WatchedLayer"]
 
@@ -29,7 +31,7 @@ class WatchedLayer:
     """What the gatherer knows of a layer.
 
     `slots`: by local slot, the tensors the kernel reads. `master`: weights by expert. `placement`: the committed one.
-    `shared`: weights of the shared expert, None without one.
+    `rule`: what its router must do. `shared`: weights of the shared expert, None without one.
     """
 
     slots: Sequence[Mapping[str, Tensor]]
@@ -37,6 +39,7 @@ class WatchedLayer:
     placement: Callable[[], Placement]
     dtype: torch.dtype
     attestation: SlotAttestation
+    rule: RoutingRule
     shared: Mapping[str, Tensor] | None = None
 
 
@@ -103,8 +106,12 @@ class EvidenceGatherer:
         self, layer: int, x: Tensor, router_logits: Tensor, expert_ids: Tensor, scales: Tensor, y: Tensor
     ) -> None:
         if "equality" in self._checks:
-            reference = reference_output(x, expert_ids, scales, self._layers[layer].master)
-            self._of(layer).routed_output.add(compare(y, reference), x.shape[0])
+            watched = self._layers[layer]
+            logits, ids = router_logits.to(torch.float64).cpu().numpy(), expert_ids.cpu().numpy()
+            # Not the layer's own scales: a routing method that swaps them must not be compared with itself.
+            exact = torch.from_numpy(scales_of(watched.rule, logits, ids))
+            difference = compare(y, reference_output(x, expert_ids, exact, watched.master))
+            self._of(layer).routed_output.add(difference, x.shape[0], misrouted(watched.rule, logits, ids))
 
     def shared_output(self, layer: int, x: Tensor, y: Tensor) -> None:
         shared = self._layers[layer].shared
@@ -177,7 +184,8 @@ class EvidenceGatherer:
             self._write(Row.DISPATCH, layer, **asdict(seen.dispatch(arrived, slots=placement.slots)))
         if "equality" in self._checks:
             shared = {"shared_ratio": seen.shared_output.worst.ratio, "shared_tokens": seen.shared_output.tokens}
-            routed = asdict(seen.routed_output.worst) | {"tokens": seen.routed_output.tokens}
+            routed = asdict(seen.routed_output.worst)
+            routed |= {"tokens": seen.routed_output.tokens, "misrouted": seen.routed_output.misrouted}
             tolerance = TOLERANCE[self._layers[layer].dtype]
             self._write(Row.EQUALITY, layer, **routed, tolerance=tolerance, **shared)
 
@@ -214,8 +222,9 @@ def watched_layer(
     master: Callable[[int], Mapping[str, Tensor]],
     placement: Callable[[], Placement],
     dtype: torch.dtype,
+    rule: RoutingRule,
     shared: Mapping[str, Tensor] | None = None,
 ) -> WatchedLayer:
     """A `WatchedLayer` with its attestation."""
     attestation = SlotAttestation(slots, master, placement().experts)
-    return WatchedLayer(slots, master, placement, dtype, attestation, shared)
+    return WatchedLayer(slots, master, placement, dtype, attestation, rule, shared)

@@ -18,14 +18,16 @@ _NOTHING = torch.empty(0, 6, dtype=torch.int64)
 
 @dataclass(slots=True)
 class OutputEvidence:
-    """The worst difference of outputs, and how many tokens were compared."""
+    """The worst difference of outputs, how many tokens were compared, and how many the router sent elsewhere."""
 
     worst: Difference = field(default_factory=lambda: Difference(0.0, 0.0, 0.0))
     tokens: int = 0
+    misrouted: int = 0
 
-    def add(self, difference: Difference, tokens: int) -> None:
+    def add(self, difference: Difference, tokens: int, misrouted: int = 0) -> None:
         """One more output of that many tokens; of two ratios that are not a number the first stays."""
         self.tokens += tokens
+        self.misrouted += misrouted
         if not difference.ratio <= self.worst.ratio:
             self.worst = difference
 

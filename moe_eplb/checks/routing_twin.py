@@ -8,11 +8,12 @@ import numpy as np
 
 from moe_eplb.moe.routing_rule import RoutingRule
 
-__all__ = ["choose", "scales_of", "slack"]
+__all__ = ["choose", "misrouted", "scales_of", "slack"]
 
 _BY_PROBABILITY = ("default", "renormalize_naive")
 _FLOAT32_RANGE = 80.0
 """exp(-80) / 1024 experts is still a normal float32."""
+_ROUNDING = 1e-5
 
 
 def choose(rule: RoutingRule, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +53,15 @@ def slack(rule: RoutingRule, logits: np.ndarray) -> np.ndarray:
             _step(falling, rule.top_k), _step(sorted(worth, reverse=True), rule.top_groups)
         )  # fmt: skip
     return found
+
+
+def misrouted(rule: RoutingRule, logits: np.ndarray, ids: np.ndarray) -> int:
+    """How many tokens have other experts than the rule chooses; those so near to another choice that rounding decides
+    may have either. Supplied ids are never wrong."""
+    if rule.kind == "supplied" or not len(ids):
+        return 0
+    differ = (np.sort(choose(rule, logits)[0], axis=1) != np.sort(ids, axis=1)).any(axis=1)
+    return int((differ & (slack(rule, logits) > _ROUNDING)).sum())
 
 
 def _step(falling: list[float], taken: int) -> float:

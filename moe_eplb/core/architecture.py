@@ -51,7 +51,7 @@ def read(folder: Path) -> Architecture:
 def parse(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture that a configuration describes; `where` is named in errors, see `read`."""
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ScenarioError(
             "E044", f"model_type {family!r} is not supported", hint=f"supported are {', '.join(FAMILIES)}", where=where
         )

@@ -27,6 +27,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 4
     INTERNAL = 70
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 EXIT_MEANING: dict[ExitCode, str] = {
@@ -37,6 +38,7 @@ EXIT_MEANING: dict[ExitCode, str] = {
     ExitCode.FAILED: "the run failed: a rank died, hung or ran out of a resource",
     ExitCode.INTERNAL: "a bug in this program",
     ExitCode.INTERRUPTED: "interrupted from the keyboard",
+    ExitCode.TERMINATED: "told to end by SIGTERM",
 }
 
 

@@ -35,7 +35,8 @@ class Row(enum.StrEnum):
     DROPPED      due, ready, ranks, digests_differ (bool), reason
     ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many
                  slots have another digest than at the previous attestation); the first one is made in iteration -1
-    EQUALITY     max_abs, max_ref, ratio, tolerance, tokens: the worst of the layer's forwards in the iteration, tokens
+    EQUALITY     max_abs, max_ref, ratio, tolerance, tokens, misrouted (tokens sent to other experts than the twin of
+                 the routing method chooses): the worst of the layer's forwards in the iteration, tokens
                  in sum; shared_ratio, shared_tokens: the same of its shared expert, 0 where it has none
     GENERATED    tokens, expected [[ids of a sequence]]: what this rank's whole model generated, and what the same model
                  generates with its own MoE blocks

@@ -113,7 +113,7 @@ class CheckpointWeights:
 
     def _file_of(self, name: str) -> Path:
         if name not in self._files:
-            raise missing(name, list(self._files), self._folder)
+            raise missing(name, self._files, self._folder)
         return self._files[name]
 
     def _mapped(self, shard: Any, path: Path, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ __all__ = ["has_weights", "missing", "open_shard", "read_index"]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pt", "*.pth")
+_COMPARED = 1000
+"""Comparing names is slow, and a large checkpoint has tens of thousands."""
 _HINT = "write the checkpoint again with save_pretrained, or download it again"
 
 
@@ -68,14 +71,25 @@ def open_shard(path: Path) -> Iterator[Any]:
         ) from error  # fmt: skip
 
 
-def missing(name: str, among: Iterator[str] | list[str], where: Path) -> ScenarioError:
+def missing(name: str, among: Iterable[str], where: Path) -> ScenarioError:
     """E047, with the name that exists and is most alike."""
-    alike = difflib.get_close_matches(name, among, n=1, cutoff=0.0)
+    nearest = _nearest(name, among)
     return ScenarioError(
         "E047", f"the checkpoint has no tensor {name!r}",
-        why=f"the nearest name there is {alike[0]!r}" if alike else "there is no tensor at all",
+        why=f"the nearest name there is {nearest!r}" if nearest else "there is no tensor at all",
         hint="check that config.json belongs to these weights", where=str(where),
     )  # fmt: skip
+
+
+def _nearest(name: str, among: Iterable[str]) -> str | None:
+    """The most similar of the names that share most of their path: a neighbour, not its like in another layer."""
+    by_prefix: dict[int, list[str]] = {}
+    for other in among:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
+        by_prefix.setdefault(sum(1 for _ in alike), []).append(other)
+    if not by_prefix:
+        return None
+    return difflib.get_close_matches(name, by_prefix[max(by_prefix)][:_COMPARED], n=1, cutoff=0.0)[0]
 
 
 def _no_weights(folder: Path) -> ScenarioError:

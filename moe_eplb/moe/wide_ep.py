@@ -125,12 +125,14 @@ class WideEPMoE(nn.Module):
         shared = self._begin_sharing(self.layer_load_balancer)
         # Once an expert, because each may have to be read from a file.
         for expert in sorted(slots.keys() | shared):
-            weights = expert_weights(expert)
-            for slot in slots.get(expert, ()):
-                self.experts.load(slot, weights)
-            if self.layer_load_balancer is not None and expert in shared:
-                for name in WEIGHT_NAMES:
-                    self.layer_load_balancer.share_expert_weight(expert, name, weights[name].to(self.shape.dtype))
+            self._load_expert(expert, expert_weights(expert), slots.get(expert, ()), share=expert in shared)
+
+    def _load_expert(self, expert: int, weights: Mapping[str, Tensor], slots: Sequence[int], *, share: bool) -> None:
+        for slot in slots:
+            self.experts.load(slot, weights)
+        if share and self.layer_load_balancer is not None:
+            for name in WEIGHT_NAMES:
+                self.layer_load_balancer.share_expert_weight(expert, name, weights[name].to(self.shape.dtype))
 
     def _begin_sharing(self, balancer: SingleLayerMoeLoadBalancer | None) -> set[int]:
         """Tell the balancer where the slots are; the experts whose host copy it wants."""

@@ -112,7 +112,10 @@ class _Run:
         for index, (block, master) in enumerate(zip(self._model.blocks, self._model.masters, strict=True)):
             block.moe.probe = self._gatherer
             slots, placement = block.moe.experts.by_slot(), block.moe.placement
-            self._gatherer.watch(index, watched_layer(slots, master.experts, placement, dtype, master.shared))
+            self._gatherer.watch(
+                index,
+                watched_layer(slots, master.experts, placement, dtype, block.moe.routing_method.rule, master.shared),
+            )
 
 
 def _make_gatherer(scenario: Scenario, rank: int, groups: Groups, evidence: EvidenceWriter) -> EvidenceGatherer:

@@ -299,7 +299,16 @@ def test_a_static_run_says_that_the_balancer_is_off(tmp_path: Path) -> None:
     verdict = judge(run.write(tmp_path))
     assert _bad(verdict) == {}
     names = {check.name for check in verdict.checks}
-    assert names == {"run_complete", "balancer", "exactly_once", "attestation", "equality", "effect", "leaks"}
+    assert names == {
+        "run_complete",
+        "balancer",
+        "stream_join",
+        "exactly_once",
+        "attestation",
+        "equality",
+        "effect",
+        "leaks",
+    }
     assert "balancer: off, because static routing: layer_updates_per_iter is 0" in verdict.notes
     assert "check statistics does not apply: no expert moves in this run" in verdict.notes
 

@@ -59,7 +59,7 @@ class FakeSession:
         """Leave a run folder with one placement and give the planned verdict."""
         self.ran.append((scenario, folder))
         self.argv.append(tuple(argv))
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "scenario.yaml").write_text(scenarios.dump(scenario))
         (folder / "meta.json").write_text(json.dumps({"seed": scenario.seed}))
         writer = EvidenceWriter(folder / "evidence.rank0.jsonl", 0)

@@ -155,6 +155,20 @@ def test_running_out_of_tokens_says_how_many_iterations_fit(tmp_path: Path) -> N
     assert (caught.value.code, caught.value.hint) == ("E042", "iterations: 3")
 
 
+def test_a_file_must_last_for_the_tokens_of_each_iteration(tmp_path: Path) -> None:
+    save(tmp_path, topk_ids=IDS, num_experts=8)
+    prompts = ["workload.steps=generate", "workload.prompt_tokens=2"]
+    assert scenarios.load(write_scenario(tmp_path, iterations=2), prompts).iterations == 2
+    with pytest.raises(
+        ScenarioError, match="3 of the 4 tokens that are needed: 2 iterations fit, 3 are asked"
+    ) as caught:
+        scenarios.load(write_scenario(tmp_path, iterations=3), prompts)
+    assert (caught.value.code, caught.value.hint) == ("E042", "iterations: 2")
+    with pytest.raises(ScenarioError, match="0 iterations fit, 1 are asked for") as caught:
+        scenarios.load(write_scenario(tmp_path), ["workload.steps=mixed", "workload.prompt_tokens=9"])
+    assert caught.value.hint == "use fewer tokens_per_rank"
+
+
 @pytest.mark.parametrize(
     "wrong", ["layers: 3, experts: 8, top_k: 2", "layers: 2, experts: 9, top_k: 2", "layers: 2, experts: 8, top_k: 1"]
 )

@@ -21,20 +21,26 @@ ranks: 2
 seed: 11
 iterations: 6
 timeout_s: 60
-workload: {kind: zipf, tokens_per_rank: [32, 5], skew: 1.2, drift_every: 2}
 balancer: {num_slots: 24, layer_updates_per_iter: 3, empty_group: never}
 """
-PLAIN = "model: {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16}\n"
-LARGE = """\
+SKEWED = "workload: {kind: zipf, tokens_per_rank: [32, 5], skew: 1.2, drift_every: 2}\n"
+SIZES = "model: {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16}\n"
+PLAIN = SKEWED + SIZES
+LARGE = (
+    SKEWED
+    + """\
 model:
   {layers: 3, experts: 16, top_k: 2, hidden: 16, intermediate: 16, shared_intermediate: 32, repeated_layers: {1: 2}}
 moe_max_num_tokens: 6
 """
+)
 # An odd number of chunks: the last one is not on the caller's stream, which would imply a join of the others.
+ROUTED = SIZES + "workload: {kind: model, tokens_per_rank: [32, 5]}\n"
 PATHS = {
     "gathered": PLAIN + "dispatch: alltoall\n",
     "local_ids": PLAIN + "dispatch: allgather\n",
     "global_ids": PLAIN + "dispatch: allgather\nstatistics: global_ids\n",
+    "routed": ROUTED + "dispatch: alltoall\n",
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
     "chunked_global_ids": LARGE + "dispatch: allgather\nstatistics: global_ids\n",
@@ -58,6 +64,8 @@ MEANT_FOR = {
     "empty_chunk_counted_again": ("statistics", "chunked"),
     "padding_counted": ("statistics", "chunked_global_ids"),
     "shared_expert_of_other_tokens": ("equality", "chunked_local_ids"),
+    "scales_in_other_order": ("equality", "gathered"),
+    "second_best_expert": ("equality", "routed"),
     "leaked_segment": ("leaks", "gathered"),
 }
 

@@ -252,7 +252,16 @@ def _layer_rows(run: RunBuilder, layer: int, iteration: int, slots: np.ndarray, 
         run.add("reduced", rank, layer, iteration, counts=total.tolist())
         run.add("balance", rank, layer, iteration, value=float(loads.mean() / loads.max()))
         run.add(
-            "equality", rank, layer, iteration, max_abs=1e-7, max_ref=1.0, ratio=1e-7, tolerance=1e-5, tokens=TOKENS
+            "equality",
+            rank,
+            layer,
+            iteration,
+            max_abs=1e-7,
+            max_ref=1.0,
+            ratio=1e-7,
+            tolerance=1e-5,
+            tokens=TOKENS,
+            misrouted=0,
         )
         run.add("received", rank, layer, iteration, slots=expected.sum(0)[mine].tolist())
         run.add("dispatch", rank, layer, iteration, expected=entries, once=entries, first="", **faults)

@@ -98,6 +98,12 @@ def _judge_output(folder: RunFolder, row: EvidenceRow, findings: Findings) -> No
         findings.wrong(f"ratio {row['ratio']:.3g} > {tolerance:.3g}", where)
     if row["tokens"] != tokens:
         findings.missing(f"{row['tokens']} of {tokens} tokens were compared", where)
+    if "misrouted" not in row:
+        findings.missing("the router's choice was not compared", where)
+    elif row["misrouted"]:
+        findings.wrong(
+            f"{row['misrouted']} of {tokens} tokens went to other experts than the router's rule says", where
+        )
     if not folder.scenario.model.shared_intermediate:
         return
     if not row["shared_ratio"] <= tolerance:

@@ -134,6 +134,28 @@ def other_experts_than_asked(module: ModuleType) -> None:
     module.SuppliedMoeRoutingMethod.apply = after
 
 
+def scales_in_other_order(module: ModuleType) -> None:
+    """The routing method hands out its scales in the wrong order."""
+    apply = module.SuppliedMoeRoutingMethod.apply
+
+    def swapped(self: Any, logits: Any) -> Any:
+        ids, scales = apply(self, logits)
+        return ids, scales.flip(1)
+
+    module.SuppliedMoeRoutingMethod.apply = swapped
+
+
+def second_best_expert(module: ModuleType) -> None:
+    """The router leaves out every token's best expert."""
+    apply = module.RenormalizeMoeRoutingMethod.apply
+
+    def without_best(self: Any, logits: Any) -> Any:
+        best = logits.argmax(dim=1, keepdim=True)
+        return apply(self, logits.scatter(1, best, float("-inf")))
+
+    module.RenormalizeMoeRoutingMethod.apply = without_best
+
+
 def leaked_segment(module: ModuleType) -> None:
     """Closing a host copy forgets to remove its segment."""
     module.HostMoeTensorSharer.close = lambda self: self._views.clear()
@@ -218,5 +240,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "empty_chunk_counted_again": ("moe_eplb.moe.statistics_path", empty_chunk_counted_again),
     "padding_counted": ("moe_eplb.moe.dispatch.allgather", padding_counted),
     "shared_expert_of_other_tokens": ("moe_eplb.models.shared_expert", shared_expert_of_other_tokens),
+    "scales_in_other_order": ("moe_eplb.moe.routing", scales_in_other_order),
+    "second_best_expert": ("moe_eplb.moe.routing", second_best_expert),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
