@@ -40,9 +40,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable . -c constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[hf,metrics]' -c constraints.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[hf,metrics,test,dev]' -c constraints.txt
 	@touch $@ $(VENV)/.base

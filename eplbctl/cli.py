@@ -63,7 +63,7 @@ def invoke(arguments: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             return _known_error(UsageError("E006", f"cannot use {error.filename}", why=error.strerror or str(error)))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             return _known_error(RunFailed("E183", "the output could not be written", why=str(error.strerror)))
         return _internal_error(error)
 

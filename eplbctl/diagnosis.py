@@ -23,7 +23,6 @@ State = Literal["ok", "warning", "missing"]
 _TORCH_FLOOR = (2, 11)
 _RANK_BYTES = 300 << 20
 """Memory of a rank that has done nothing yet: an interpreter with torch loaded."""
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +135,10 @@ def _stale_segments() -> Finding:
 
 
 def _weight_bytes(scenario: Scenario) -> int:
-    """One host copy of all expert weights, which is made only when experts can move."""
-    if scenario.balancer_off_reason() is not None:
-        return 0
-    model = scenario.model
-    return model.layers * model.experts * 3 * model.hidden * model.intermediate * _ITEM_BYTES[model.dtype]
+    """Shared memory for one host copy of all expert weights, which is made only when experts can move."""
+    from moe_eplb.core.memory import memory_of
+
+    return memory_of(scenario).shm_bytes
 
 
 def _available_memory() -> int:

@@ -23,6 +23,7 @@ def new_folder(parent: Path, name: str) -> Path:
     Making it is what claims the name: another process that wants it at the same moment gets the next one.
     """
     require_room(parent)
+    parent.mkdir(parents=True, exist_ok=True)
     for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
         try:
             (parent / candidate).mkdir()
@@ -33,8 +34,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def require_free(folder: Path) -> None:
-    """Make `folder`; UsageError when it holds anything, since a run never overwrites, or when it cannot be made."""
-    taken = folder.is_symlink() and not folder.exists()
-    if taken or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise UsageError("E002", f"{folder} exists already and is not empty", hint="give --out another folder")
+    """Raise UsageError when `folder` holds anything, since a run never overwrites, or when it cannot be made."""
     require_room(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError("E002", f"{folder} exists already and is not empty", hint="give --out another folder")

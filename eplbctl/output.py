@@ -6,6 +6,7 @@ or not at all: until it is complete, an older one of its name stays.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -55,10 +56,13 @@ def require_writable(path: Path, *, force: bool) -> None:
 
 
 def require_room(folder: Path) -> None:
-    """Make `folder` with those above it, and raise UsageError unless files can be made in it."""
+    """Raise UsageError unless files can be made in `folder`, or it can be made itself; it is not made yet."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _probe(folder)
+        present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not present.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{present} is no folder")
+        _mode(present / folder.name)  # the name may be too long
+        _probe(present)
     except (OSError, ValueError) as error:
         raise UsageError("E015", f"{folder} cannot be a folder for runs", why=_why(error)) from error
 

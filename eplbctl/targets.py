@@ -43,10 +43,10 @@ def is_run_folder(path: Path) -> bool:
 
 def targets(paths: Sequence[Path]) -> list[Target]:
     """Every scenario and run folder that the paths name, folders recursively and in name order, each once."""
-    unique: dict[Path, Target] = {}
+    unique: dict[str, Target] = {}
     for path in paths:
         for target in _under(path):
-            unique.setdefault(target.path.resolve(), target)
+            unique.setdefault(os.path.realpath(target.path), target)
     return list(unique.values())
 
 
@@ -112,7 +112,7 @@ def _mode(path: Path) -> int:
 
 def _unreadable(error: OSError) -> NoReturn:
     """What cannot be searched may hold what was asked for."""
-    raise UsageError("E016", f"{error.filename} cannot be searched", why=error.strerror) from error
+    raise UsageError("E016", f"{error.filename} cannot be searched", why=error.strerror or str(error)) from error
 
 
 def _matches(target: Target, globs: Sequence[str]) -> bool:

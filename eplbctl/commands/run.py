@@ -41,7 +41,7 @@ class _Job:
 @overrides_option
 @click.option("--ranks", type=int, help="Short for --set ranks=N.")
 @click.option("--seed", type=int, help="Short for --set seed=N.")
-@click.option("--device", type=click.Choice(("cpu",)), help="Short for --set device=NAME.")
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Short for --set device=NAME.")
 @click.option("--recorder", type=click.Choice(("builtin",)), default="builtin", show_default=True, help="What records.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Run each so many times.")
 @click.option("--out", type=PATH, metavar="DIR", help="The run folder; of several runs, their parent.")

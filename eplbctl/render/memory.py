@@ -71,7 +71,7 @@ def _memory_rows(one: Checked) -> Iterator[tuple[str, int, str]]:
     yield "shared experts", memory.shared_bytes, f"each rank: {layers}"
     if one.move is not None:
         staged = memory.staging_bytes // memory.update_bytes
-        yield "staging, at most", memory.staging_bytes, f"each rank: {staged} updates under way, all slots changed"
+        yield "staging, at most", memory.staging_bytes, f"each rank: {staged} updates of all slots of a layer"
         yield "host copies", memory.host_bytes, "the node: every expert once, in /dev/shm"
         yield "host copies", memory.host_share_bytes, f"of them written by one of {scenario.ranks} ranks, at most"
 
@@ -83,7 +83,7 @@ def _moves(memory: Memory, move: MoveTime) -> Iterator[str]:
         f"At worst all slots of a rank change, which copies {memory.update_bytes:,} bytes to it. What a run usually "
         "copies is not known before it."
     )
-    yield f"At {move.bandwidth_gb_s:g} GB/s (assumed: --bandwidth) that takes {_ms(move.move_ms)}."
+    yield f"At {move.bandwidth_gb_s:g} GB/s (assumed: --bandwidth) copying that takes {_ms(move.move_ms)}."
     shortest = f"a step takes {_ms(move.shortest_step_ms)} or longer"
     if move.step_ms is None or move.window_ms is None:
         yield f"Every move fits its window, {delay} x the time of a step, if {shortest} (--step-ms tells of yours)."
@@ -101,7 +101,7 @@ def _line(one: Checked) -> str:
     if move is not None:
         parts.append(f"{_size(memory.host_bytes)} of host memory")
         if move.step_ms is None:
-            parts.append(f"moves fit steps from {_ms(move.shortest_step_ms)} on")
+            parts.append(f"moves fit steps of {_ms(move.shortest_step_ms)} or longer")
         else:
             word = "fit" if move.fits else "do NOT fit"
             parts.append(f"moves {word} steps of {_ms(move.step_ms)}")

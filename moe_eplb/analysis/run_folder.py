@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from moe_eplb.analysis.trace import Trace, read_trace
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.evidence import Row, read_evidence
+from moe_eplb.core.input_file import read_input
 from moe_eplb.core.scenario import Scenario
 
 __all__ = ["Evidence", "EvidenceRow", "Place", "RunFolder", "load"]
@@ -135,25 +138,38 @@ def load(path: Path) -> RunFolder:
             hint="give the folder that a run wrote, the one with scenario.yaml and events.rank0.bin",
         )  # fmt: skip
     trace_path = path / "trace.sqlite"
+    meta = _read_meta(path / "meta.json")
+    _require_same_scenario(scenario_path, meta)
     return RunFolder(
         path=path,
         scenario=scenarios.load(scenario_path, check_files=False),
-        meta=_read_meta(path / "meta.json"),
+        meta=meta,
         evidence=Evidence(row for rank, file in _evidence_files(path) for row in _rows_of(rank, file)),
-        trace=read_trace(trace_path) if trace_path.exists() else None,
+        trace=read_trace(trace_path) if os.path.lexists(trace_path) else None,
     )
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(read_input(path))
     except FileNotFoundError as error:
         raise TraceError("E057", "this is no complete run folder: meta.json is missing", where=str(path)) from error
-    except ValueError as error:
-        raise TraceError("E054", "meta.json is damaged", why=str(error), where=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise TraceError("E054", "meta.json is damaged", why=why, where=str(path)) from error
     if not isinstance(meta, dict):
         raise TraceError("E054", "meta.json is no object", why=type(meta).__name__, where=str(path))
     return meta
+
+
+def _require_same_scenario(path: Path, meta: dict[str, Any]) -> None:
+    """A scenario that was cut off may still be one, with fewer checks than the run was made for."""
+    expected = meta.get("scenario_sha256")  # a run of an earlier version says nothing
+    if expected is not None and hashlib.sha256(read_input(path)).hexdigest() != expected:
+        raise TraceError(
+            "E059", "scenario.yaml is not the one that was run", where=str(path),
+            hint="to judge by other checks, run the scenario again with them",
+        )  # fmt: skip
 
 
 def _rows_of(rank: int, file: Path) -> Iterator[EvidenceRow]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,7 @@ class HostMoeTensorSharer:
         self._views: dict[int, dict[str, Tensor]] = {}
         self._expected: _Spec | None = None
         self._memory: mmap.mmap | None = None
-        self._own_segment = ""
+        self._remove: Callable[[], object] | None = None
         self.host_bytes = 0
 
     def experts_of(self, rank: int) -> range:
@@ -110,9 +111,8 @@ class HostMoeTensorSharer:
         self._views.clear()
         self._shared.clear()
         self._memory = None
-        if self._own_segment:
-            remove_segment(self._own_segment)
-            self._own_segment = ""
+        if self._remove is not None:
+            self._remove()
 
     @property
     def _own(self) -> range:
@@ -142,7 +142,9 @@ class HostMoeTensorSharer:
     def _reserve(self, spec: _Spec) -> None:
         """Make this rank's segment."""
         size = len(self._own) * _stride(spec)
-        self._own_segment, self._memory = create_segment(self._instance, self._part(self._rank), size)
+        name, self._memory = create_segment(self._instance, self._part(self._rank), size)
+        # A model that could not be built to its end is not always shut down.
+        self._remove = weakref.finalize(self, _remove_own, name, os.getpid())
         self._map(self._memory, self._own, spec)
 
     def _map(self, memory: mmap.mmap, experts: range, spec: _Spec) -> None:
@@ -169,6 +171,12 @@ class HostMoeTensorSharer:
 
     def _part(self, rank: int) -> str:
         return f"l{self._layer}r{rank}"
+
+
+def _remove_own(segment: str, pid: int) -> None:
+    """Remove the segment unless this is a fork of the process that made it."""
+    if os.getpid() == pid:
+        remove_segment(segment)
 
 
 def _aligned(dtype: torch.dtype, shape: torch.Size) -> int:

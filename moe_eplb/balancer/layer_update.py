@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from moe_eplb.balancer import agreement
@@ -47,11 +48,20 @@ class LayerUpdate:
     def lanes_digest(self) -> int | None:
         """What this rank votes with: its plan's digest, None if the plan is not ready in time."""
         update = self.pending
-        if update is None or not self._owner.updater.wait(update) or update.plan is None or update.staged is None:
+        if update is None or not self._wait(update) or update.plan is None or update.staged is None:
             return None
         plan = update.plan
         self._owner.probe.planned(self._layer, update.taken, update.due, plan, update.staged.bytes)
         return agreement.plan_digest(self._layer, update.due, plan.placement.digest())
+
+    def _wait(self, update: Update) -> bool:
+        """Whether the update is ready. Here alone the model may wait for the updater."""
+        if update.done.is_set():
+            return self._owner.updater.wait(update)
+        began = time.monotonic()
+        ready = self._owner.updater.wait(update)
+        self._owner.probe.stalled(self._layer, time.monotonic() - began)
+        return ready
 
     def settle(self, result: Outcome) -> None:
         """The ranks have voted: agreed if every rank was ready with the same digest, else all drop the plan."""

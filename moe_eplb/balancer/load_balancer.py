@@ -182,8 +182,10 @@ class MoeLoadBalancer:
 
     def end_iter(self) -> None:
         """End the iteration; every dynamic layer has run."""
-        self.device.sink.mark(Kind.END_ITER, -1, self.iter_id, HOST)
+        iteration = self.iter_id
+        self.device.sink.mark(Kind.END_ITER, -1, iteration, HOST)
         self._step_iteration("end_iter")
+        self.probe.iterated(iteration)
 
     def abort_iter(self) -> None:
         """Leave an iteration that ended in an exception: every layer starts clean in the next one."""
@@ -212,13 +214,13 @@ class MoeLoadBalancer:
     def agreement_lanes(self, layer: int) -> Tensor:
         """This rank's vote that rides with the statistics of `layer`, int64 [5]."""
         carried = self._carried(layer)
-        return agreement.lanes(carried.lanes_digest() if carried else None)
+        return agreement.lanes(carried.lanes_digest() if carried else None).to(self.device.torch_device)
 
     def settle(self, layer: int, summed: Tensor) -> None:
         """The sum of all ranks' votes that rode with the statistics of `layer`."""
         carried = self._carried(layer)
         if carried is not None:
-            carried.settle(agreement.outcome(summed))
+            carried.settle(agreement.outcome(summed.cpu()))
 
     def _carried(self, layer: int) -> LayerUpdate | None:
         following = (layer + 1) % len(self.layers)

@@ -30,13 +30,16 @@ class RouteTables:
         placement: The initial placement.
         rank: The source rank that routes with these tables.
         choice: See `ReplicaChoice`.
+        device: Where the tables live.
     """
 
-    def __init__(self, placement: Placement, *, rank: int, choice: ReplicaChoice) -> None:
+    def __init__(
+        self, placement: Placement, *, rank: int, choice: ReplicaChoice, device: torch.device | None = None
+    ) -> None:
         self._rank, self._choice = rank, choice
-        self._count = torch.zeros(placement.experts, dtype=torch.int32)
-        self._start = torch.zeros(placement.experts, dtype=torch.int32)
-        self._slots = torch.zeros(placement.slots, dtype=torch.int32)
+        self._count = torch.zeros(placement.experts, dtype=torch.int32, device=device)
+        self._start = torch.zeros(placement.experts, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(placement.slots, dtype=torch.int32, device=device)
         self._invalid = placement.slots
         self.set(placement)
 
@@ -71,7 +74,7 @@ class RouteTables:
         flat = ids.reshape(-1).to(torch.int64)
         valid = (flat >= 0) & (flat < experts)
         expert = torch.where(valid, flat, 0)
-        block = torch.arange(flat.numel()) // BLOCK
+        block = torch.arange(flat.numel(), device=ids.device) // BLOCK
         seen = _seen_before(torch.where(valid, block * experts + expert, -1))
         replica = (seen + block + offset) % self._count[expert]
         slot = self._slots[self._start[expert] + replica]
@@ -82,7 +85,7 @@ def _seen_before(key: Tensor) -> Tensor:
     """For each entry, how many earlier entries have the same key."""
     order = torch.argsort(key, stable=True)
     ordered = key[order]
-    position = torch.arange(key.numel())
+    position = torch.arange(key.numel(), device=key.device)
     first = torch.searchsorted(ordered, ordered)
     seen = torch.empty_like(position)
     seen[order] = position - first

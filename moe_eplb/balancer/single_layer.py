@@ -63,13 +63,17 @@ class SingleLayerMoeLoadBalancer:
         self.repeated_count, self._repeat = repeated_count, 0
         self.updates_enabled = owner.is_dynamic_routing()
         self.updates = LayerUpdate(owner, self, placement)
-        self._tables = RouteTables(placement, rank=self.ep_rank, choice=owner.options.replica_choice)
+        self._tables = RouteTables(
+            placement, rank=self.ep_rank, choice=owner.options.replica_choice, device=self._device.torch_device
+        )
         self._state = INITIAL
         self._range = CallRange(self._device.sink)
         if self.updates_enabled:
             options = owner.options
             self._stream = LayerStream(self._device, layer_idx, aux_stream)
-            self._statistics = LayerStatistics(expert_count, decay=options.decay, window=options.window)
+            self._statistics = LayerStatistics(
+                expert_count, decay=options.decay, window=options.window, device=self._device.torch_device
+            )
             self.statistic_flag_tensor = self._statistics.flag
 
     # -- what the model asks -------------------------------------------------------------------------------------
@@ -293,6 +297,7 @@ class SingleLayerMoeLoadBalancer:
         """Fold reduced counts int64 [E] into the load."""
         if not self._statistics.flag.item():
             return
+        counts = counts.cpu()
         self._statistics.load.fold(counts)
         reduced = counts.numpy()
         balance = float(balancedness(self.placement.rank_load(reduced)))

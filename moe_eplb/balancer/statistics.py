@@ -71,7 +71,7 @@ class LoadWindow:
         self._recent: deque[Tensor] = deque(maxlen=window)
 
     def fold(self, counts: Tensor) -> None:
-        """Fold in the reduced counts int64 [E] of one iteration."""
+        """Fold in the reduced counts int64 [E] of one iteration, which lie in host memory."""
         self._recent.append(counts.clone())
         sample = torch.stack(list(self._recent)).sum(0).to(torch.float32) / len(self._recent)
         decayed = self._load * self._decay
@@ -94,14 +94,15 @@ class LayerStatistics:
 
     Args:
         experts, decay, window: See `LoadWindow`.
+        device: Where the counts live.
 
     Attributes:
-        flag: int32 [1], whether this iteration counts.
+        flag: int32 [1] on the device, whether this iteration counts.
         load: The layer's load, from the counts of all ranks.
     """
 
-    def __init__(self, experts: int, *, decay: float, window: int) -> None:
-        self.flag = torch.zeros(1, dtype=torch.int32)
+    def __init__(self, experts: int, *, decay: float, window: int, device: torch.device | None = None) -> None:
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
         self.load = LoadWindow(experts, decay=decay, window=window)
         self._experts = experts
         self._counts: Tensor | None = None
@@ -110,7 +111,7 @@ class LayerStatistics:
         """int32 [E], made when first asked for and kept at its address."""
         if self._counts is None:
             with torch.inference_mode(False):  # whatever mode comes first, iterations of any mode write to it later
-                self._counts = torch.zeros(self._experts, dtype=torch.int32)
+                self._counts = torch.zeros(self._experts, dtype=torch.int32, device=self.flag.device)
         return self._counts
 
     def count(self, ids: Tensor, is_first_stage: bool) -> None:

@@ -116,6 +116,7 @@ class Updater:
                 return
             finally:
                 update.done.set()
+            del update  # while it waits for the next one, its staged weights must not stay alive
 
     def _prepare(self, update: Update) -> None:
         token = self._sink.begin(Kind.PLAN, update.layer, update.taken, UPDATER)

@@ -70,6 +70,7 @@ class EvidenceGatherer:
         self._now: dict[int, LayerEvidence] = {}
         self._written_digest: dict[int, int] = {}
         self._to_attest: dict[int, list[int]] = {}
+        self._stall_us: dict[int, int] = {}
         self.iteration = -1
         self.topk_ids: TopkIds | None = None
 
@@ -94,6 +95,7 @@ class EvidenceGatherer:
         seen.add_routed(ids, expected)
 
     def processed(self, layer: int, source_rank: Tensor, token: Tensor, k: Tensor, slot: Tensor) -> None:
+        source_rank, token, k, slot = (tensor.cpu() for tensor in (source_rank, token, k, slot))
         watched = self._layers[layer]
         per_rank = len(watched.slots)
         local = slot.to(torch.int64) - self._rank * per_rank
@@ -110,22 +112,25 @@ class EvidenceGatherer:
             logits, ids = router_logits.to(torch.float64).cpu().numpy(), expert_ids.cpu().numpy()
             # Not the layer's own scales: a routing method that swaps them must not be compared with itself.
             exact = torch.from_numpy(scales_of(watched.rule, logits, ids))
-            difference = compare(y, reference_output(x, expert_ids, exact, watched.master))
+            difference = compare(y.cpu(), reference_output(x.cpu(), expert_ids.cpu(), exact, watched.master))
             self._of(layer).routed_output.add(difference, x.shape[0], misrouted(watched.rule, logits, ids))
 
     def shared_output(self, layer: int, x: Tensor, y: Tensor) -> None:
         shared = self._layers[layer].shared
         if "equality" in self._checks and shared is not None:
-            self._of(layer).shared_output.add(compare(y, shared_reference(x, shared)), x.shape[0])
+            self._of(layer).shared_output.add(compare(y.cpu(), shared_reference(x.cpu(), shared)), x.shape[0])
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         self._write(Row.REDUCED, layer, counts=counts.tolist())
         self._write(Row.BALANCE, layer, value=balancedness)
 
+    def stalled(self, layer: int, seconds: float) -> None:
+        self._stall_us[layer] = round(seconds * 1e6)
+
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         self._write(
             Row.PLAN, layer, taken=taken, due=due, digest=plan.placement.digest(), changed=plan.changed.tolist(),
-            bytes=staged_bytes, predicted=plan.predicted.tolist(),
+            bytes=staged_bytes, predicted=plan.predicted.tolist(), stall_us=self._stall_us.pop(layer, 0),
         )  # fmt: skip
 
     def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
@@ -140,8 +145,12 @@ class EvidenceGatherer:
 
     def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
         self._write(
-            Row.DROPPED, layer, due=due, ready=ready, ranks=self._ranks, digests_differ=digests_differ, reason=reason
-        )
+            Row.DROPPED, layer, due=due, ready=ready, ranks=self._ranks, digests_differ=digests_differ, reason=reason,
+            stall_us=self._stall_us.pop(layer, 0),
+        )  # fmt: skip
+
+    def iterated(self, iteration: int) -> None:
+        return None
 
     # -- iteration boundaries -----------------------------------------------------------------------------------------
 

@@ -11,8 +11,11 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from moe_eplb.core.errors import ScenarioError
+from moe_eplb.core.input_file import read_input
 
 __all__ = ["FAMILIES", "Architecture", "parse", "read"]
+
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def parse(config: Mapping[str, Any], where: str) -> Architecture:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_input(path, _MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or str(error)
         hint = "model.hf is a folder that save_pretrained wrote, with config.json in it"
@@ -95,7 +98,7 @@ class _Config(BaseModel):
     model_type: str
     architectures: list[str] | None = None
     hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=4096)
     num_experts_per_tok: int = Field(ge=1)
     # Families and versions of transformers name it differently.
     num_experts: int = Field(

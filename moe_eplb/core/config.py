@@ -47,6 +47,8 @@ def loads(text: str, name: str) -> LoadBalancerConfig:
 def _check_assignments(config: LoadBalancerConfig, document: yaml_source.Document) -> None:
     for layer, experts in (config.initial_global_assignments or {}).items():
         where = document.where(("initial_global_assignments", layer))
+        if layer < 0:
+            raise ScenarioError("E032", f"layer {layer} is negative", hint="layers are counted from 0", where=where)
         if len(experts) != config.num_slots:
             raise ScenarioError(
                 "E032", f"layer {layer} assigns {len(experts)} slots, not {config.num_slots}",

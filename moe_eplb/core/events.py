@@ -165,6 +165,9 @@ class EventSink(Protocol):
     def mark(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> None:
         """Record a moment."""
 
+    def place(self, token: int, start: int, end: int) -> None:
+        """Say when a range that was closed really ran, on a device that does its work later; ns of the host's clock."""
+
 
 class NullSink:
     """A sink that keeps nothing, for library use without a recorder."""
@@ -176,4 +179,7 @@ class NullSink:
         return None
 
     def mark(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> None:
+        return None
+
+    def place(self, token: int, start: int, end: int) -> None:
         return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_eplb.core.errors import TraceError
+from moe_eplb.core.input_file import read_input
 
 __all__ = ["EvidenceWriter", "Row", "read_evidence"]
 
@@ -30,9 +31,10 @@ class Row(enum.StrEnum):
     BALANCE      value: the balancedness the balancer itself reported for this iteration
     PLACEMENT    digest (int), slots [P]: the placement whose tables this iteration's route used; slots only when they
                  differ from the rank's previous row of the layer
-    PLAN         taken, due, digest, changed [global slot ids], bytes, predicted [R] rank loads
-    COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes, stall_us
-    DROPPED      due, ready, ranks, digests_differ (bool), reason
+    PLAN         taken, due, digest, changed [global slot ids], bytes, predicted [R] rank loads, stall_us (how long
+                 the model waited for it)
+    COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes
+    DROPPED      due, ready, ranks, digests_differ (bool), reason, stall_us
     ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many
                  slots have another digest than at the previous attestation); the first one is made in iteration -1
     EQUALITY     max_abs, max_ref, ratio, tolerance, tokens, misrouted (tokens sent to other experts than the twin of
@@ -40,7 +42,7 @@ class Row(enum.StrEnum):
                  in sum; shared_ratio, shared_tokens: the same of its shared expert, 0 where it has none
     GENERATED    tokens, expected [[ids of a sequence]]: what this rank's whole model generated, and what the same model
                  generates with its own MoE blocks
-    MEMORY       slots_bytes, host_bytes, staging_bytes
+    MEMORY       slots_bytes, host_bytes: measured; staging_bytes: the most that updates under way can hold
     CALL         index, call, error {code, what} or null, expected (bool)
     LEAK         threads [names], segments [names], pending (thunks left on streams), balancer (bool)
     END          iterations, seconds, peak_rss_bytes
@@ -94,15 +96,18 @@ class EvidenceWriter:
 def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of one file in order. A last line cut off by a dying rank is left out; any other damage is an error."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_input(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise TraceError("E050", "the evidence file is no text", why=str(error), where=str(path)) from error
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise TraceError("E050", "the evidence file cannot be read", why=why, where=str(path)) from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return
             raise TraceError(

@@ -12,7 +12,7 @@ import numpy as np
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
 
-__all__ = ["NullProbe", "Probe"]
+__all__ = ["NullProbe", "Probe", "Probes"]
 
 
 class Probe(Protocol):
@@ -33,6 +33,9 @@ class Probe(Protocol):
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         """Statistics int64 [E] were reduced and folded; the balancer reports this balancedness for them."""
 
+    def stalled(self, layer: int, seconds: float) -> None:
+        """The model waited so long for an update of the layer that was not ready when it was needed."""
+
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         """A plan is put to the vote; this rank has staged so many bytes for it."""
 
@@ -41,6 +44,9 @@ class Probe(Protocol):
 
     def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
         """A plan was given up by all ranks."""
+
+    def iterated(self, iteration: int) -> None:
+        """The balancer's iteration came to its end; one that is aborted does not."""
 
 
 class NullProbe:
@@ -61,6 +67,9 @@ class NullProbe:
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         return None
 
+    def stalled(self, layer: int, seconds: float) -> None:
+        return None
+
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         return None
 
@@ -69,3 +78,53 @@ class NullProbe:
 
     def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
         return None
+
+    def iterated(self, iteration: int) -> None:
+        return None
+
+
+class Probes:
+    """Passes everything on to several probes, in their order."""
+
+    def __init__(self, *probes: Probe) -> None:
+        self._probes = probes
+
+    def routed(self, layer: int, expert_ids: Any, slot_ids: Any) -> None:
+        for probe in self._probes:
+            probe.routed(layer, expert_ids, slot_ids)
+
+    def processed(self, layer: int, source_rank: Any, token: Any, k: Any, slot: Any) -> None:
+        for probe in self._probes:
+            probe.processed(layer, source_rank, token, k, slot)
+
+    def output(self, layer: int, x: Any, router_logits: Any, expert_ids: Any, scales: Any, y: Any) -> None:
+        for probe in self._probes:
+            probe.output(layer, x, router_logits, expert_ids, scales, y)
+
+    def shared_output(self, layer: int, x: Any, y: Any) -> None:
+        for probe in self._probes:
+            probe.shared_output(layer, x, y)
+
+    def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
+        for probe in self._probes:
+            probe.reduced(layer, counts, balancedness)
+
+    def stalled(self, layer: int, seconds: float) -> None:
+        for probe in self._probes:
+            probe.stalled(layer, seconds)
+
+    def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
+        for probe in self._probes:
+            probe.planned(layer, taken, due, plan, staged_bytes)
+
+    def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
+        for probe in self._probes:
+            probe.committed(layer, taken, placement, changed, moved_bytes)
+
+    def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
+        for probe in self._probes:
+            probe.dropped(layer, due, ready, digests_differ, reason)
+
+    def iterated(self, iteration: int) -> None:
+        for probe in self._probes:
+            probe.iterated(iteration)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_eplb.core.errors import ScenarioError
+from moe_eplb.core.input_file import open_input
 from moe_eplb.core.workload_tokens import tokens_before
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _check_length(scenario: Scenario, tokens: int, path: str) -> None:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as stream:
+        with open_input(path) as stream:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise _bad(path, "the file is a single array", "an .npz file with named arrays is needed")

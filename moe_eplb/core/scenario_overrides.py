@@ -26,7 +26,7 @@ def apply(document: Document, overrides: Sequence[str]) -> Document:
     for text in overrides:
         path, equals, value = text.partition("=")
         loc = _loc(path.strip())
-        if not equals or not loc:
+        if not equals or not loc or "" in loc or len(loc) > yaml_source.MAX_DEPTH:
             raise ScenarioError("E033", f"the override {text!r} does not parse", hint="write 'section.key=value'")
         _set(changed, loc, yaml_source.load(value, f"override {text!r}").data if value.strip() else None, text)
     return changed

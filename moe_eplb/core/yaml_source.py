@@ -14,14 +14,15 @@ from typing import Any, TypeAlias
 import yaml
 
 from moe_eplb.core.errors import ScenarioError
+from moe_eplb.core.input_file import read_input
 
 __all__ = ["Document", "Loc", "dump", "load", "read_text"]
 
 Loc: TypeAlias = tuple[str | int, ...]  # the way to a value: keys of mappings and indices of lists
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
-MAX_VALUES = 200_000  # after aliases are expanded, which is what bounds a "billion laughs" file
+MAX_VALUES = 100_000  # also after aliases are expanded, which is what bounds a "billion laughs" file
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
@@ -29,6 +30,7 @@ _FLOAT = re.compile(
 )
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _NULL = re.compile(r"~|null|Null|NULL|")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -55,10 +57,14 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes only; PyYAML's own YAML 1.1 resolvers and constructors are not used."""
 
     depth = 0
+    nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self.depth += 1
+        self.nodes += 1
+        if self.nodes > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES} values", mark)
         if self.depth > MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
         node: yaml.Node | None = super().compose_node(parent, index)
@@ -101,12 +107,8 @@ def load(text: str, name: str) -> Document:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of bounded size; E020 when there is none."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ScenarioError(
-                "E020", "the file is too large", why=f"{size} bytes, at most {MAX_BYTES}", where=str(path)
-            )
-        return path.read_text(encoding="utf-8")
+        # Windows' editors begin a file with a byte order mark and end lines with two characters; neither is content.
+        return read_input(path, MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ScenarioError("E020", "the file is not UTF-8 text", why=str(error), where=str(path)) from error
     except (OSError, ValueError) as error:
@@ -138,8 +140,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, name: str) -> ScenarioError:
     mark = error.problem_mark or error.context_mark
     where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
     problem = str(error.problem or error.context)
-    if problem.startswith("nested more"):
-        return ScenarioError("E023", "the file is nested too deeply", why=problem, where=where)
+    for limit, what in (("nested more", "the file is nested too deeply"), ("more than", "the file is too large")):
+        if problem.startswith(limit):
+            return ScenarioError("E023", what, why=problem, where=where)
     hint = "indent with spaces; YAML does not allow tabs" if "\\t" in problem else ""
     if "document" in problem or "document" in str(error.context):
         hint = "one file holds one document; remove the line '---'"
@@ -189,6 +192,9 @@ class _Builder:
     def _scalar(self, node: yaml.Node) -> str | int | float | bool | None:
         text: str = node.value
         kind = node.tag.removeprefix(_TAG)
+        if _SURROGATE.search(text):
+            why = "an escape stands for half a character, a lone surrogate"
+            raise ScenarioError("E024", "this value is no text", why=why, where=self._place(node))
         if kind == "str":
             return text
         if kind == "null" and _NULL.fullmatch(text):

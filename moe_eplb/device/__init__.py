@@ -18,6 +18,10 @@ def get_device(
 
     `check_order`: see `CpuDevice`.
     """
+    if kind == "cuda":
+        from moe_eplb.device.cuda import CudaDevice
+
+        return CudaDevice(sink, index=rank, check_order=check_order)
     if kind != "cpu":
-        raise UsageError("E010", f"there is no device {kind!r}", why="available: cpu", hint="use device: cpu")
+        raise UsageError("E010", f"there is no device {kind!r}", why="available: cpu, cuda", hint="use device: cpu")
     return CpuDevice(sink, seed=seed, rank=rank, check_order=check_order)

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
+
 from moe_eplb.core.events import EventSink, Kind
 from moe_eplb.device.streams import AuxStreamType
 
@@ -41,6 +43,8 @@ class Device(abc.ABC):
     """
 
     kind: str
+    torch_device: torch.device
+    """Where tensors of the model live."""
 
     def __init__(self, sink: EventSink) -> None:
         self.sink = sink
@@ -97,6 +101,10 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def synchronize(self) -> None:
         """Return when all submitted work has run."""
+
+    def settle(self) -> None:
+        """An iteration is over: record the times of what the device did later than it was told to."""
+        return None
 
     @abc.abstractmethod
     def discard(self) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+import torch
+
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import KINDS, EventSink, Kind, Role
 from moe_eplb.device.base import Device, Event, Stream
@@ -57,6 +59,7 @@ class CpuDevice(Device):
     """
 
     kind = "cpu"
+    torch_device = torch.device("cpu")
 
     def __init__(self, sink: EventSink, *, seed: int | None = None, rank: int = 0, check_order: bool = False) -> None:
         self._order = StreamOrder() if check_order else None

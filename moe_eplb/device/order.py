@@ -38,7 +38,8 @@ class StreamOrder:
     """Follows the work of all streams of a device.
 
     The rules, for each layer: route and experts come after the wait for the layer; the hand-over comes after every
-    route and experts, on whatever stream; the next layer's top-k comes after every result of the layers before.
+    route and experts, on whatever stream; the next layer's top-k comes after every result of the layer before and
+    after its hand-over.
     """
 
     def __init__(self) -> None:
@@ -84,6 +85,7 @@ class StreamOrder:
         elif kind is Kind.START_WAIT_GPU_STAGE:
             self._wait[layer] = work
         elif kind is Kind.START_SET_CPU_STAGE:
+            self._results[layer].append(work)
             return self._reads.pop(layer, [])
         elif kind is Kind.TOPK:
             return self._inputs(layer)

@@ -31,6 +31,7 @@ from moe_eplb.core.architecture import Architecture
 from moe_eplb.core.errors import ScenarioError, UsageError
 from moe_eplb.device import Device
 from moe_eplb.models import MoeBlock, build_blocks
+from moe_eplb.models.shards import has_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,7 @@ def load_model(folder: Path, *, seed: int, dtype: torch.dtype) -> PreTrainedMode
         raise UsageError(
             "E017", "whole models need the package transformers", why=str(error), hint="pip install 'moe-eplb[hf]'"
         ) from error
-    if not any(folder.glob("*.safetensors")):
+    if not has_weights(folder):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)

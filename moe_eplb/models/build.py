@@ -92,16 +92,18 @@ def build_block(
         layer_idx: Its number in records where there is no balancer.
         options: Of `create_moe`.
     """
-    dtype = dtype or weight_dtype(architecture)
-    family = FAMILIES[architecture.family]
+    dtype, where = dtype or weight_dtype(architecture), device.torch_device
+    family, bias = FAMILIES[architecture.family], weights.router_bias(layer)
     moe = create_moe(
-        family.routing_method(architecture, weights.router_bias(layer)), num_experts=architecture.experts,
+        family.routing_method(architecture, bias if bias is None else bias.to(where)), num_experts=architecture.experts,
         hidden_size=architecture.hidden, intermediate_size=architecture.intermediate, dtype=dtype, device=device,
         aux_stream_dict=streams, layer_idx=layer_idx, **options,
     )  # fmt: skip
     given = weights.shared(layer)
-    shared = None if given is None else SharedExpert(**{name: tensor.to(dtype) for name, tensor in given.items()})
-    router = weights.router(layer).to(dtype)
+    shared = (
+        None if given is None else SharedExpert(**{name: tensor.to(where, dtype) for name, tensor in given.items()})
+    )
+    router = weights.router(layer).to(where, dtype)
     block = MoeBlock(
         router, moe, device, shared=shared, aux_stream_dict=streams, router_dtype=family.router_dtype
     )  # fmt: skip

@@ -8,10 +8,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import Device, EventType, Stream
 
-__all__ = ["Chunk", "ChunkStreams", "check_own_tokens", "chunk_count", "split"]
+__all__ = ["Chunk", "ChunkStreams", "chunk_count", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +51,6 @@ def split(tokens: int, chunks: int, *, first: bool = True, last: bool = True) ->
         Chunk(slice(begin, end), index, first and index == 0, last and index == chunks - 1)
         for index, (begin, end) in enumerate(pairwise(bounds))
     ]
-
-
-def check_own_tokens(all_rank_num_tokens: Sequence[int], *, rank: int, size: int, tokens: int) -> None:
-    """Raise BalancerError E156 unless the table has one number a rank, and this rank's is T."""
-    if len(all_rank_num_tokens) != size or all_rank_num_tokens[rank] != tokens:
-        raise BalancerError(
-            "E156",
-            "all_rank_num_tokens disagrees with this rank",
-            why=f"{list(all_rank_num_tokens)} for {size} ranks, rank {rank} has {tokens} tokens",
-            hint="give every rank's number of tokens of this forward, in order of rank",
-        )
 
 
 class ChunkStreams:

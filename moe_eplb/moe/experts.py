@@ -6,6 +6,7 @@ An entry is one (token, k): a row of hidden state that one slot has to process.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -77,6 +78,7 @@ class ExpertSlots(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         _check_alignment(hidden_size, intermediate_size, dtype)
@@ -86,7 +88,7 @@ class ExpertSlots(nn.Module):
             "w2": (num_slots, hidden_size, intermediate_size),
         }
         for name, shape in shapes.items():
-            weight = torch.zeros(shape, dtype=dtype)
+            weight = torch.zeros(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def weight(self, name: str) -> Tensor:
@@ -124,7 +126,17 @@ class ExpertSlots(nn.Module):
         return self._multiply(nn.functional.silu(gate) * up, "w2", offs)
 
     def _multiply(self, rows: Tensor, name: str, offs: Tensor) -> Tensor:
-        return _grouped_mm(rows, self.weight(name).transpose(1, 2), offs=offs)
+        weight = self.weight(name).transpose(1, 2)
+        if rows.is_cuda and rows.dtype is torch.float32:  # which torch's grouped GEMM does not take there
+            return _multiply_by_slot(rows, weight, offs)
+        return _grouped_mm(rows, weight, offs=offs)
+
+
+def _multiply_by_slot(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Grouped product one slot after the other: rows [N, A], weight [S, A, B], ends int32 [S]. Waits for the device."""
+    ends = offs.tolist()
+    parts = [rows[begin:end] @ weight[slot] for slot, (begin, end) in enumerate(pairwise([0, *ends]))]
+    return torch.cat(parts)
 
 
 def _check_alignment(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:

@@ -60,7 +60,9 @@ class LocalMoE(nn.Module, ABC):
         self.moe_max_num_tokens = moe_max_num_tokens
         self._streams = ChunkStreams(device, self.aux_stream)
         self.probe: Probe | None = None
-        self.experts = ExpertSlots(shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.dtype)
+        self.experts = ExpertSlots(
+            shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.dtype, device.torch_device
+        )
 
     def placement(self) -> Placement:
         """Expert e in local slot e of every rank."""

@@ -61,7 +61,7 @@ class UnbalancedStages:
         self._layer = layer
         self._rank = rank
         self.placement = placement
-        self._tables = RouteTables(placement, rank=rank, choice=ReplicaChoice.ROUND_ROBIN)
+        self._tables = RouteTables(placement, rank=rank, choice=ReplicaChoice.ROUND_ROBIN, device=device.torch_device)
 
     def begin_forward(self) -> tuple[bool, bool]:
         """Nobody counts this layer's forwards: each is first and last."""

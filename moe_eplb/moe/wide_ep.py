@@ -15,11 +15,12 @@ from moe_eplb.core.events import Kind
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
-from moe_eplb.moe.chunking import Chunk, ChunkStreams, check_own_tokens, chunk_count, split
+from moe_eplb.moe.chunking import Chunk, ChunkStreams
 from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received
 from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, Grouping, group_by_slot, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
+from moe_eplb.moe.splitter import Splitter
 from moe_eplb.moe.stages import LayerStages
 from moe_eplb.moe.statistics_path import DispatchName, StatisticsName, choose_path, make_path
 from moe_eplb.moe.wide_ep_setup import join_balancer, make_allreduce, overlap_stream
@@ -89,14 +90,18 @@ class WideEPMoE(nn.Module):
         self.rank = membership.rank
         self.slots_per_rank = membership.slots_per_rank
         self.aux_stream_dict = membership.streams
-        self.moe_max_num_tokens = moe_max_num_tokens
         self._streams = ChunkStreams(device, overlap_stream(membership.streams, device, moe_max_num_tokens))
         self.layer_load_balancer: SingleLayerMoeLoadBalancer | None = membership.balancer
-        self.experts = ExpertSlots(self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.dtype)
+        self.experts = ExpertSlots(
+            self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.dtype, device.torch_device
+        )
         self.allreduce: AllReduce | None = make_allreduce(membership, path, statistics_group)
         self._stages: LayerStages = membership.stages
         self._statistics = make_path(path, self._stages, self.allreduce)
         self._dispatcher = self._make_dispatcher(dispatch, ep_group, gather_ids=path == "global_ids")
+        self._splitter = Splitter(
+            device, self.layer_idx, self._dispatcher.ranks, moe_max_num_tokens, padded=dispatch == "allgather"
+        )
 
     def _make_dispatcher(self, name: DispatchName, group: dist.ProcessGroup | None, *, gather_ids: bool) -> Dispatcher:
         shape = self.shape
@@ -156,7 +161,8 @@ class WideEPMoE(nn.Module):
             router_logits: Router logits.
             all_rank_num_tokens: T of each rank. Only chunking needs it; when it is left out, the ranks exchange it.
         """
-        chunks = self._chunks(x.shape[0], all_rank_num_tokens)
+        first, last = self._stages.begin_forward()
+        chunks = self._splitter.chunks(x.shape[0], all_rank_num_tokens, first=first, last=last)
         self.routing_method.begin(x.shape[0])
         parts: list[_Output] = []
         self._streams.each(
@@ -167,20 +173,6 @@ class WideEPMoE(nn.Module):
             ids, scales = (torch.cat([part[column] for part in parts]) for column in (1, 2))
             self.probe.output(self.layer_idx, x, router_logits, ids, scales, y)
         return y
-
-    def _chunks(self, tokens: int, all_rank_num_tokens: Sequence[int] | None) -> list[Chunk]:
-        first, last = self._stages.begin_forward()
-        if self.moe_max_num_tokens is None:
-            return split(tokens, 1, first=first, last=last)
-        ranks = self._dispatcher.ranks
-        if all_rank_num_tokens is None:
-            gather = partial(ranks.all_gather, torch.tensor([[tokens]], device=self.experts.weight("w2").device))
-            gathered = self.device.run(Kind.PREPARE, self.layer_idx, gather, a=8 * (ranks.size > 1))
-            all_rank_num_tokens = gathered.flatten().tolist()
-        check_own_tokens(all_rank_num_tokens, rank=ranks.rank, size=ranks.size, tokens=tokens)
-        padded = isinstance(self._dispatcher, AllGather)
-        count = chunk_count(all_rank_num_tokens, self.moe_max_num_tokens, padded=padded)
-        return split(tokens, count, first=first, last=last)
 
     def _forward_chunk(self, chunk: Chunk, x: Tensor, router_logits: Tensor) -> _Output:
         stages = self._stages

@@ -29,12 +29,15 @@ __all__ = ["EventLog", "LastEvent", "last_event"]
 # Bound once: this runs twice a record, and attribute look-ups would be a third of its cost.
 _now = time.perf_counter_ns
 _pack_row = struct.Struct("<qqHHiiIqq").pack_into
+_pack_times = struct.Struct("<qq").pack_into
 _pack_int64 = struct.Struct("<q").pack_into
 _ROW_BYTES = RECORD.itemsize
 _END = HEADER_BYTES + 8
 _A = HEADER_BYTES + 32
 _B = HEADER_BYTES + 40
 _NONE = -1
+_RESERVED_ROWS = 1 << 15
+"""Rows (1.5 MiB) whose disk space is reserved at a time: a page that finds the disk full would kill the process."""
 
 
 class _Thread(threading.local):
@@ -56,16 +59,17 @@ class _Rows:
 
     def __init__(self, buffer: mmap.mmap | bytearray, capacity: int, nvtx: nvtx_ranges.NvtxRanges | None) -> None:
         self._buffer = buffer
-        self._capacity = capacity
+        self._room = capacity
         self._claimed = itertools.count()
         self._claim = self._claimed.__next__
+        self._count_dropped = itertools.count(1).__next__
         self._nvtx = nvtx
 
     def begin(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> int:
         """Open a range and return its token, which is the row's number; -1 when the log is full."""
         row = self._claim()
-        if row >= self._capacity:
-            return self._drop(row)
+        if row >= self._room and not self._reserve(row):
+            return self._drop()
         if self._nvtx is not None:
             self._nvtx.push(kind, layer, iteration)
         _pack_row(
@@ -100,8 +104,8 @@ class _Rows:
     def mark(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> None:
         """Record a moment: a row whose end is its start."""
         row = self._claim()
-        if row >= self._capacity:
-            self._drop(row)
+        if row >= self._room and not self._reserve(row):
+            self._drop()
             return
         if self._nvtx is not None:
             self._nvtx.mark(kind, layer, iteration)
@@ -109,16 +113,25 @@ class _Rows:
         offset = HEADER_BYTES + row * _ROW_BYTES
         _pack_row(self._buffer, offset, now, now, kind, stream, layer, iteration, _thread.number, a, b)
 
-    def _drop(self, row: int) -> int:
-        _pack_int64(self._buffer, DROPPED_OFFSET, row - self._capacity + 1)
+    def place(self, token: int, start: int, end: int) -> None:
+        """Put the times at which a device did the work of a closed range in place of those of its submission."""
+        if token >= 0:
+            _pack_times(self._buffer, HEADER_BYTES + token * _ROW_BYTES, start, end)
+
+    def _reserve(self, row: int) -> bool:
+        """Make room for a row that has none yet; False when there is no more."""
+        return False
+
+    def _drop(self) -> int:
+        _pack_int64(self._buffer, DROPPED_OFFSET, self._count_dropped())
         return _NONE
 
 
 class EventLog(_Rows):
     """An `EventSink` over a file. What was recorded survives the rank's death by any signal.
 
-    Ranges also go to NVTX (domain ``moe_eplb``, payload = iteration) when a profiler listens. A full log keeps counting
-    what it drops; a log with dropped records never yields a valid call order.
+    Ranges also go to NVTX (domain ``moe_eplb``, payload = iteration) when a profiler listens. A full log, or a log on a
+    full disk, keeps counting what it drops; a log with dropped records never yields a valid call order.
 
     Args:
         path: File to create; an existing one is replaced.
@@ -133,8 +146,11 @@ class EventLog(_Rows):
         if capacity < 1:
             raise TraceError("E053", "an event log needs room for at least one record", why=f"capacity {capacity}")
         self.path = path
+        self._capacity = capacity
         self._header = LogHeader(rank, capacity, sample_clock(), 0, -1, os.getpid(), False)
-        super().__init__(_create(path, self._header), capacity, nvtx_ranges.attach())
+        self._file, buffer = _create(path, self._header)
+        super().__init__(buffer, 0, nvtx_ranges.attach())
+        self._growing = threading.Lock()
         self._closed = False
 
     def close(self) -> None:
@@ -146,13 +162,26 @@ class EventLog(_Rows):
             return
         self._closed = True
         claimed = self._claim()
-        dropped = max(0, claimed - self._capacity)
+        dropped = self._count_dropped() - 1
         buffer = self._buffer
         CLOSED_OFFSETS.pack_into(buffer, DROPPED_OFFSET, dropped, _overhead_ps(), os.getpid(), 1)
         assert isinstance(buffer, mmap.mmap)
         buffer.flush()
         buffer.close()
-        os.truncate(self.path, HEADER_BYTES + min(claimed, self._capacity) * _ROW_BYTES)
+        os.ftruncate(self._file, HEADER_BYTES + min(claimed, self._room) * _ROW_BYTES)
+        os.close(self._file)
+
+    def _reserve(self, row: int) -> bool:
+        with self._growing:
+            while self._room <= row and self._room < self._capacity:
+                rows = min(_RESERVED_ROWS, self._capacity - self._room)
+                try:
+                    os.posix_fallocate(self._file, HEADER_BYTES + self._room * _ROW_BYTES, rows * _ROW_BYTES)
+                except OSError:  # full: what follows is dropped, counted and never part of a valid call order
+                    self._capacity = self._room
+                else:
+                    self._room += rows
+            return row < self._room
 
     def __enter__(self) -> EventLog:
         return self
@@ -163,16 +192,25 @@ class EventLog(_Rows):
         self.close()
 
 
-def _create(path: Path, header: LogHeader) -> mmap.mmap:
+def _create(path: Path, header: LogHeader) -> tuple[int, mmap.mmap]:
     try:
-        with path.open("w+b") as file:
-            file.truncate(HEADER_BYTES + header.capacity * _ROW_BYTES)
-            buffer = mmap.mmap(file.fileno(), 0)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise TraceError("E053", "an event log cannot be created", why=str(error), where=str(path)) from error
+        raise _cannot_create(path, error) from error
+    try:
+        os.ftruncate(file, HEADER_BYTES + header.capacity * _ROW_BYTES)
+        os.posix_fallocate(file, 0, HEADER_BYTES)
+        buffer = mmap.mmap(file, 0)
+    except OSError as error:
+        os.close(file)
+        raise _cannot_create(path, error) from error
     packed = header.pack()
     buffer[: len(packed)] = packed
-    return buffer
+    return file, buffer
+
+
+def _cannot_create(path: Path, error: OSError) -> TraceError:
+    return TraceError("E053", "an event log cannot be created", why=error.strerror or str(error), where=str(path))
 
 
 def _overhead_ps(rounds: int = 9, pairs: int = 200) -> int:

@@ -39,9 +39,12 @@ def write_trace(folder: Path) -> Path:
     target = folder / "trace.sqlite"
     partial = folder / "trace.sqlite.partial"
     partial.unlink(missing_ok=True)
-    with closing(sqlite3.connect(partial)) as connection:
-        _write(connection, logs, epoch, meta)
-    partial.replace(target)
+    try:
+        with closing(sqlite3.connect(partial)) as connection:
+            _write(connection, logs, epoch, meta)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target
 
 

@@ -41,18 +41,24 @@ class PlainBlocks:
         """The block of a layer with its weights; `options` as of `create_moe`."""
         model, weights = self._scenario.model, self._weights[layer]
         moe = create_moe(
-            make_routing_method(self._scenario, layer), num_experts=model.experts, hidden_size=model.hidden,
-            intermediate_size=model.intermediate, dtype=torch_dtype(model.dtype), device=self._device,
-            aux_stream_dict=self._streams, **options,
+            make_routing_method(self._scenario, layer, self._device), num_experts=model.experts,
+            hidden_size=model.hidden, intermediate_size=model.intermediate, dtype=torch_dtype(model.dtype),
+            device=self._device, aux_stream_dict=self._streams, **options,
         )  # fmt: skip
         generator = seeded_generator("router", self._scenario.seed, layer)
         router: Tensor = torch.randn(model.hidden, model.experts, generator=generator) * model.hidden**-0.5
+        where = self._device.torch_device
+        shared = None if weights.shared is None else SharedExpert(**_on(where, weights.shared))
         block = MoeBlock(
-            router.T.contiguous(), moe, self._device, aux_stream_dict=self._streams, router_dtype=torch.float32,
-            shared=None if weights.shared is None else SharedExpert(**weights.shared),
+            router.T.contiguous().to(where), moe, self._device, shared=shared, aux_stream_dict=self._streams,
+            router_dtype=torch.float32,
         )  # fmt: skip
         block.load_weights(weights)
         return block
+
+
+def _on(device: torch.device, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
 class FamilyBlocks:

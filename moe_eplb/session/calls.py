@@ -54,7 +54,9 @@ class _Script:
         balancer.set_iter_info(enable_statistic=True, enable_update_weights=balancer.is_dynamic_routing())
         model = scenario.model
         tokens = max(1, workload.tokens(scenario, 0, balancer.ep_rank))
-        self._ids = (torch.arange(tokens * model.top_k, dtype=torch.int32) % model.experts).reshape(tokens, model.top_k)
+        self._where = balancer.device.torch_device
+        ids = torch.arange(tokens * model.top_k, dtype=torch.int32, device=self._where) % model.experts
+        self._ids = ids.reshape(tokens, model.top_k)
 
     def call(self, step: CallStep) -> None:
         """Make one call."""
@@ -75,7 +77,7 @@ class _Script:
                 layer.update_statistic_with_local_ids(self._ids, step.first, step.last, allreduce)
             case "update_statistic_with_gathered_statistic":
                 shape = (self._scenario.ranks, self._scenario.model.experts)
-                layer.update_statistic_with_gathered_statistic(torch.ones(shape, dtype=torch.int32))
+                layer.update_statistic_with_gathered_statistic(torch.ones(shape, dtype=torch.int32, device=self._where))
             case "route":
                 layer.route(self._ids, offset_by_ep_rank=True)
             case name:
@@ -92,4 +94,4 @@ class _Script:
                 layer.share_expert_weight(expert, name, tensor)
         for slot, expert in enumerate(layer.local_slot_experts()):
             for name, tensor in master(expert).items():
-                layer.register_weight_slot(slot, name, tensor.clone())
+                layer.register_weight_slot(slot, name, tensor.clone().to(self._balancer.device.torch_device))

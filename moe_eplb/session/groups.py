@@ -29,14 +29,21 @@ class GroupsBySize:
 
     def __init__(self, timeout_s: float = 600.0) -> None:
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._made: dict[int, Groups] = {}
+        self._made: dict[tuple[int, str], Groups] = {}
 
-    def of(self, size: int) -> Groups:
-        """The groups over ranks 0 to size - 1, none for one rank; called by all ranks of the world."""
-        if size not in self._made:
-            self._made[size] = self._make(size) if size > 1 else Groups(None, None, None, None)
-        return self._made[size]
+    def of(self, size: int, device: str = "cpu") -> Groups:
+        """The groups over ranks 0 to size - 1, none for one rank; called by all ranks of the world.
 
-    def _make(self, size: int) -> Groups:
-        model, statistics, setup, checks = (dist.new_group(list(range(size)), timeout=self._timeout) for _ in range(4))
+        On GPUs the model's tensors and the statistics travel through NCCL, everything else through gloo.
+        """
+        if (size, device) not in self._made:
+            self._made[size, device] = self._make(size, device) if size > 1 else Groups(None, None, None, None)
+        return self._made[size, device]
+
+    def _make(self, size: int, device: str) -> Groups:
+        fast = "nccl" if device == "cuda" else "gloo"
+        model, statistics, setup, checks = (
+            dist.new_group(list(range(size)), timeout=self._timeout, backend=backend)
+            for backend in (fast, fast, "gloo", "gloo")
+        )
         return Groups(model, statistics, setup, checks)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import multiprocessing
 import shutil
-import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +20,7 @@ from moe_eplb.balancer.host_memory import clean_segments
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
 from moe_eplb.core.scenario import Scenario
+from moe_eplb.session import fork_server
 from moe_eplb.session.entry import rank_main
 from moe_eplb.session.folder import close_folder, open_folder
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
@@ -30,6 +31,7 @@ __all__ = ["RankPool", "run_scenario"]
 
 _GRACE_S = 2.0
 """How long the other ranks may go on once one rank has failed, so that a common cause is reported by all."""
+_START_S = 120.0
 _STOP_S = 10.0
 # A rank that died explains the errors of those that were talking to it, and a known error the breakdowns it leads to.
 _DEATH, _KNOWN, _UNFORESEEN = range(3)
@@ -50,6 +52,7 @@ class RankPool:
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
         self._store = ""
+        self._abandoned = False
         # The server that forks the ranks imports torch once for all of them; on two cores that saves seconds a rank.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["moe_eplb.session.worker"])
@@ -73,28 +76,65 @@ class RankPool:
         verdict = close_folder(folder, scenario, failure=failure)
         return RunResult(folder, verdict, time.monotonic() - started)
 
-    def reserve(self, size: int) -> None:
-        """Have at least `size` ranks, so that later scenarios of up to that size find them."""
+    def reserve(self, size: int, *, timeout_s: float = _START_S) -> None:
+        """Have at least `size` ranks, so that later scenarios of up to that size find them; RunFailed when not."""
         if len(self._ranks) < size:
             self.close()
-            self._start(size)
+            self._start(size, timeout_s)
 
     def pids(self) -> list[int]:
         """Process ids of the ranks."""
         return [rank.process.pid or 0 for rank in self._ranks]
 
     def _drive(self, scenario: Scenario, folder: Path, deadline: float, progress: Progress | None) -> None:
-        self.reserve(scenario.ranks)
+        self.reserve(scenario.ranks, timeout_s=min(_START_S, max(0.0, deadline - time.monotonic())))
         job = Job(scenarios.dump(scenario), str(folder))
         for rank in self._ranks:  # those beyond the scenario's ranks only help to make its process groups
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the sentinel tells how the rank ended
                 rank.pipe.send(job)
         _Watch(self._ranks, deadline, scenario, progress).until_done()
 
-    def _start(self, size: int) -> None:
+    def _start(self, size: int, timeout_s: float) -> None:
+        """Start the ranks in another thread: no signal interrupts it, so whatever was started is known and ended."""
+        started = concurrent.futures.Future[None]()
+        self._abandoned = False
+        thread = threading.Thread(target=self._start_ranks, args=(size, started), name="moe_eplb-start")
+        try:
+            thread.start()
+            started.result(timeout_s)
+        except BaseException as error:
+            self._abandon(thread)
+            if isinstance(error, TimeoutError) and not started.done():
+                what = f"the ranks did not start within {timeout_s:.3g} s"
+                raise RunFailed("E181", what, hint="raise timeout_s if they are slow") from error
+            if isinstance(error, OSError | EOFError):
+                why = str(error) or "the server that forks them died"
+                raise RunFailed("E184", "the ranks could not be started", why=why) from error
+            raise
+        thread.join()
+
+    def _abandon(self, thread: threading.Thread) -> None:
+        """End a start that is under way: without its server the thread has nothing to wait for."""
+        self._abandoned = True
+        fork_server.stop()
+        thread.join(1.0)
+        fork_server.stop()  # once more, since a rank that was about to be started then has started it anew
+        thread.join()
+
+    def _start_ranks(self, size: int, started: concurrent.futures.Future[None]) -> None:
+        try:
+            self._start_each(size)
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+
+    def _start_each(self, size: int) -> None:
         self._store = tempfile.mkdtemp(prefix="moe_eplb-store-")
-        _start_server()
+        fork_server.start()
         for number in range(size):
+            if self._abandoned:
+                return
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
                 target=rank_main, args=(number, size, f"{self._store}/store", theirs), name=f"rank{number}", daemon=True
@@ -106,7 +146,7 @@ class RankPool:
     def close(self) -> None:
         """End the processes; kills those that do not end by themselves."""
         for rank in self._ranks:
-            if rank.process.is_alive():
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended already
                 rank.pipe.send(None)
         deadline = time.monotonic() + _STOP_S
         for rank in self._ranks:
@@ -123,7 +163,8 @@ class RankPool:
         self._ranks.clear()
         clean_segments()
         if self._store:
-            shutil.rmtree(self._store)
+            with contextlib.suppress(FileNotFoundError):  # a removal that was interrupted just before its end
+                shutil.rmtree(self._store)
             self._store = ""
 
     def __enter__(self) -> RankPool:
@@ -132,7 +173,11 @@ class RankPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close() if kind is None else self.kill()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.kill()
 
 
 class _Watch:
@@ -212,19 +257,6 @@ def run_scenario(
     """Run one scenario on ranks of its own."""
     with RankPool() as pool:
         return pool.run(scenario, folder, progress=progress, argv=argv)
-
-
-def _start_server() -> None:
-    """Start the server that forks the ranks, deaf to what ends a terminal's whole group: this process answers for all.
-
-    Otherwise a server that went first would leave dying ranks that nobody can wait for, and their memory.
-    """
-    resource_tracker.ensure_running()  # first, since starting it would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _how(exitcode: int | None) -> str:

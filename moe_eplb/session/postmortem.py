@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_eplb.core.errors import TraceError
 from moe_eplb.recording.log_format import last_event
 from moe_eplb.session.folder import events_path
 
@@ -12,9 +13,13 @@ __all__ = ["last_events"]
 
 def last_events(folder: Path, ranks: int) -> str:
     """One line a rank: the last event in its log, which outlives the process."""
-    lines = []
-    for rank in range(ranks):
-        path = events_path(folder, rank)
-        event = last_event(path) if path.exists() else None
-        lines.append(f"  last event of rank {rank}: {event or 'none, it had not started'}")
-    return "\n".join(lines)
+    return "\n".join(f"  last event of rank {rank}: {_last(events_path(folder, rank))}" for rank in range(ranks))
+
+
+def _last(path: Path) -> str:
+    if not path.exists():
+        return "none, it had not started"
+    try:
+        return str(last_event(path) or "none, it had not started")
+    except TraceError as error:
+        return f"unknown, {error.what}"

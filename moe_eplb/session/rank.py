@@ -16,9 +16,12 @@ from moe_eplb.balancer.host_memory import list_segments
 from moe_eplb.checks import EvidenceGatherer, TopkIds, watched_layer
 from moe_eplb.core.events import Kind
 from moe_eplb.core.evidence import EvidenceWriter, Row
+from moe_eplb.core.memory import memory_of
+from moe_eplb.core.probe import Probes
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import Device, get_device
 from moe_eplb.recording.event_log import EventLog
+from moe_eplb.recording.metrics import MetricsFile
 from moe_eplb.session.balancing import make_balancer
 from moe_eplb.session.calls import run_calls
 from moe_eplb.session.folder import events_path, evidence_path
@@ -75,16 +78,17 @@ class _Run:
         self._scenario, self._folder, self._rank = scenario, folder, rank
         self._device, self._balancer, self._evidence = device, balancer, evidence
         self._gatherer = _make_gatherer(scenario, rank, groups, evidence)
+        self._metrics = MetricsFile(folder / "metrics.prom") if scenario.record.metrics and rank == 0 else None
         with balancer or contextlib.nullcontext():
             self._model = make_model(scenario, rank, device, groups)
         if balancer is not None:
-            balancer.probe = self._gatherer
+            balancer.probe = Probes(self._gatherer, self._metrics.probe) if self._metrics else self._gatherer
             balancer.finalize_model()
             balancer.set_iter_info(enable_statistic=True, enable_update_weights=balancer.is_dynamic_routing())
             if scenario.balancer is not None:
                 balancer.set_warm_up_iter_count(scenario.balancer.warm_up)
         self._watch_layers()
-        _write_memory(evidence, self._model, balancer)
+        _write_memory(evidence, scenario, self._model, balancer)
 
     def iterate(self, on_step: Progress) -> None:
         """Run all iterations, then read all weights back once more."""
@@ -102,9 +106,12 @@ class _Run:
         token = self._device.sink.begin(Kind.STEP, -1, iteration, self._device.main.index)
         with MoeLoadBalancerIterContext(self._balancer):
             self._model.step(iteration)
+        self._device.settle()
         self._device.sink.end(token)
         token = self._device.sink.begin(Kind.CHECK, -1, iteration, self._device.main.index)
         self._gatherer.end_iteration()
+        if self._metrics is not None:
+            self._metrics.write()
         self._device.sink.end(token)
 
     def _watch_layers(self) -> None:
@@ -139,12 +146,12 @@ def _write_begin(evidence: EvidenceWriter, scenario: Scenario, balancer: MoeLoad
     evidence.flush()
 
 
-def _write_memory(evidence: EvidenceWriter, model: Model, balancer: MoeLoadBalancer | None) -> None:
+def _write_memory(evidence: EvidenceWriter, scenario: Scenario, model: Model, balancer: MoeLoadBalancer | None) -> None:
     slots = sum(
         t.numel() * t.element_size() for b in model.blocks for slot in b.moe.experts.by_slot() for t in slot.values()
     )
     host = sum(layer.updates.host.host_bytes for layer in balancer.layers) if balancer is not None else 0
-    evidence.write(Row.MEMORY, slots_bytes=slots, host_bytes=host, staging_bytes=slots if host else 0)
+    evidence.write(Row.MEMORY, slots_bytes=slots, host_bytes=host, staging_bytes=memory_of(scenario).staging_bytes)
 
 
 def _write_leaks(evidence: EvidenceWriter, device: Device, before: set[threading.Thread]) -> None:

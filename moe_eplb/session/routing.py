@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_eplb.core.scenario import Scenario
+from moe_eplb.device import Device
 from moe_eplb.moe.routing import (
     BaseMoeRoutingMethod,
     DeepSeekV3MoeRoutingMethod,
@@ -26,7 +27,7 @@ _SIMPLE: dict[str, type[BaseMoeRoutingMethod]] = {
 }
 
 
-def make_routing_method(scenario: Scenario, layer: int) -> BaseMoeRoutingMethod:
+def make_routing_method(scenario: Scenario, layer: int, device: Device) -> BaseMoeRoutingMethod:
     """The model's own method where its router chooses; a workload's ids are supplied otherwise."""
     model, routing = scenario.model, scenario.model.routing
     if scenario.workload.kind != "model":
@@ -35,5 +36,10 @@ def make_routing_method(scenario: Scenario, layer: int) -> BaseMoeRoutingMethod:
         return _SIMPLE[routing.method](model.top_k)
     bias = torch.randn(model.experts, generator=seeded_generator("bias", scenario.seed, layer)) * 0.1
     return DeepSeekV3MoeRoutingMethod(
-        model.top_k, routing.groups, routing.top_groups, routing.scale, bias, norm_topk_prob=routing.normalize
+        model.top_k,
+        routing.groups,
+        routing.top_groups,
+        routing.scale,
+        bias.to(device.torch_device),
+        norm_topk_prob=routing.normalize,
     )

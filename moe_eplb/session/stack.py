@@ -37,7 +37,7 @@ class MoeStack:
     """
 
     def __init__(self, scenario: Scenario, rank: int, device: Device, groups: Groups) -> None:
-        self._scenario, self._rank = scenario, rank
+        self._scenario, self._rank, self._device = scenario, rank, device
         maker = FamilyBlocks(scenario, device) if scenario.model.hf is not None else PlainBlocks(scenario, device)
         self.blocks: list[MoeBlock] = []
         for layer in range(scenario.model.layers):
@@ -62,13 +62,13 @@ class MoeStack:
     def _input(self, iteration: int, tokens: int) -> Tensor:
         generator = seeded_generator("input", self._scenario.seed, iteration, self._rank)
         x: Tensor = torch.randn(tokens, self._scenario.model.hidden, generator=generator)
-        return x.to(torch_dtype(self._scenario.model.dtype))
+        return x.to(self._device.torch_device, torch_dtype(self._scenario.model.dtype))
 
     def _supply_ids(self, block: MoeBlock, iteration: int, layer: int, repeat: int) -> None:
         routing = block.moe.routing_method
         if isinstance(routing, SuppliedMoeRoutingMethod):
             ids = workload.topk_ids(self._scenario, iteration, layer, self._rank, repeat)
-            routing.supply(torch.from_numpy(ids))
+            routing.supply(torch.from_numpy(ids).to(self._device.torch_device))
 
     def _options(self, layer: int, groups: Groups) -> dict[str, Any]:
         s = self._scenario

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from moe_eplb.balancer.host_memory import clean_segments
-from moe_eplb.core.errors import ExitCode, RunFailed, UsageError
+from moe_eplb.core.errors import EplbError, ExitCode, RunFailed, UsageError
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import Verdict
 from moe_eplb.session.folder import close_folder, open_folder
@@ -50,21 +51,23 @@ def run_joined(
     timeout = datetime.timedelta(seconds=scenario.timeout_s)
     dist.init_process_group("gloo", timeout=timeout)
     try:
-        if rank == 0:
-            open_folder(folder, scenario, launcher="torchrun", argv=argv)
+        opened = partial(open_folder, folder, scenario, launcher="torchrun", argv=argv)
+        if (code := _on_rank_0(opened, rank)) is not ExitCode.VALID:
+            return code
         shared = [str(folder)]
         dist.broadcast_object_list(shared, src=0)
-        groups = GroupsBySize(scenario.timeout_s).of(size)
+        groups = GroupsBySize(scenario.timeout_s).of(size, scenario.device)
         try:
             run_rank(scenario, Path(shared[0]), rank, groups, _only_rank_0(rank, progress))
             dist.barrier()
         except Exception as error:
             return _failed(scenario, Path(shared[0]), rank, error, started)
-        verdict = close_folder(folder, scenario) if rank == 0 else None
-        code = _agree(verdict)
+        verdicts: list[Verdict] = []
+        closed = _on_rank_0(lambda: verdicts.append(close_folder(folder, scenario)), rank)
+        code = _agree(verdicts[0].exit_code if verdicts else closed)
     finally:
         dist.destroy_process_group()
-    return RunResult(folder, verdict, time.monotonic() - started) if verdict is not None else code
+    return RunResult(folder, verdicts[0], time.monotonic() - started) if verdicts else code
 
 
 def _failed(scenario: Scenario, folder: Path, rank: int, error: Exception, started: float) -> RunResult | ExitCode:
@@ -78,14 +81,28 @@ def _failed(scenario: Scenario, folder: Path, rank: int, error: Exception, start
     return RunResult(folder, close_folder(folder, scenario, failure=failure), time.monotonic() - started)
 
 
-def _agree(verdict: Verdict | None) -> ExitCode:
+def _on_rank_0(do: Callable[[], None], rank: int) -> ExitCode:
+    """Do what rank 0 alone does. Its error ends all ranks: those that waited for it would wait for long."""
+    error: EplbError | None = None
+    if rank == 0:
+        try:
+            do()
+        except EplbError as raised:
+            error = raised
+    code = _agree(error.exit_code if error is not None else ExitCode.VALID)
+    if error is not None:
+        raise error
+    return code
+
+
+def _agree(code: ExitCode) -> ExitCode:
     """Rank 0's exit code on every rank, so that torchrun fails when the verdict does."""
     import torch
     import torch.distributed as dist
 
-    code = torch.tensor([int(verdict.exit_code) if verdict is not None else 0], dtype=torch.int64)
-    dist.broadcast(code, src=0)
-    return ExitCode(int(code))
+    shared = torch.tensor([int(code)], dtype=torch.int64)
+    dist.broadcast(shared, src=0)
+    return ExitCode(int(shared))
 
 
 def _only_rank_0(rank: int, progress: Progress | None) -> Progress:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from moe_eplb.core.scenario import Scenario
+from moe_eplb.models.weights import seeded_generator
 
 __all__ = ["MasterWeights", "seeded_generator", "torch_dtype"]
 
@@ -16,12 +16,6 @@ __all__ = ["MasterWeights", "seeded_generator", "torch_dtype"]
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype that a scenario calls `name`."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def seeded_generator(*parts: int | str) -> torch.Generator:
-    """A generator whose draws depend on nothing but `parts`."""
-    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class MasterWeights:

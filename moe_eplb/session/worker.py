@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moe_eplb.core import scenario as scenarios
-from moe_eplb.core.errors import EplbError
+from moe_eplb.core.errors import EplbError, RunFailed
 from moe_eplb.session.groups import Groups, GroupsBySize
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
 from moe_eplb.session.rank import run_rank
@@ -39,11 +39,13 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
 def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Message:
     try:
         scenario = scenarios.loads(job.scenario, "scenario.yaml")
-        members: Groups = groups.of(scenario.ranks)
+        members: Groups = groups.of(scenario.ranks, scenario.device)
         if rank < scenario.ranks:
             run_rank(scenario, Path(job.folder), rank, members, lambda done, total: pipe.send(Step(done, total)))
     except EplbError as error:
         return Failed(error)
+    except OSError as error:  # such as a full disk
+        return Failed(RunFailed("E183", "a file could not be used", why=str(error)))
     except Exception:  # the parent reports it: a rank's traceback must not vanish with its process
         return Failed(traceback.format_exc())
     return Done()

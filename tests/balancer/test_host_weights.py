@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from moe_eplb.balancer.host_memory import list_segments, new_instance
+from moe_eplb.balancer.host_memory import list_segments, new_instance, remove_segment
 from moe_eplb.balancer.host_weights import HostMoeTensorSharer
 from moe_eplb.core.errors import HostMemoryError
 from tests.support.ranks import run_ranks
@@ -144,12 +144,33 @@ def test_expecting_too_late() -> None:
     sharer.close()
 
 
-def test_a_segment_that_was_made_for_expected_weights_goes_without_finalize() -> None:
-    def mine() -> set[str]:
-        return {segment.name for segment in list_segments() if segment.owner_pid == os.getpid()}
+def _mine() -> set[str]:
+    return {segment.name for segment in list_segments() if segment.owner_pid == os.getpid()}
 
-    before = mine()
+
+def test_a_segment_that_was_made_for_expected_weights_goes_without_finalize() -> None:
+    before = _mine()
     sharer = one_rank_expecting()
-    assert mine() > before
+    assert _mine() > before
     sharer.close()
-    assert mine() == before
+    assert _mine() == before
+    sharer.close()
+
+
+def test_a_segment_goes_with_its_sharer() -> None:
+    before = _mine()
+    sharer = one_rank_expecting()
+    assert _mine() > before
+    del sharer
+    assert _mine() == before
+
+
+def test_a_fork_of_its_process_does_not_take_a_segment_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _mine()
+    sharer = one_rank_expecting()
+    [name] = _mine() - before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        del sharer
+    assert _mine() == before | {name}
+    remove_segment(name)

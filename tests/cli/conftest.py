@@ -53,6 +53,9 @@ class FakeSession:
     def __exit__(self, *exception: object) -> None:
         return None
 
+    def close(self) -> None:
+        """No rank has been started."""
+
     def run(
         self, scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
     ) -> RunResult:

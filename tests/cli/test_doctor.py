@@ -105,13 +105,13 @@ def test_few_cores_and_little_memory_are_warnings(call: Call, monkeypatch: pytes
 def test_shared_memory_is_measured_against_the_scenario(
     call: Call, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write()  # 2 layers x 4 experts x 3 x 16 x 8 float32 = 12288 bytes
-    for free, code in ((12288, 0), (12287, 1)):
-        room = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=12288)
+    path = write()  # 2 layers on 2 ranks: four segments of 2 experts x 3 x 16 x 8 float32, each a page of 4096 bytes
+    for free, code in ((16384, 0), (16383, 1)):
+        room = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=16384)
         monkeypatch.setattr("os.statvfs", lambda _, room=room: room)
         answer = call("doctor", path)
         assert answer.code == code
-        assert "12 KiB needed by small" in answer.out
+        assert "16 KiB needed by small" in answer.out
 
 
 @pytest.mark.usefixtures("good_machine")

@@ -53,7 +53,7 @@ def test_a_place_that_the_file_lacks_is_that_of_what_should_hold_it() -> None:
         ("a: {b: 1, b: 2}\n", "E022", "f:1:11"),
         ("x: " + "[" * 100 + "]" * 100, "E023", "f:1:35"),
         ("a: &a [*a]\n", "E023", "f:1:4"),
-        (LAUGHS, "E023", "f:1:34"),
+        (LAUGHS, "E023", "f:1:37"),
         ("a: !!python/object/apply:os.getcwd []\n", "E024", "f:1:4"),
         ("a: !!timestamp 2024-01-01\n", "E024", "f:1:4"),
         ("a: !!int x\n", "E024", "f:1:4"),

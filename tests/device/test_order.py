@@ -40,7 +40,7 @@ def test_the_hand_over_comes_after_every_reading_stream(joined: bool) -> None:
     assert found == (None if joined else Unordered(Kind.EXPERTS, chunk))
 
 
-@pytest.mark.parametrize("kind", [Kind.COMBINE, Kind.SHARED_EXPERT])
+@pytest.mark.parametrize("kind", [Kind.COMBINE, Kind.SHARED_EXPERT, Kind.START_SET_CPU_STAGE])
 @pytest.mark.parametrize("joined", [True, False])
 def test_the_next_layer_comes_after_every_result(kind: Kind, joined: bool) -> None:
     order, (main, chunk, _) = StreamOrder(), _streams()

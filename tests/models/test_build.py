@@ -95,6 +95,19 @@ def test_a_bfloat16_checkpoint_stays_one_or_is_converted(tmp_path: Path, family:
     assert _compare(tmp_path, model.float(), found, dtype=torch.float32) <= 1e-5
 
 
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_router_logits_of_bfloat16_states_are_the_same_to_the_bit(tmp_path: Path, family: str) -> None:
+    model = tiny_models.save(family, tmp_path, dtype=torch.bfloat16)
+    found = architecture.read(tmp_path)
+    x = torch.randn(40, tiny_models.HIDDEN).bfloat16()
+    for layer, block in zip(
+        found.moe_layers, build_blocks(found, CheckpointWeights(tmp_path, found), _device()), strict=True
+    ):
+        wanted = model.model.layers[layer].mlp.gate(x)[0]
+        assert block.router_logits(x).dtype == wanted.dtype
+        assert torch.equal(block.router_logits(x), wanted)
+
+
 def _seeded(family: str = "qwen2_moe", layers: tuple[int, ...] = (0, 2, 3), shared: int = 16) -> Architecture:
     return Architecture(family, "", 5, layers, 8, 2, 16, 8, shared, "float32", {"method": "renormalize"})
 

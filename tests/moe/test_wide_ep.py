@@ -288,9 +288,10 @@ def _has_allreduce(rank: int, size: int) -> list[bool]:
     device, group = get_device("cpu", NullSink()), dist.new_group([0, 1])
     found = []
     for updates, dispatch in ((1, "allgather"), (1, "alltoall"), (0, "allgather")):
-        with MoeLoadBalancer(rank, size, updates, device=device, group=group):
+        with MoeLoadBalancer(rank, size, updates, device=device, group=group) as balancer:
             moe = _layer(device, ep_group=dist.group.WORLD, statistics_group=group, dispatch=dispatch)
         found.append(moe.allreduce is not None)
+        balancer.shutdown()
     return found
 
 

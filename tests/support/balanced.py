@@ -104,6 +104,7 @@ class Rig:
         group: Of real ranks; then host copies are really shared.
         seed: Seed of the reordering, None runs everything at once.
         tokens: T.
+        check_order: Record work that did not wait for what it must come after.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Rig:
         group: Any = None,
         seed: int | None = None,
         tokens: int = 24,
+        check_order: bool = False,
         sink: EventSink | None = None,
         **options: Any,
     ) -> None:
@@ -126,7 +128,7 @@ class Rig:
         self.journal = Journal()
         self.balancer = MoeLoadBalancer(
             rank, ranks, updates, None if group or ranks == 1 else new_instance(),
-            device=get_device("cpu", sink or NullSink(), seed=seed, rank=rank),
+            device=get_device("cpu", sink or NullSink(), seed=seed, rank=rank, check_order=check_order),
             group=cast(Any, group or object()) if ranks > 1 else None,
             options=BalancerOptions(**options), probe=self.journal,
         )  # fmt: skip

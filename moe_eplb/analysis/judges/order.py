@@ -86,10 +86,10 @@ def stream_join(folder: RunFolder) -> CheckResult:
     _need_complete_logs(folder, folder.trace, findings)
     _judge_unordered(folder.trace.records, findings)
     if folder.moving:
-        spans = _Spans(folder.trace.records)
+        spans, on_host = _Spans(folder.trace.records), folder.scenario.device == "cpu"
         for place in folder.places:
             for rank in folder.ranks:
-                _judge_joins(spans, Stage(rank, place.layer, place.iteration), findings)
+                _judge_joins(spans, Stage(rank, place.layer, place.iteration), findings, on_host=on_host)
     return findings.result(f"{len(folder.places) * len(folder.ranks)} layers x iterations x ranks")
 
 
@@ -130,7 +130,7 @@ def _spans(records: Records) -> dict[Stage, Span]:
     return {Stage(*name): Span(start, end) for name, start, end in rows}
 
 
-def _judge_joins(spans: _Spans, stage: Stage, findings: Findings) -> None:
+def _judge_joins(spans: _Spans, stage: Stage, findings: Findings, *, on_host: bool) -> None:
     where = f"rank {stage.rank}, {Place(stage.layer, stage.iteration)}"
     needed = {name: getattr(spans, name).get(stage) for name in ("wait", "route", "experts", "hand_over", "done")}
     absent = [name for name, span in needed.items() if span is None]
@@ -138,11 +138,13 @@ def _judge_joins(spans: _Spans, stage: Stage, findings: Findings) -> None:
         findings.missing(f"no record of {', '.join(absent)}", where)
         return
     wait, route, experts, hand_over, done = (span for span in needed.values() if span is not None)
+    # A GPU's work goes on when the call has returned; what later work waits for is then seen by `_judge_unordered`.
+    returned = done.end if on_host else hand_over.end
     for what, earlier, later in (
         ("route began {} ns before the wait ended", wait.end, route.start),
         ("experts began {} ns before the wait ended", wait.end, experts.start),
         ("the hand-over began {} ns before the experts ended", experts.end, hand_over.start),
-        ("done_set_cpu_stage returned {} ns before the hand-over ended", hand_over.end, done.end),
+        ("done_set_cpu_stage returned {} ns before the hand-over ended", hand_over.end, returned),
     ):
         if earlier > later:
             findings.wrong(what.format(earlier - later), where)

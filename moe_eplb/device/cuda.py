@@ -1,0 +1,202 @@
+"""CUDA streams and events in eager mode."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from moe_eplb.core.errors import BalancerError, UsageError
+from moe_eplb.core.events import EventSink, Kind
+from moe_eplb.device.base import Device, Event, Stream
+from moe_eplb.device.order import Clock, StreamOrder
+
+__all__ = ["CudaDevice"]
+
+T = TypeVar("T")
+
+
+class _CudaStream(Stream):
+    """`queue` is CUDA's stream. `held`: what its work still uses, with the work's position in the stream."""
+
+    def __init__(self, name: str, index: int, queue: torch.cuda.Stream) -> None:
+        super().__init__(name, index)
+        self.queue = queue
+        self.submitted = 0
+        self.held: deque[tuple[int, object]] = deque()
+
+    def release(self, position: int) -> None:
+        """Let go of what work up to `position` uses: nobody can reuse that memory before the work is done."""
+        while self.held and self.held[0][0] <= position:
+            self.held.popleft()
+
+
+class _CudaEvent(Event):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.cuda: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.stream: _CudaStream | None = None
+        self.position = 0
+        self.mark: Clock = {}
+
+
+class _Timed(NamedTuple):
+    """A piece of work whose device times are not known yet."""
+
+    token: int
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+class CudaDevice(Device):
+    """One GPU; work is enqueued and runs later, streams beside each other.
+
+    Args:
+        sink: Gets each piece of work with the times at which the device did it, once `synchronize` has been called.
+        index: Number of the GPU.
+        check_order: Record work that did not wait for what it must come after, as `Kind.UNORDERED`.
+
+    Raises:
+        UsageError: E010 when there is no such GPU.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False) -> None:
+        if index >= torch.cuda.device_count():
+            raise UsageError(
+                "E010", f"there is no GPU {index}", why=f"{torch.cuda.device_count()} are visible",
+                hint="use fewer ranks (one process a GPU), or device: cpu",
+            )  # fmt: skip
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self._order = StreamOrder() if check_order else None
+        self._streams: list[_CudaStream] = []
+        self._timed: list[_Timed] = []
+        super().__init__(sink)
+        self._set_clock()
+
+    def _make_stream(self, name: str, index: int) -> Stream:
+        queue = torch.cuda.current_stream() if index == 0 else _new_stream(self.torch_device)
+        stream = _CudaStream(name, index, queue)
+        self._streams.append(stream)
+        return stream
+
+    def new_event(self, name: str = "") -> Event:
+        return _CudaEvent(name)
+
+    @contextlib.contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        assert isinstance(stream, _CudaStream)
+        with super().use(stream), torch.cuda.stream(stream.queue):
+            yield
+
+    def record(self, event: Event, stream: Stream) -> None:
+        assert isinstance(event, _CudaEvent)
+        assert isinstance(stream, _CudaStream)
+        event.cuda.record(stream.queue)
+        event.stream, event.position = stream, stream.submitted
+        if self._order is not None:
+            event.mark = self._order.mark(stream)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        assert isinstance(event, _CudaEvent)
+        assert isinstance(stream, _CudaStream)
+        if event.stream is None:
+            raise BalancerError(
+                "E133", f"stream {stream.name} waits for event {event.name!r}, which was never recorded",
+                hint="record the event on the stream whose work is needed, then wait",
+            )  # fmt: skip
+        stream.queue.wait_event(event.cuda)
+        if self._order is not None:
+            self._order.wait(stream, event.mark)
+        if stream is self.main:  # whose allocations come after the wait from here on
+            event.stream.release(event.position)
+
+    def run(self, kind: Kind, layer: int, fn: Callable[[], T], *, a: int = 0, b: int = 0) -> T:
+        assert isinstance(self.current, _CudaStream)
+        return self._do(self.current, kind, layer, fn, a, b)
+
+    def submit(
+        self,
+        stream: Stream,
+        kind: Kind,
+        layer: int,
+        fn: Callable[[], None],
+        *,
+        collective: bool = False,
+        a: int = 0,
+        b: int = 0,
+    ) -> None:
+        assert isinstance(stream, _CudaStream)
+        with self.use(stream):
+            self._do(stream, kind, layer, fn, a, b)
+        stream.held.append((stream.submitted, fn))
+
+    def synchronize(self) -> None:
+        """Return when all work is done; its times are recorded now."""
+        torch.cuda.synchronize(self.torch_device)
+        for stream in self._streams:
+            stream.release(stream.submitted)
+        for token, start, end in self._timed:
+            self.sink.place(token, self._time_of(start), self._time_of(end))
+        self._timed.clear()
+        self._set_clock()
+
+    def settle(self) -> None:
+        self.synchronize()
+
+    def discard(self) -> int:
+        """Enqueued work cannot be taken back; it is waited for, so that it is done alike on every rank."""
+        self.synchronize()
+        if self._order is not None:
+            self._order.forget()
+        return 0
+
+    def pending(self) -> int:
+        return 0
+
+    def _do(self, stream: _CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
+        self._check(stream, kind, layer)
+        start, end = (_timing_event() for _ in range(2))
+        token = self.sink.begin(kind, layer, self.iteration, stream.index, a, b)
+        try:
+            start.record(stream.queue)
+            return fn()
+        finally:
+            end.record(stream.queue)
+            stream.submitted += 1
+            self.sink.end(token)
+            self._timed.append(_Timed(token, start, end))
+
+    def _check(self, stream: Stream, kind: Kind, layer: int) -> None:
+        found = None if self._order is None else self._order.work(stream, kind, layer)
+        if found is not None:
+            self.sink.mark(
+                Kind.UNORDERED, layer, self.iteration, stream.index, a=kind, b=found.earlier << 8 | found.stream.index
+            )
+
+    def _set_clock(self) -> None:
+        """A point that both clocks know, on an idle device; set anew often, since event times are float32."""
+        self._origin = _timing_event()
+        self._origin.record()
+        self._origin.synchronize()
+        self._origin_ns = time.perf_counter_ns()
+
+    def _time_of(self, event: torch.cuda.Event) -> int:
+        milliseconds: float = self._origin.elapsed_time(event)
+        return self._origin_ns + round(milliseconds * 1e6)
+
+
+def _timing_event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return event
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
