@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 __all__ = ["Terminated", "held", "ignore", "listen", "released"]
 
@@ -32,8 +34,8 @@ _unwinding = False
 
 def listen() -> None:
     """From now on the first signal raises `Terminated`. Those after it are left alone: removing takes little time."""
-    # torchrun ends its ranks by itself, and a rank within a collective would not come to run a handler.
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        _listen_in_thread()
         return
     sys.unraisablehook = _unraisable
     for number in _SIGNALS:
@@ -72,6 +74,22 @@ def _masked(how: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _listen_in_thread() -> None:
+    """Of torchrun's ranks each ends by itself, and at once: within a collective it would not come to run a handler."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # before other threads are made, which then have it too
+    threading.Thread(target=_end, name="eplbctl-signals", daemon=True).start()
+
+
+def _end() -> NoReturn:
+    number = signal.sigwait(_SIGNALS)
+    memory = sys.modules.get("moe_eplb.balancer.host_memory")
+    if memory is not None:
+        for segment in memory.list_segments():
+            if segment.owner_pid == os.getpid():
+                memory.remove_segment(segment.name)
+    os._exit(128 + number)
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
     global _unwinding
     if not _unwinding:
@@ -85,7 +103,5 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     if not isinstance(lost.exc_value, Terminated):
         sys.__unraisablehook__(lost)
         return
-    import threading
-
     _unwinding = False
     threading.Timer(0.01, os.kill, (os.getpid(), lost.exc_value.number)).start()

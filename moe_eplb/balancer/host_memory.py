@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = ["SHM_DIR", "Segment", "clean_segments", "create_segment", "list_segme
 
 SHM_DIR = Path("/dev/shm")
 _PREFIX = "moe_eplb"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ def create_segment(instance: str, part: str, size: int, *, directory: Path = SHM
     The pages are reserved before mapping: a full /dev/shm is an error here instead of a SIGBUS at first touch.
     """
     name = segment_name(instance, part)
+    if not _NAME.fullmatch(name):
+        raise HostMemoryError(
+            "E170", f"shared host memory cannot be named {name!r}", why="it must be a plain file name",
+            hint="let shared_memory_base_name consist of letters, digits, '.', '_' and '-'",
+        )  # fmt: skip
     path = directory / name
     _require_free(directory, size)
     try:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from moe_eplb.balancer.load_balancer import MoeLoadBalancer
 from moe_eplb.core.config import LoadBalancerConfig
+from moe_eplb.core.errors import BalancerError
 
 __all__ = ["BalancerOff", "MoeLoadBalancerIterContext", "maybe_create_moe_load_balancer"]
 
@@ -98,6 +99,9 @@ def maybe_create_moe_load_balancer(
     """A balancer made by `make`, or `BalancerOff` with the reason, which is logged too.
 
     A balancer whose placements never change comes with a line in the log that says so.
+
+    Raises:
+        BalancerError: E156, E157 when the configuration does not fit the number of ranks.
     """
     config = model_config.moe_load_balancer
     reason = ""
@@ -112,7 +116,24 @@ def maybe_create_moe_load_balancer(
     if reason or config is None:
         _LOG.warning("balancer: off, because %s", reason)
         return BalancerOff(reason)
+    _require_ranks(config, mapping)
     balancer = make(config)
     if balancer.is_static_routing():
         _LOG.warning("balancer: off, because layer_updates_per_iter is 0 (static routing): the first placement stays")
     return balancer
+
+
+def _require_ranks(config: LoadBalancerConfig, mapping: Mapping) -> None:
+    """Raise BalancerError when the configuration was made for another number of ranks."""
+    size = mapping.moe_ep_size
+    if config.ep_size not in (None, size):
+        raise BalancerError(
+            "E156", "the load balancer's configuration is made for another number of ranks",
+            why=f"ep_size {config.ep_size} in it, moe_ep_size {size} in the mapping",
+            hint="generate it for these ranks",
+        )  # fmt: skip
+    if config.num_slots % size:
+        raise BalancerError(
+            "E157", "the slots do not spread evenly over the ranks", why=f"{config.num_slots} slots, {size} ranks",
+            hint=f"use {-(-config.num_slots // size) * size} slots",
+        )  # fmt: skip

@@ -18,7 +18,6 @@ from moe_eplb.core.planner import Plan
 
 if TYPE_CHECKING:
     from moe_eplb.balancer.load_balancer import MoeLoadBalancer
-    from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 
 __all__ = ["LayerUpdate"]
 
@@ -28,8 +27,8 @@ _LOG = logging.getLogger(__name__)
 class LayerUpdate:
     """Placement, weights and the one update under way of a layer. All but `_stage` runs on the model's thread."""
 
-    def __init__(self, owner: MoeLoadBalancer, layer: SingleLayerMoeLoadBalancer, placement: Placement) -> None:
-        self._owner, self._layer = owner, layer.layer_idx
+    def __init__(self, owner: MoeLoadBalancer, layer: int, placement: Placement) -> None:
+        self._owner, self._layer = owner, layer
         self.placement = placement
         self.version = 0
         self.pending: Update | None = None

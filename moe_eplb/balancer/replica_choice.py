@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_eplb.core.placement import Placement
+from moe_eplb.device import ops
 
-__all__ = ["BLOCK", "ReplicaChoice", "RouteTables"]
-
-BLOCK = 1024
-"""Entries per block; the round-robin starts again in each (TensorRT-LLM's routing kernel)."""
+__all__ = ["ReplicaChoice", "RouteTables"]
 
 
 class ReplicaChoice(enum.StrEnum):
@@ -70,23 +68,4 @@ class RouteTables:
         Entry i of the flattened ids lies in block b = i // 1024 and takes replica
         ``(seen + b + offset) mod count``, where `seen` counts earlier entries of its expert in its block.
         """
-        experts = self._count.numel()
-        flat = ids.reshape(-1).to(torch.int64)
-        valid = (flat >= 0) & (flat < experts)
-        expert = torch.where(valid, flat, 0)
-        block = torch.arange(flat.numel(), device=ids.device) // BLOCK
-        seen = _seen_before(torch.where(valid, block * experts + expert, -1))
-        replica = (seen + block + offset) % self._count[expert]
-        slot = self._slots[self._start[expert] + replica]
-        return torch.where(valid, slot, self._invalid).to(torch.int32).reshape(ids.shape)
-
-
-def _seen_before(key: Tensor) -> Tensor:
-    """For each entry, how many earlier entries have the same key."""
-    order = torch.argsort(key, stable=True)
-    ordered = key[order]
-    position = torch.arange(key.numel(), device=key.device)
-    first = torch.searchsorted(ordered, ordered)
-    seen = torch.empty_like(position)
-    seen[order] = position - first
-    return seen
+        return ops.route(ids, self._count, self._start, self._slots, offset=offset, invalid=self._invalid)

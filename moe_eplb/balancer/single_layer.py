@@ -7,7 +7,6 @@ route, dispatch and experts, the hand-over overlaps combine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_eplb.balancer.layer_stream import CallRange, LayerStream
-from moe_eplb.balancer.layer_update import LayerUpdate
-from moe_eplb.balancer.replica_choice import RouteTables
-from moe_eplb.balancer.statistics import AllReduce, LayerStatistics, require_gathered_shape
+from moe_eplb.balancer.layer_weights import LayerWeights
+from moe_eplb.balancer.statistics import AllReduce, LayerStatistics, require_gathered_shape, require_ids_shape
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind
 from moe_eplb.core.placement import Placement, balancedness
@@ -32,7 +30,7 @@ __all__ = ["SingleLayerMoeLoadBalancer"]
 _KINDS = tuple(Kind(call.value) for call in Call)
 
 
-class SingleLayerMoeLoadBalancer:
+class SingleLayerMoeLoadBalancer(LayerWeights):
     """Made by `MoeLoadBalancer.add_layer`.
 
     Args:
@@ -56,16 +54,9 @@ class SingleLayerMoeLoadBalancer:
         aux_stream: Stream | None = None,
         repeated_count: int = 1,
     ) -> None:
+        super().__init__(owner, layer_idx, expert_count, top_k, placement)
         self._owner, self._device = owner, owner.device
-        self.layer_idx, self.expert_count, self.top_k = layer_idx, expert_count, top_k
-        self.ep_rank, self.ep_size = owner.ep_rank, owner.ep_size
-        self.slot_count_per_rank = placement.slots_per_rank
         self.repeated_count, self._repeat = repeated_count, 0
-        self.updates_enabled = owner.is_dynamic_routing()
-        self.updates = LayerUpdate(owner, self, placement)
-        self._tables = RouteTables(
-            placement, rank=self.ep_rank, choice=owner.options.replica_choice, device=self._device.torch_device
-        )
         self._state = INITIAL
         self._range = CallRange(self._device.sink)
         if self.updates_enabled:
@@ -75,58 +66,6 @@ class SingleLayerMoeLoadBalancer:
                 expert_count, decay=options.decay, window=options.window, device=self._device.torch_device
             )
             self.statistic_flag_tensor = self._statistics.flag
-
-    # -- what the model asks -------------------------------------------------------------------------------------
-
-    def is_static_routing(self) -> bool:
-        """Whether the placement never changes."""
-        return not self.updates_enabled
-
-    def is_dynamic_routing(self) -> bool:
-        """Whether experts may move while the model runs."""
-        return self.updates_enabled
-
-    def need_load_shared_weights(self) -> bool:
-        """Whether the model must give the host copies of `load_expert_ids`."""
-        return self.updates_enabled
-
-    @property
-    def placement(self) -> Placement:
-        """The committed placement."""
-        return self.updates.placement
-
-    @property
-    def load_expert_ids(self) -> range:
-        """Experts whose host copy this rank gives (dynamic routing)."""
-        return self.updates.host.experts_of(self.ep_rank)
-
-    def local_slot_experts(self) -> list[int]:
-        """The expert in each of this rank's slots."""
-        return [int(e) for e in self.placement.slot_to_expert[self.placement.rank_slots(self.ep_rank)]]
-
-    def set_initial_weight_assignments(self, experts: list[int]) -> None:
-        """Set the expert of each of the P slots, before weights are loaded."""
-        placement = Placement(self.ep_size, self.expert_count, torch.tensor(experts, dtype=torch.int32).numpy())
-        if placement.slots_per_rank != self.slot_count_per_rank:
-            raise BalancerError(
-                "E131", f"layer {self.layer_idx}: the initial placement has {placement.slots} slots",
-                why=f"the layer has {self.slot_count_per_rank} on each of {self.ep_size} ranks",
-                hint="give the expert of every slot of every rank",
-            )  # fmt: skip
-        self.updates.placement = placement
-        self._tables.set(placement)
-
-    def register_weight_slot(self, local_slot: int, name: str, tensor: Tensor) -> None:
-        """Tell which tensor the kernel reads as weight `name` of a local slot."""
-        self.updates.slots.register(local_slot, name, tensor)
-
-    def expect_expert_weights(self, weights: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
-        """Tell dtype and shape of each weight before the first is shared, so that none is kept twice meanwhile."""
-        self.updates.host.expect(weights)
-
-    def share_expert_weight(self, expert: int, name: str, tensor: Tensor) -> None:
-        """Give the host copy of one weight of one expert of `load_expert_ids`."""
-        self.updates.host.share_host_tensor(expert, name, tensor)
 
     def begin_forward(self) -> tuple[bool, bool]:
         """Whether the forward that begins is the layer's first, and whether its last, in this iteration."""
@@ -150,6 +89,7 @@ class SingleLayerMoeLoadBalancer:
 
     def update_local_statistic(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path A: count expert ids int32 [T, K] of this rank."""
+        require_ids_shape(ids, self.layer_idx, top_k=self.top_k)
         with self._call(Call.UPDATE_LOCAL_STATISTIC, is_first_stage, is_last_stage):
             if self.updates_enabled:
                 self._submit_count(Kind.UPDATE_LOCAL_STATISTIC, ids, is_first_stage)
@@ -175,6 +115,7 @@ class SingleLayerMoeLoadBalancer:
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
     ) -> None:
         """Path B: count expert ids int32 [T, K] of this rank; the last stage sums over the ranks with `allreduce`."""
+        require_ids_shape(ids, self.layer_idx, top_k=self.top_k)
         if self.updates_enabled and self.ep_size > 1 and allreduce is None:
             raise BalancerError(
                 "E139", f"layer {self.layer_idx}: no allreduce for statistics of {self.ep_size} ranks",
@@ -188,6 +129,7 @@ class SingleLayerMoeLoadBalancer:
 
     def update_statistic_with_global_ids(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path C: count the expert ids of all ranks, int32 [sum of T, K]."""
+        require_ids_shape(ids, self.layer_idx, top_k=self.top_k)
         with self._call(Call.UPDATE_STATISTIC_WITH_GLOBAL_IDS, is_first_stage, is_last_stage):
             if self.updates_enabled:
                 self._submit_count(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, ids, is_first_stage)
@@ -199,6 +141,7 @@ class SingleLayerMoeLoadBalancer:
 
         A chunk may route on a stream of its own: it too waits for the layer, and the hand-over waits for it.
         """
+        require_ids_shape(ids, self.layer_idx, top_k=self.top_k)
         with self._call(Call.ROUTE):
             if self.updates_enabled:
                 self._stream.read()

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import ops
 
-__all__ = ["AllReduce", "LayerStatistics", "LoadWindow", "accumulate", "require_gathered_shape"]
+__all__ = ["AllReduce", "LayerStatistics", "LoadWindow", "accumulate", "require_gathered_shape", "require_ids_shape"]
 
 _INT32_MAX = 2**31 - 1
 
@@ -31,19 +32,30 @@ def accumulate(ids: Tensor, counts: Tensor) -> None:
     """Add the histogram of `ids` (any integer shape) to `counts` int32 [E]; ids outside [0, E) are ignored.
 
     Raises:
-        BalancerError: A count would not fit int32.
+        BalancerError: E134 when a count would not fit int32.
     """
-    experts = counts.numel()
-    flat = ids.reshape(-1).to(torch.int64)
-    flat = flat[(flat >= 0) & (flat < experts)]
-    total = counts.to(torch.int64) + torch.bincount(flat, minlength=experts)
-    top = int(total.max())
-    if top > _INT32_MAX:
+    before = counts.clone()
+    ops.histogram(ids, counts)
+    # Counts only grow, and never by more than the ids: where one is smaller than before it went round.
+    wrapped = counts < before
+    if bool(wrapped.any()):
+        expert = int(wrapped.int().argmax())
+        total = int(counts[expert]) + 2 * (_INT32_MAX + 1)
+        counts.copy_(before)
         raise BalancerError(
-            "E134", f"the count of expert {int(total.argmax())} overflows",
-            why=f"{top} in one iteration, int32 holds {_INT32_MAX}", hint="split the batch into more iterations",
+            "E134", f"the count of expert {expert} overflows",
+            why=f"{total} in one iteration, int32 holds {_INT32_MAX}",
+            hint="split the batch into more iterations",
         )  # fmt: skip
-    counts.copy_(total)
+
+
+def require_ids_shape(ids: Tensor, layer: int, *, top_k: int) -> None:
+    """Raise BalancerError E141 unless `ids` is [T, K]."""
+    if ids.ndim != 2 or ids.shape[1] != top_k:
+        raise BalancerError(
+            "E141", f"layer {layer}: expert ids have the wrong shape",
+            why=f"{tuple(ids.shape)}, expected (tokens, {top_k})", hint="give top_k experts of each token",
+        )  # fmt: skip
 
 
 def require_gathered_shape(gathered: Tensor, layer: int, *, ranks: int, experts: int) -> None:

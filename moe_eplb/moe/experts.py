@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import ops
 
 __all__ = ["WEIGHT_NAMES", "ExpertSlots", "Grouping", "ffn_twin", "group_by_slot", "sum_over_k"]
 
@@ -37,17 +38,20 @@ class Grouping(NamedTuple):
     """int32 [N]: local slot."""
     offs: Tensor
     """int32 [S]: end of each slot's entries."""
+    position: Tensor
+    """int32 [M, K]: where an entry of a row stands among the N, -1 for none."""
 
 
 def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:
     """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by slot."""
-    ordered, source = slots.flatten().sort(stable=True)
-    # Rows without a slot carry -1 and so come first.
-    slot, flat = ordered[ordered.numel() - entries :], source[source.numel() - entries :]
-    offs = torch.bincount(slot, minlength=num_slots).cumsum(0, dtype=torch.int32)
-    top_k = slots.shape[1]
-    row = flat.div(top_k, rounding_mode="floor")
-    return Grouping(row, flat - row * top_k, slot, offs)
+    position, offs = ops.permute(slots, num_slots)
+    flat, top_k = position.flatten().long(), slots.shape[1]
+    # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
+    source = torch.zeros(entries + 1, dtype=torch.int64, device=slots.device)
+    source.scatter_(0, torch.where(flat >= 0, flat, entries), torch.arange(flat.numel(), device=slots.device))
+    source = source[:entries]
+    row = source.div(top_k, rounding_mode="floor")
+    return Grouping(row, source - row * top_k, slots.flatten()[source], offs, position)
 
 
 def sum_over_k(output: Tensor, grouping: Grouping, scales: Tensor) -> Tensor:
@@ -56,11 +60,7 @@ def sum_over_k(output: Tensor, grouping: Grouping, scales: Tensor) -> Tensor:
     The sum runs in order of k whatever the order of the slots, so it does not depend on the device or the placement of
     the other experts.
     """
-    rows, top_k = scales.shape
-    flat = grouping.row * top_k + grouping.k
-    weighted = output.float() * scales.flatten()[flat].unsqueeze(1)
-    spread = weighted.new_zeros(rows * top_k, output.shape[1]).index_copy_(0, flat, weighted)
-    return spread.view(rows, top_k, output.shape[1]).sum(dim=1)
+    return ops.combine(output, grouping.position, scales)
 
 
 class ExpertSlots(nn.Module):
@@ -122,8 +122,7 @@ class ExpertSlots(nn.Module):
 
     def grouped_ffn(self, hidden: Tensor, offs: Tensor) -> Tensor:
         """w2 @ (silu(w1 x) * (w3 x)) of hidden states [N, D] that are grouped by slot, as `offs` int32 [S] says."""
-        up, gate = self._multiply(hidden, "w3_w1", offs).chunk(2, dim=-1)
-        return self._multiply(nn.functional.silu(gate) * up, "w2", offs)
+        return self._multiply(ops.swiglu(self._multiply(hidden, "w3_w1", offs)), "w2", offs)
 
     def _multiply(self, rows: Tensor, name: str, offs: Tensor) -> Tensor:
         weight = self.weight(name).transpose(1, 2)

@@ -68,7 +68,12 @@ def _claim(folder: Path, text: str) -> None:
     except FileExistsError as error:
         raise _taken(folder) from error
     with file:
-        file.write(text)
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            (folder / "scenario.yaml").unlink()
+            raise
 
 
 def _taken(folder: Path) -> UsageError:

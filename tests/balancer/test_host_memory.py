@@ -86,3 +86,10 @@ def test_living_segments_are_cleaned_only_when_asked(tmp_path: Path) -> None:
 def test_no_torch_is_needed_to_look_after_segments() -> None:
     code = "import sys; import moe_eplb.balancer.host_memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("instance", ["a/b", "..\\/x", "a b", "x" * 300])
+def test_a_name_that_is_no_plain_file_name_is_refused(instance: str, tmp_path: Path) -> None:
+    with pytest.raises(HostMemoryError, match="E170"):
+        hm.create_segment(instance, "l0r0", 16, directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []

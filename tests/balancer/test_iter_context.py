@@ -20,7 +20,7 @@ from moe_eplb.balancer import (
 )
 from moe_eplb.balancer import updater as updater_module
 from moe_eplb.core.config import LoadBalancerConfig
-from moe_eplb.core.errors import ProtocolError
+from moe_eplb.core.errors import BalancerError, ProtocolError
 from tests.support.balanced import Rig, StandIn
 
 
@@ -292,3 +292,21 @@ def test_a_configured_model_of_several_ranks_gets_its_balancer(
 def test_an_exception_passes_through_the_place_holder() -> None:
     with pytest.raises(ZeroDivisionError), BalancerOff("because"):
         _ = 1 / 0
+
+
+@pytest.mark.parametrize(("slots", "ep_size", "code"), [(8, 8, "E156"), (9, None, "E157"), (8, None, ""), (8, 4, "")])
+def test_a_configuration_made_for_other_ranks_is_refused(slots: int, ep_size: int | None, code: str) -> None:
+    config = LoadBalancerConfig(num_slots=slots, layer_updates_per_iter=1, ep_size=ep_size)
+    model, mapping = Model("MixtralForCausalLM", config), Ranks(0, 4)
+    made: list[LoadBalancerConfig] = []
+
+    def make(given: LoadBalancerConfig) -> MoeLoadBalancer:
+        made.append(given)
+        return MoeLoadBalancer(0, 1, 1)
+
+    if not code:
+        assert isinstance(maybe_create_moe_load_balancer(model, mapping, make), MoeLoadBalancer)
+    else:
+        with pytest.raises(BalancerError, match=code):
+            maybe_create_moe_load_balancer(model, mapping, make)
+    assert len(made) == (not code)

@@ -138,9 +138,10 @@ def path_b(layer: SingleLayerMoeLoadBalancer) -> None:
 
 def path_c(layer: SingleLayerMoeLoadBalancer) -> None:
     others = torch.repeat_interleave(torch.arange(4), OTHERS).to(torch.int32)
+    others = torch.cat([others, others.new_full((len(others) % 2,), -1)])  # rows of two; -1 is nobody's
     for i, ids in enumerate(CHUNKS):
         everybody = torch.cat([ids.flatten(), others if i == 1 else others[:0]])
-        layer.update_statistic_with_global_ids(everybody.unsqueeze(1), i == 0, i == 2)
+        layer.update_statistic_with_global_ids(everybody.reshape(-1, 2), i == 0, i == 2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -373,7 +374,8 @@ def test_a_chunk_on_another_stream_waits_for_the_layer_and_is_waited_for(seed: i
     """Both ends: the chunk routes by the new tables, and it has read the old weights before they are overwritten."""
     rig = Rig(2, 6, 2, slots_per_rank=8, updates=2, empty_group="never", seed=seed)
     device = rig.balancer.device
-    chunk_stream = device.stream(AuxStreamType.MoeChunkingOverlap)
+    # One for each layer: on a common stream the next layer's chunk would drain this one's.
+    chunk_streams = [device.stream(AuxStreamType.MoeChunkingOverlap) for _ in rig.layers]
     read: list[tuple[int, int, Tensor]] = []
 
     def use_weights(layer: SingleLayerMoeLoadBalancer, slots: Tensor) -> None:
@@ -388,6 +390,7 @@ def test_a_chunk_on_another_stream_waits_for_the_layer_and_is_waited_for(seed: i
             hold(layer)
             layer.update_statistic_with_local_ids(ids, True, True)
             layer.route(ids[:4])
+            chunk_stream = chunk_streams[layer.layer_idx]
             with device.use(chunk_stream):
                 slots = layer.route(ids[4:])
                 expected += [weight(layer.layer_idx, e) for e in ids[4:].flatten().tolist()]

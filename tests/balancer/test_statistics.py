@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_eplb.balancer.statistics import AllReduce, LoadWindow, accumulate
+from moe_eplb.balancer.statistics import AllReduce, LoadWindow, accumulate, require_ids_shape
 from moe_eplb.core.errors import BalancerError
 from tests.support.ranks import run_ranks
 
@@ -60,3 +60,10 @@ def reduce_on(rank: int, size: int) -> list[int]:
 def test_allreduce_is_the_exact_integer_sum(size: int) -> None:
     total = sum(range(size))
     assert run_ranks(reduce_on, size) == [[size * 2**40 + total, total, -total]] * size
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3,), (3, 2, 1)])
+def test_ids_of_another_shape_than_tokens_by_top_k_are_refused(shape: tuple[int, ...]) -> None:
+    require_ids_shape(torch.zeros(0, 2), 0, top_k=2)
+    with pytest.raises(BalancerError, match=r"E141(.|\n)*\(tokens, 2\)"):
+        require_ids_shape(torch.zeros(shape), 0, top_k=2)

@@ -138,6 +138,14 @@ def test_verify_may_be_ended_between_two_scenarios(tmp_path: Path) -> None:
     assert not (tmp_path / "out.json").exists()
 
 
+def test_torchruns_ranks_leave_nothing_either(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    told = tell([*launcher, "run", scenario(tmp_path), "--out", "run"], signal.SIGTERM, "iterating", tmp_path)
+    assert [name for name in told.left if not name.startswith("torchelastic")] == []
+    assert told.seconds < PROMPT_S
+
+
 def _sweep() -> list[tuple[signal.Signals, float, str, bool]]:
     drawn = random.Random(2)
     return [
