@@ -8,7 +8,22 @@ from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.cpu import CpuDevice
 from moe_eplb.device.streams import AuxStreamType, EventType
 
-__all__ = ["AuxStreamType", "CpuDevice", "Device", "Event", "EventType", "Stream", "get_device"]
+__all__ = ["AuxStreamType", "CpuDevice", "Device", "Event", "EventType", "Stream", "get_device", "require_devices"]
+
+
+def require_devices(kind: str, ranks: int) -> None:
+    """Raise UsageError E010 unless this machine has a device of that kind for each of its ranks."""
+    if kind != "cuda":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < ranks:
+        raise UsageError(
+            "E010", f"{ranks} ranks need {ranks} GPUs, one each",
+            why=f"{found} are visible to torch {torch.__version__}",
+            hint="use --ranks with fewer, or --device cpu; CUDA_VISIBLE_DEVICES may hide some",
+        )  # fmt: skip
 
 
 def get_device(

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from moe_eplb.core.errors import BalancerError, UsageError
+from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import EventSink, Kind
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.order import Clock, StreamOrder
@@ -59,19 +59,11 @@ class CudaDevice(Device):
         sink: Gets each piece of work with the times at which the device did it, once `synchronize` has been called.
         index: Number of the GPU.
         check_order: Record work that did not wait for what it must come after, as `Kind.UNORDERED`.
-
-    Raises:
-        UsageError: E010 when there is no such GPU.
     """
 
     kind = "cuda"
 
     def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False) -> None:
-        if index >= torch.cuda.device_count():
-            raise UsageError(
-                "E010", f"there is no GPU {index}", why=f"{torch.cuda.device_count()} are visible",
-                hint="use fewer ranks (one process a GPU), or device: cpu",
-            )  # fmt: skip
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self._order = StreamOrder() if check_order else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_eplb.core.evidence import EvidenceWriter, Row
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import Device
-from moe_eplb.integrations.transformers import load_model, replace_moe_blocks
+from moe_eplb.integrations.transformers import Replaced, load_model, replace_moe_blocks
 from moe_eplb.session.balancing import layer_placement_slots
 from moe_eplb.session.groups import Groups
 from moe_eplb.session.master import Master
@@ -39,7 +39,8 @@ class GeneratingModel:
     def __init__(self, scenario: Scenario, rank: int, device: Device, groups: Groups) -> None:
         folder = Path(scenario.model.hf or "")
         self._model = load_model(folder, seed=scenario.seed, dtype=torch_dtype(scenario.model.dtype))
-        self._prompts = self._draw_prompts(scenario, rank)
+        self._model.to(device.torch_device)  # type: ignore[arg-type]  # its stubs take a module there
+        self._prompts = self._draw_prompts(scenario, rank).to(device.torch_device)
         self._expected = self._generate_without_us(scenario.iterations) if scenario.checks.generation else None
         replaced = replace_moe_blocks(
             self._model, device, ep_group=groups.model, statistics_group=groups.statistics, num_slots=scenario.slots,
@@ -48,7 +49,7 @@ class GeneratingModel:
             initial_slots=[layer_placement_slots(scenario, layer) for layer in range(scenario.model.layers)],
         )  # fmt: skip
         self.blocks = [one.block for one in replaced]
-        self.masters = [Master(one.weights, one.shared) for one in replaced]
+        self.masters = [_on_host(one) for one in replaced]
         self._next = self._prompts
         self._cache: Any = None
         self._generated: list[Tensor] = []
@@ -80,3 +81,13 @@ class GeneratingModel:
         )  # fmt: skip
         new: Tensor = output[:, self._prompts.shape[1] :]
         return new
+
+
+def _on_host(replaced: Replaced) -> Master:
+    """The original weights where the checks compute."""
+
+    def experts(expert: int) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in replaced.weights(expert).items()}
+
+    shared = replaced.shared
+    return Master(experts, None if shared is None else {name: tensor.cpu() for name, tensor in shared.items()})

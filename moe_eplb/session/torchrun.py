@@ -36,6 +36,7 @@ def run_joined(
     import torch
     import torch.distributed as dist
 
+    from moe_eplb.device import require_devices
     from moe_eplb.session.groups import GroupsBySize
     from moe_eplb.session.rank import run_rank
 
@@ -56,6 +57,7 @@ def run_joined(
             return code
         shared = [str(folder)]
         dist.broadcast_object_list(shared, src=0)
+        require_devices(scenario.device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         groups = GroupsBySize(scenario.timeout_s).of(size, scenario.device)
         try:
             run_rank(scenario, Path(shared[0]), rank, groups, _only_rank_0(rank, progress))

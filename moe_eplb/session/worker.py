@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
+from moe_eplb.device import require_devices
 from moe_eplb.session.groups import Groups, GroupsBySize
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
 from moe_eplb.session.rank import run_rank
@@ -39,6 +40,7 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
 def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Message:
     try:
         scenario = scenarios.loads(job.scenario, "scenario.yaml")
+        require_devices(scenario.device, scenario.ranks)
         members: Groups = groups.of(scenario.ranks, scenario.device)
         if rank < scenario.ranks:
             run_rank(scenario, Path(job.folder), rank, members, lambda done, total: pipe.send(Step(done, total)))

@@ -6,7 +6,7 @@ import pytest
 
 from moe_eplb.core.errors import BalancerError, UsageError
 from moe_eplb.core.events import Kind, NullSink
-from moe_eplb.device import AuxStreamType, CpuDevice, EventType, get_device
+from moe_eplb.device import AuxStreamType, CpuDevice, EventType, get_device, require_devices
 
 
 class Log(NullSink):
@@ -131,3 +131,11 @@ def test_work_on_an_auxiliary_stream_comes_after_what_waits_there() -> None:
         with device.use(stream):
             device.run(Kind.EXPERTS, seed, lambda: done.append(1))
         assert done == [0, 1]
+
+
+def test_a_gpu_is_asked_for_each_rank_and_a_cpu_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    require_devices("cpu", 64)
+    require_devices("cuda", 2)
+    with pytest.raises(UsageError, match=r"E010(.|\n)*2 are visible"):
+        require_devices("cuda", 3)
