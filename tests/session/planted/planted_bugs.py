@@ -60,8 +60,12 @@ def replica_chosen_by_receiver(module: ModuleType) -> None:
         received = dispatch(self, exchange, x, scales, chunk)
         layer = self.layer_load_balancer
         local = layer._tables.route(received.expert_ids, offset=layer.ep_rank) - self.rank * self.slots_per_rank
-        mine = (local >= 0) & (local < self.slots_per_rank)
-        return dataclasses.replace(received, slots=torch.where(mine, local, -1), entries=int(mine.sum()))
+        mine = torch.where((local >= 0) & (local < self.slots_per_rank), local, -1)
+        slots, taken = torch.full_like(received.slots, -1), 0
+        for block, count in zip(slots.chunk(len(exchange._counts)), exchange._counts, strict=True):
+            block[:count] = mine[taken : taken + count]
+            taken += count
+        return dataclasses.replace(received, slots=slots, entries=int((slots >= 0).sum()))
 
     module.WideEPMoE._dispatch = rechoose
 
