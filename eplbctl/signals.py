@@ -33,11 +33,15 @@ _unwinding = False
 
 
 def listen() -> None:
-    """From now on the first signal raises `Terminated`. Those after it are left alone: removing takes little time."""
+    """From now on the first signal raises `Terminated`. Those after it are left alone: removing takes little time.
+
+    A signal that was ignored when the program started stays so, as ``nohup`` and a shell's ``&`` want it.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _listen_in_thread()
         return
     sys.unraisablehook = _unraisable
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # who started the program may have them blocked for itself
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _raise)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,13 +77,20 @@ def segments_of(pids: list[int]) -> list[str]:
     return [name for name in os.listdir("/dev/shm") for pid in pids if f"-{pid}-" in name]
 
 
+def restore_defaults() -> None:
+    """In a child: as a terminal starts programs, even where these tests run with signals ignored (``nohup``, ``&``)."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def tell(arguments: list[str], sent: signal.Signals, when: str | float, folder: Path, *, group: bool = False) -> Told:
     """Start `arguments` and send a signal when stdout holds the line `when`, or after so many seconds."""
     temporary = folder / "tmp"
     temporary.mkdir()
     with subprocess.Popen(
         [sys.executable, *arguments], cwd=folder, env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=restore_defaults,
     ) as run:  # fmt: skip
         assert run.stdout is not None
         if isinstance(when, str):
@@ -183,11 +191,16 @@ except signals.Terminated as terminated:
 """
 
 
-def test_a_signal_within_a_destructor_is_not_lost(tmp_path: Path) -> None:
+def run_program(program: str, prepare: Callable[[], None] = restore_defaults) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (done.returncode, done.stderr) == (143, "")
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+        preexec_fn=prepare,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_signal_within_a_destructor_is_not_lost() -> None:
+    assert run_program(LOST) == (143, "", "")
 
 
 HASTY = """
@@ -207,7 +220,20 @@ except signals.Terminated as terminated:
 
 
 def test_a_second_signal_does_not_disturb_what_the_first_began() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HASTY], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (done.returncode, done.stdout) == (130, "removed\n")
+    assert run_program(HASTY) == (130, "removed\n", "")
+
+
+def test_a_signal_ignored_at_the_start_stays_ignored() -> None:
+    def ignore_interrupts() -> None:
+        restore_defaults()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    assert run_program(HASTY, ignore_interrupts) == (143, "", "")
+
+
+def test_signals_blocked_at_the_start_are_let_through() -> None:
+    def block() -> None:
+        restore_defaults()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    assert run_program(HASTY, block) == (130, "removed\n", "")
