@@ -7,43 +7,38 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from eplbctl.finding import Finding, size
+from eplbctl.probes_gpu import Probes
 
 if TYPE_CHECKING:
     from moe_eplb.core.scenario import Scenario
 
 __all__ = ["Finding", "diagnose"]
 
-State = Literal["ok", "warning", "missing"]
-
 _TORCH_FLOOR = (2, 11)
 _RANK_BYTES = 300 << 20
 """Memory of a rank that has done nothing yet: an interpreter with torch loaded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One part: what was found, what its lack or smallness costs, and what mends it."""
+def diagnose(path: Path | None, probes: Probes | None = None) -> list[Finding]:
+    """Examine everything for the scenario at `path`, or for the one that ``scenario init`` writes.
 
-    part: str
-    state: State
-    found: str
-    cost: str = ""
-    fix: str = ""
+    `probes` ask this machine about its GPUs.
+    """
+    from eplbctl.diagnosis_gpu import diagnose_gpus
 
-
-def diagnose(path: Path | None) -> list[Finding]:
-    """Examine everything for the scenario at `path`, or for the one that ``scenario init`` writes."""
     scenario = _scenario(path)
     if isinstance(scenario, Finding):
         return [_python(), scenario]
     parts: tuple[Callable[[], Finding], ...] = (_python, _torch, _gloo, _nvtx)
     needs: tuple[Callable[[Scenario], Finding], ...] = (_cores, _memory, _shared_memory)
-    return [part() for part in parts] + [need(scenario) for need in needs] + [_stale_segments()]
+    machine = [part() for part in parts] + [need(scenario) for need in needs] + [_stale_segments()]
+    return machine + diagnose_gpus(scenario, probes or Probes())
 
 
 def _scenario(path: Path | None) -> Scenario | Finding:
@@ -104,7 +99,7 @@ def _cores(scenario: Scenario) -> Finding:
 def _memory(scenario: Scenario) -> Finding:
     free = _available_memory()
     need = scenario.ranks * _RANK_BYTES + 2 * _weight_bytes(scenario)
-    found = f"{_size(free)} free, about {_size(need)} needed"
+    found = f"{size(free)} free, about {size(need)} needed"
     if free < need:
         return Finding(
             "memory", "warning", found, "ranks may be killed for want of memory", "use fewer ranks or experts"
@@ -117,7 +112,7 @@ def _shared_memory(scenario: Scenario) -> Finding:
 
     stat = os.statvfs(SHM_DIR)
     free, need = stat.f_bavail * stat.f_frsize, _weight_bytes(scenario)
-    found = f"{_size(free)} free of {_size(stat.f_blocks * stat.f_frsize)}, {_size(need)} needed by {scenario.name}"
+    found = f"{size(free)} free of {size(stat.f_blocks * stat.f_frsize)}, {size(need)} needed by {scenario.name}"
     if free < need:
         cost = "the host copy of the expert weights does not fit: the run would be refused"
         return Finding(str(SHM_DIR), "missing", found, cost, f"mount -o remount,size={2 * need} {SHM_DIR}")
@@ -129,8 +124,8 @@ def _stale_segments() -> Finding:
 
     stale = [segment for segment in list_segments() if not segment.alive]
     if stale:
-        size = _size(sum(segment.bytes for segment in stale))
-        return Finding("stale segments", "warning", f"{len(stale)}, {size}", "they hold memory", "eplbctl shm clean")
+        held = size(sum(segment.bytes for segment in stale))
+        return Finding("stale segments", "warning", f"{len(stale)}, {held}", "they hold memory", "eplbctl shm clean")
     return Finding("stale segments", "ok", "none")
 
 
@@ -158,12 +153,3 @@ def _not_importable(part: str, error: ImportError, cost: str) -> Finding:
     return Finding(
         part, "missing", str(error), cost, "pip install moe-eplb, or see constraints.txt for tested versions"
     )
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

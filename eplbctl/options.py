@@ -13,7 +13,7 @@ import click
 from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
-__all__ = ["PATH", "Destination", "format_option", "output_options", "overrides_option"]
+__all__ = ["PATH", "Destination", "format_option", "output_options", "overrides_option", "recorder_option"]
 
 Function = Callable[..., Any]
 
@@ -72,3 +72,10 @@ def overrides_option(function: Function) -> Function:
     """Add ``--set key=value``, repeatable."""
     text = "Change one value of the scenario, such as model.layers=2. Repeatable."
     return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=text)(function)
+
+
+def recorder_option(function: Function) -> Function:
+    """Add ``--recorder``; without it the scenario says what records."""
+    choice = click.Choice(("builtin", "torch", "nsys"))
+    text = "Short for --set record.recorder=NAME: the torch profiler, or Nsight Systems, beside our own event log."
+    return click.option("--recorder", type=choice, help=text)(function)

@@ -11,7 +11,9 @@ from moe_eplb.core.verdict import Verdict
 
 __all__ = ["SEVERITY", "Outcome", "worst_exit_code"]
 
-SEVERITY = (ExitCode.VALID, ExitCode.UNKNOWN, ExitCode.INVALID, ExitCode.USAGE, ExitCode.FAILED)
+SEVERITY = (
+    ExitCode.VALID, ExitCode.UNKNOWN, ExitCode.INVALID, ExitCode.USAGE, ExitCode.FAILED, ExitCode.INTERNAL,
+)  # fmt: skip
 """Exit codes of outcomes, mildest first. Of several outcomes the most severe gives the exit code."""
 
 

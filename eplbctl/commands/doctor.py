@@ -13,7 +13,7 @@ from eplbctl.options import PATH, Destination, format_option, output_options
 from moe_eplb.core.errors import ExitCode
 
 if TYPE_CHECKING:
-    from eplbctl.diagnosis import Finding
+    from eplbctl.finding import Finding
 
 __all__ = ["command"]
 
@@ -23,10 +23,11 @@ __all__ = ["command"]
 @format_option("text", "json")
 @output_options
 def command(scenario: Path | None, form: str, destination: Destination) -> ExitCode:
-    """Look at python, torch, gloo, nvtx, cores, memory and /dev/shm.
+    """Look at python, torch, gloo, nvtx, cores, memory, /dev/shm and GPUs.
 
-    With SCENARIO the needs are those of this scenario. Exit code 0: runs will work, though warnings may make them
-    slower; 1: something that every run needs is missing.
+    On a machine with GPUs also at driver, compute mode, links between GPUs, NCCL, NVSHMEM, hardware queues, locked
+    memory, triton, cuda-bindings, nsys and libcupti. With SCENARIO the needs are those of this scenario. Exit code 0:
+    runs will work, though warnings may make them slower; 1: something that every run needs is missing.
     """
     from eplbctl import diagnosis
 

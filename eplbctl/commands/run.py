@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from eplbctl.folders import default_name, new_folder, require_free
-from eplbctl.options import PATH, Destination, overrides_option
+from eplbctl.options import PATH, Destination, overrides_option, recorder_option
 from eplbctl.outcome import worst_exit_code
 from eplbctl.output import say
 from eplbctl.progress import Progress
 from eplbctl.signals import held, released
 from eplbctl.targets import Target, load_all, select, targets
+from eplbctl.under_nsys import require_recorders, run_under_nsys
 from moe_eplb.core.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ class _Job:
 @click.option("--ranks", type=int, help="Short for --set ranks=N.")
 @click.option("--seed", type=int, help="Short for --set seed=N.")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), help="Short for --set device=NAME.")
-@click.option("--recorder", type=click.Choice(("builtin",)), default="builtin", show_default=True, help="What records.")
+@recorder_option
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Run each so many times.")
 @click.option("--out", type=PATH, metavar="DIR", help="The run folder; of several runs, their parent.")
 @click.pass_obj
 def command(
     argv: Sequence[str], paths: tuple[Path, ...], overrides: tuple[str, ...], ranks: int | None, seed: int | None,
-    device: str | None, recorder: str, repeat: int, out: Path | None,
+    device: str | None, recorder: str | None, repeat: int, out: Path | None,
 ) -> ExitCode:  # fmt: skip
     """Run scenarios and show checks, balancedness and moves.
 
@@ -60,18 +61,24 @@ def command(
     Examples:
       eplbctl run scenarios/quickstart.yaml
       eplbctl run scenarios/quickstart.yaml --set model.layers=2 --seed 7
+      eplbctl run scenarios/quickstart.yaml --recorder torch
       eplbctl run runs/quickstart-20260102T030405Z
       torchrun --nproc-per-node 4 -m eplbctl run scenarios/quickstart.yaml
     """
     chosen = select(targets(paths), (), ())
-    changes = [*overrides, *_shorthands(ranks=ranks, seed=seed, device=device)]
+    changes = [
+        *overrides,
+        *_shorthands({"ranks": ranks, "seed": seed, "device": device, "record.recorder": recorder}),
+    ]
     _refuse_changes(chosen, changes)
     _refuse_damaged(chosen)
-    jobs = _jobs(chosen, load_all(chosen, changes), repeat, out)
-    return worst_exit_code(_join(jobs, argv) if _joined() else _run(jobs, argv))
+    scenarios = load_all(chosen, changes)
+    require_recorders(scenarios)
+    jobs = _jobs(chosen, scenarios, repeat, out)
+    return worst_exit_code(_join(jobs, argv) if _joined() else _run(jobs, changes, argv))
 
 
-def _shorthands(**values: object) -> Iterator[str]:
+def _shorthands(values: Mapping[str, object]) -> Iterator[str]:
     return (f"{key}={value}" for key, value in values.items() if value is not None)
 
 
@@ -119,15 +126,20 @@ def _follower() -> bool:
     return _joined() and os.environ["RANK"] != "0"
 
 
-def _run(jobs: Iterable[_Job], argv: Sequence[str]) -> list[ExitCode]:
+def _run(jobs: Iterable[_Job], changes: Sequence[str], argv: Sequence[str]) -> list[ExitCode]:
+    from moe_eplb.recording.profilers import wrapped
     from moe_eplb.session import RankPool
 
     codes = []
     with held(), RankPool() as pool, released():
         for job in jobs:
+            if job.scenario.record.recorder == "nsys" and not wrapped():
+                codes.append(_show(job, run_under_nsys(job.scenario, job.target.path, changes, job.folder)))
+                continue
             with Progress(job.scenario.name) as progress:
                 result = pool.run(job.scenario, job.folder, progress=progress, argv=argv)
-            codes.append(_show(job, result))
+            # Under nsys the program that has started this one shows the result.
+            codes.append(result.exit_code if wrapped() else _show(job, result))
         pool.close()
     return codes
 
@@ -139,11 +151,16 @@ def _join(jobs: Iterable[_Job], argv: Sequence[str]) -> Iterator[ExitCode]:
     for job in jobs:
         with Progress(job.scenario.name) as progress:
             result = run_joined(job.scenario, job.folder, progress=progress, argv=argv)
-        yield result if isinstance(result, ExitCode) else _show(job, result)
+        yield _show(job, result)
 
 
-def _show(job: _Job, result: RunResult) -> ExitCode:
-    """Print what a run brought; the exit code is that of its verdict, or worse when it should have been the same."""
+def _show(job: _Job, result: RunResult | ExitCode) -> ExitCode:
+    """Print what a run brought; the exit code is that of its verdict, or worse when it should have been the same.
+
+    A run that has an exit code alone has told why already.
+    """
+    if isinstance(result, ExitCode):
+        return result
     from eplbctl.render import run as render
     from moe_eplb.analysis import run_folder, stages
 

@@ -48,6 +48,7 @@ class HostMoeTensorSharer:
         self._views: dict[int, dict[str, Tensor]] = {}
         self._expected: _Spec | None = None
         self._memory: mmap.mmap | None = None
+        self._mapped: list[mmap.mmap] = []
         self._remove: Callable[[], object] | None = None
         self.host_bytes = 0
 
@@ -111,6 +112,7 @@ class HostMoeTensorSharer:
         self._views.clear()
         self._shared.clear()
         self._memory = None
+        self._mapped.clear()
         if self._remove is not None:
             self._remove()
 
@@ -147,7 +149,12 @@ class HostMoeTensorSharer:
         self._remove = weakref.finalize(self, _remove_own, name, os.getpid())
         self._map(self._memory, self._own, spec)
 
+    def memory(self) -> list[Tensor]:
+        """The bytes of each mapped part, uint8."""
+        return [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._mapped]
+
     def _map(self, memory: mmap.mmap, experts: range, spec: _Spec) -> None:
+        self._mapped.append(memory)
         for position, expert in enumerate(experts):
             self._views[expert] = _views(memory, position * _stride(spec), spec)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,7 @@ class LayerWeights:
     def __init__(
         self, owner: MoeLoadBalancer, layer_idx: int, expert_count: int, top_k: int, placement: Placement
     ) -> None:
+        self._owner = owner
         self.layer_idx, self.expert_count, self.top_k = layer_idx, expert_count, top_k
         self.ep_rank, self.ep_size = owner.ep_rank, owner.ep_size
         self.slot_count_per_rank = placement.slots_per_rank
@@ -53,6 +54,11 @@ class LayerWeights:
     def need_load_shared_weights(self) -> bool:
         """Whether the model must give the host copies of `load_expert_ids`."""
         return self.updates_enabled
+
+    @property
+    def spare_slots(self) -> int:
+        """How many more experts than slots this rank needs memory for, see `register_weight_cells`."""
+        return 0
 
     @property
     def placement(self) -> Placement:
@@ -83,6 +89,13 @@ class LayerWeights:
     def register_weight_slot(self, local_slot: int, name: str, tensor: Tensor) -> None:
         """Tell which tensor the kernel reads as weight `name` of a local slot."""
         self.updates.slots.register(local_slot, name, tensor)
+
+    def register_weight_cells(self, table: Tensor, cells: Sequence[Mapping[str, Tensor]]) -> None:
+        """Tell the cells of this rank: their tensors, and the int32 [S] on the device that says which are live.
+
+        Needed only where the balancer's state lives on the device.
+        """
+        return None
 
     def expect_expert_weights(self, weights: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
         """Tell dtype and shape of each weight before the first is shared, so that none is kept twice meanwhile."""

@@ -6,6 +6,7 @@ Public names and their meaning follow TensorRT-LLM's ``moe_load_balancer.py``.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -16,6 +17,8 @@ from moe_eplb.balancer import agreement
 from moe_eplb.balancer.host_memory import clean_segments, new_instance
 from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.options import BalancerOptions
+from moe_eplb.balancer.resident import Resident
+from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.updater import Updater
 from moe_eplb.core.errors import BalancerError
@@ -83,11 +86,14 @@ class MoeLoadBalancer:
         self.enable_statistic = False
         self.enable_update_weights = False
         self.updater = Updater(
-            self.device.sink, timeout_s=self.options.update_timeout_s, preserve_slots=self.options.preserve_slots
-        )
+            self.device.sink, timeout_s=self.options.update_timeout_s, preserve_slots=self.options.preserve_slots,
+            most_changes=self.options.spare_slots,
+        )  # fmt: skip
         self._iter = IterState(next_iteration=0, in_iter=False)
         self._schedule: UpdateSchedule | None = None
         self.counts_now = False
+        self._resident: Resident | None = None
+        self._unpin: list[Callable[[], None]] = []
         self._group_now: tuple[int, ...] = ()
         self._repeated_for_next_layer = 1
         self._previous: list[MoeLoadBalancer | None] = []
@@ -115,7 +121,7 @@ class MoeLoadBalancer:
         if self._schedule is not None:
             raise BalancerError("E144", "a layer was added after finalize_model", hint="build the whole model first")
         slots = initial_slots(expert_count, self.ep_size, slot_count_per_rank)
-        layer = SingleLayerMoeLoadBalancer(
+        layer = self._layer_type()(
             self, len(self.layers), expert_count, top_k, Placement(self.ep_size, expert_count, slots),
             aux_stream=aux_stream, repeated_count=self._repeated_for_next_layer,
         )  # fmt: skip
@@ -142,6 +148,8 @@ class MoeLoadBalancer:
             for layer in self.layers:
                 layer.updates.host.finalize()
                 layer.updates.slots.check(layer.updates.host)
+            if self.is_resident:
+                self._make_resident()
             self.updater.start()
         self._schedule = UpdateSchedule(
             len(self.layers), self.layer_updates_per_iter, empty_group=self.options.empty_group
@@ -179,6 +187,9 @@ class MoeLoadBalancer:
         self.counts_now = self.enable_statistic
         updates = self.enable_update_weights and self.is_dynamic_routing()
         self._group_now = schedule.begin(self.iter_id) if updates else ()
+        if self._resident is not None:
+            self._resident.check()
+            self._resident.begin(self.iter_id, self.counts_now, self._group_now)
 
     def end_iter(self) -> None:
         """End the iteration; every dynamic layer has run."""
@@ -197,6 +208,7 @@ class MoeLoadBalancer:
     def abort_layers(self, begun: int = 0) -> None:
         """Forget what every layer was doing, `begun` of which had begun; without iterations, as in static routing."""
         self.device.discard()
+        self.collect()
         for layer in self.layers:
             layer.abort(self.device.iteration, begun=layer.layer_idx < begun)
 
@@ -204,6 +216,53 @@ class MoeLoadBalancer:
         """A layer begins its iteration (called by the layer); raises `Illegal` out of turn."""
         if self.is_dynamic_routing():
             self._iter = iter_step(self._iter, "layer", layers=len(self.layers), layer=layer)
+
+    # -- what a device that holds the state has done by itself ---------------------------------------------------------
+
+    def _layer_type(self) -> type[SingleLayerMoeLoadBalancer]:
+        return ResidentLayer if self.is_resident else SingleLayerMoeLoadBalancer
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the state lives on the device, so that no forward waits for the host."""
+        return self.is_dynamic_routing() and self.options.resident
+
+    def _residents(self) -> list[ResidentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ResidentLayer)]
+
+    def _make_resident(self) -> None:
+        options, layers = self.options, self._residents()
+        self._resident = Resident(
+            self.device, len(layers), run_ahead=options.run_ahead, timeout_s=options.update_timeout_s
+        )
+        for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
+            layer.finish_setup(self._resident, following)
+            self._unpin += [self.device.pin(memory) for memory in layer.updates.host.memory()]
+
+    def expect(self, layer: int) -> None:
+        """The hand-over of a layer is enqueued; where it is the layer's turn, the updater waits for it."""
+        if layer in self._group_now:
+            self._residents()[layer].expect(self.device.iteration)
+
+    def replayed(self) -> None:
+        """A graph of this iteration's work has been enqueued."""
+        for layer in self._group_now:
+            self.expect(layer)
+
+    def collect_layer(self, layer: int) -> None:
+        """See `collect`; the layer has begun this iteration."""
+        self._residents()[layer].collect(self.device.iteration)
+
+    def collect(self) -> None:
+        """Take note of what a device that works later has done in this iteration; it has finished."""
+        if self._resident is None or self.device.immediate:
+            return
+        self._resident.check()
+        for layer in self._residents():
+            layer.collect(self.device.iteration)
+        if self.counts_now and not isinstance(self.probe, NullProbe):
+            for layer in self._residents():
+                layer.report_counts()
 
     def takes_update(self, layer: int) -> bool:
         """Whether the layer hands its load over for a plan in this iteration."""
@@ -236,6 +295,8 @@ class MoeLoadBalancer:
         try:
             self.updater.stop()
         finally:
+            while self._unpin:
+                self._unpin.pop()()
             for layer in self.layers:
                 layer.updates.host.close()
 

@@ -23,6 +23,10 @@ class BalancerOptions:
         preserve_slots: Keep an expert in its slot when it stays on its rank.
         update_timeout_s: The longest that anybody waits for the updater.
         replica_choice: See `ReplicaChoice`.
+        resident: Whether the balancer's state lives on the device, so that no forward waits for the host.
+        spare_slots: How many slots of a rank a plan changes at most; None for all. With the state on the device each
+            takes the memory of one slot.
+        run_ahead: How many iterations the host may be ahead of such a device.
     """
 
     commit_delay: int = 1
@@ -32,13 +36,20 @@ class BalancerOptions:
     preserve_slots: bool = True
     update_timeout_s: float = 5.0
     replica_choice: ReplicaChoice = ReplicaChoice.ROUND_ROBIN
+    resident: bool = False
+    spare_slots: int | None = None
+    run_ahead: int = 4
 
     def __post_init__(self) -> None:
         timeout_is_good = 0.0 < self.update_timeout_s < math.inf
-        if self.commit_delay < 1 or self.window < 1 or not 0.0 <= self.decay <= 1.0 or not timeout_is_good:
+        if (
+            min(self.commit_delay, self.window, self.run_ahead) < 1
+            or not 0.0 <= self.decay <= 1.0
+            or not timeout_is_good
+        ):
             raise BalancerError(
                 "E148", "the balancer's options are out of range",
                 why=f"commit_delay {self.commit_delay}, window {self.window}, decay {self.decay}, "
-                f"update_timeout_s {self.update_timeout_s}",
-                hint="commit_delay and window are at least 1, decay is in [0, 1], the timeout is positive and finite",
+                f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}",
+                hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], the timeout is finite and > 0",
             )  # fmt: skip

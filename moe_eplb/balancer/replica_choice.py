@@ -29,24 +29,30 @@ class RouteTables:
         rank: The source rank that routes with these tables.
         choice: See `ReplicaChoice`.
         device: Where the tables live.
+
+    Attributes:
+        block: int32 [2E + P]: replicas of each expert, where they begin among the slot ids, and the slot ids.
     """
 
     def __init__(
         self, placement: Placement, *, rank: int, choice: ReplicaChoice, device: torch.device | None = None
     ) -> None:
         self._rank, self._choice = rank, choice
-        self._count = torch.zeros(placement.experts, dtype=torch.int32, device=device)
-        self._start = torch.zeros(placement.experts, dtype=torch.int32, device=device)
-        self._slots = torch.zeros(placement.slots, dtype=torch.int32, device=device)
+        experts = placement.experts
+        self.block = torch.zeros(2 * experts + placement.slots, dtype=torch.int32, device=device)
+        self._count, self._start, self._slots = torch.split(self.block, [experts, experts, placement.slots])
         self._invalid = placement.slots
         self.set(placement)
 
     def set(self, placement: Placement) -> None:
         """Overwrite the tables by those of `placement`."""
+        self.block.copy_(torch.from_numpy(self.of(placement)))
+
+    def of(self, placement: Placement) -> np.ndarray:
+        """The contents of `block` for a placement, int32 [2E + P]."""
         counts, starts, slots = self._tables(placement)
-        self._count.copy_(torch.from_numpy(counts))
-        self._start.copy_(torch.from_numpy(starts))
-        self._slots[: len(slots)].copy_(torch.from_numpy(slots))
+        rest = np.zeros(placement.slots - len(slots), dtype=np.int32)
+        return np.concatenate((counts, starts, slots, rest)).astype(np.int32)
 
     def _tables(self, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self._choice is ReplicaChoice.ROUND_ROBIN:

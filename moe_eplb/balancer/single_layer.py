@@ -55,7 +55,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         repeated_count: int = 1,
     ) -> None:
         super().__init__(owner, layer_idx, expert_count, top_k, placement)
-        self._owner, self._device = owner, owner.device
+        self._device = owner.device
         self.repeated_count, self._repeat = repeated_count, 0
         self._state = INITIAL
         self._range = CallRange(self._device.sink)
@@ -109,7 +109,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
             require_gathered_shape(gathered, self.layer_idx, ranks=self.ep_size, experts=self.expert_count)
         with self._call(Call.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC):
             if self.updates_enabled:
-                self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold(gathered.to(torch.int64).sum(0)))
+                self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold_rows(gathered))
 
     def update_statistic_with_local_ids(
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
@@ -134,7 +134,8 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
             if self.updates_enabled:
                 self._submit_count(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, ids, is_first_stage)
                 if is_last_stage:
-                    self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold(self._statistics.counts().to(torch.int64)))
+                    counts = self._statistics.counts().unsqueeze(0)
+                    self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold_rows(counts))
 
     def route(self, ids: Tensor, offset_by_ep_rank: bool = False) -> Tensor:
         """Global slot ids int32 [T, K] for expert ids [T, K], on the current stream. Free in static routing.
@@ -187,7 +188,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
 
         Counts and plans go, because how much of them the streams had done differs between ranks.
         """
-        self._state, self._repeat = INITIAL, 0
+        self._restart()
         if self.updates_enabled:
             if self.updates.abort(iteration, begun=begun):
                 self._tables.set(self.placement)
@@ -197,6 +198,10 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
     def unfinished(self) -> bool:
         """Whether the layer has begun and not handed over."""
         return self._state is not INITIAL
+
+    def _restart(self) -> None:
+        """The layer's calls begin anew."""
+        self._state, self._repeat = INITIAL, 0
 
     def _call(self, call: Call, first: bool = True, last: bool = True) -> CallRange:
         """Check and record a call; the record ends with the block, also when that raises."""
@@ -235,6 +240,10 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
 
         self._stream.submit_next(Kind.STATISTIC_REDUCE, reduce, collective=True)
         self._stream.submit_next(Kind.LOAD_UPDATE, fold)
+
+    def _fold_rows(self, counts: Tensor) -> None:
+        """Fold the sum of rows int [N, E] into the load."""
+        self._fold(counts.to(torch.int64).sum(0))
 
     def _fold(self, counts: Tensor) -> None:
         """Fold reduced counts int64 [E] into the load."""

@@ -126,6 +126,10 @@ class LayerStatistics:
                 self._counts = torch.zeros(self._experts, dtype=torch.int32, device=self.flag.device)
         return self._counts
 
+    def use(self, counts: Tensor) -> None:
+        """Count into an int32 [E] of somebody else's."""
+        self._counts = counts
+
     def count(self, ids: Tensor, is_first_stage: bool) -> None:
         """Add the histogram of `ids`, to zero on the first stage."""
         counts = self.counts()

@@ -41,6 +41,14 @@ class Update:
     agreed: bool | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    def begin(self) -> bool:
+        """On the updater's thread, before planning: whether there is something to plan for."""
+        return True
+
+    def finish(self) -> None:
+        """On the updater's thread, after planning and staging, also after an error."""
+        self.done.set()
+
 
 class Updater:
     """Runs updates in order on one thread.
@@ -48,11 +56,14 @@ class Updater:
     Args:
         sink: Event sink for plan and staging records.
         timeout_s: The longest that anybody waits for an update.
-        preserve_slots: See `planner.plan`.
+        preserve_slots, most_changes: See `planner.plan`.
     """
 
-    def __init__(self, sink: EventSink, *, timeout_s: float, preserve_slots: bool) -> None:
-        self._sink, self._timeout_s, self._preserve = sink, timeout_s, preserve_slots
+    def __init__(
+        self, sink: EventSink, *, timeout_s: float, preserve_slots: bool, most_changes: int | None = None
+    ) -> None:
+        self._sink, self._timeout_s = sink, timeout_s
+        self._preserve, self._most_changes = preserve_slots, most_changes
         self._tasks: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moe_eplb-updater", daemon=True)
         self._overdue: Update | None = None
@@ -115,14 +126,18 @@ class Updater:
                 update.error = error
                 return
             finally:
-                update.done.set()
+                update.finish()
             del update  # while it waits for the next one, its staged weights must not stay alive
 
     def _prepare(self, update: Update) -> None:
+        if not update.begin():
+            return
         token = self._sink.begin(Kind.PLAN, update.layer, update.taken, UPDATER)
         changed = digest = None
         try:
-            made = update.plan = plan(update.load, update.current, preserve_slots=self._preserve)
+            made = update.plan = plan(
+                update.load, update.current, preserve_slots=self._preserve, most_changes=self._most_changes
+            )
             changed, digest = len(made.changed), made.placement.digest()
         finally:
             self._sink.end(token, a=changed, b=digest)

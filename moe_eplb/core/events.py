@@ -73,6 +73,8 @@ class Kind(enum.IntEnum):
     STAGE_WEIGHTS = 23
     COMMIT = 24
     PLAN_DROPPED = 25
+    VOTE = 26
+    SETTLE_VOTE = 27
     TOPK = 30
     PREPARE = 31
     DISPATCH = 32
@@ -118,6 +120,8 @@ KINDS: dict[Kind, KindInfo] = {
     Kind.STAGE_WEIGHTS: KindInfo("stage_weights", Role.EPLB_MIGRATE, "bytes", "slots"),
     Kind.COMMIT: KindInfo("commit", Role.EPLB_MIGRATE, "changed slots", "digest"),
     Kind.PLAN_DROPPED: KindInfo("plan_dropped", Role.OTHER, "ready ranks", "1 digests differ"),
+    Kind.VOTE: KindInfo("vote", Role.EPLB_WAIT),
+    Kind.SETTLE_VOTE: KindInfo("settle_vote", Role.EPLB_SIGNAL),
     Kind.TOPK: KindInfo("topk", Role.COMPUTE, "tokens"),
     Kind.PREPARE: KindInfo("prepare", Role.COMM, "bytes"),
     Kind.DISPATCH: KindInfo("dispatch", Role.COMM, "bytes"),

@@ -27,11 +27,12 @@ class Memory:
         slots_bytes: Weights in the slots of one rank, all layers.
         router_bytes: Routers of one rank.
         shared_bytes: Shared experts of one rank.
-        staging_bytes: The most that one rank holds of weights on their way into slots.
+        staging_bytes: The most that one rank holds of weights on their way into slots; with the balancer's state on the
+            device, its spare slots.
         host_bytes: Host copies of all experts, once for the node.
         host_share_bytes: The most of them that one rank writes.
         shm_bytes: What they take of /dev/shm, which gives whole pages.
-        update_bytes: What the update of one layer copies to one rank at worst, when all its slots change.
+        update_bytes: What the update of one layer copies to one rank at worst, when all slots change that may.
         largest_group: The most updates that begin in one iteration.
         commit_delay: Iterations from an update's hand-over to the layer's next use.
         moves_per_step: How many updates must be copied in the time of a step so that none is waited for.
@@ -104,14 +105,14 @@ def _with_moves(scenario: Scenario, held: Memory) -> Memory:
     layers, delay = scenario.model.layers, scenario.balancer.commit_delay
     updates, empty = scenario.balancer.layer_updates_per_iter, scenario.balancer.empty_group
     groups = update_groups(layers, updates, empty_group=empty)
-    update = _layer_slots_bytes(scenario)
+    update = _update_bytes(scenario)
     # One more than are pending: the updater is still at one that was given up, or keeps the last one it finished.
     staged = _most_pending(layers, groups, delay) + 1
     shares = _host_shares(scenario)
     pages = sum(-(-share // mmap.PAGESIZE) * mmap.PAGESIZE for share in shares)
     return replace(
         held,
-        staging_bytes=staged * update,
+        staging_bytes=(layers if scenario.balancer.state == "device" else staged) * update,
         host_bytes=layers * sum(shares),
         host_share_bytes=layers * max(shares),
         shm_bytes=layers * pages,
@@ -131,6 +132,14 @@ def _layer_slots_bytes(scenario: Scenario) -> int:
     """All slots of one layer on one rank."""
     model = scenario.model
     return scenario.slots_per_rank * sum(_feed_forward(model.hidden, model.intermediate)) * _ITEM_BYTES[model.dtype]
+
+
+def _update_bytes(scenario: Scenario) -> int:
+    """The slots of one layer on one rank that a plan can change."""
+    assert scenario.balancer is not None
+    spare = scenario.balancer.spare_slots
+    changed = scenario.slots_per_rank if spare is None else min(spare, scenario.slots_per_rank)
+    return _layer_slots_bytes(scenario) // scenario.slots_per_rank * changed
 
 
 def _router_bytes(scenario: Scenario) -> int:

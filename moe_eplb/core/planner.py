@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.partial_plan import part_of
 from moe_eplb.core.placement import Placement
 
 __all__ = ["Plan", "initial_slots", "keep_slots", "place", "plan", "replicate"]
@@ -26,16 +27,19 @@ class Plan:
     predicted: np.ndarray
 
 
-def plan(load: np.ndarray, current: Placement, *, preserve_slots: bool = True) -> Plan:
+def plan(load: np.ndarray, current: Placement, *, preserve_slots: bool = True, most_changes: int | None = None) -> Plan:
     """The placement for a load [E] on the slots of `current`.
 
-    With `preserve_slots` an expert that stays on a rank stays in its slot.
+    With `preserve_slots` an expert that stays on a rank stays in its slot. With `most_changes` it is what can be
+    reached by changing so many slots of each rank.
     """
     counts = replicate(load, current.slots)
     slots = place(load, counts, current.ranks)
     if preserve_slots:
         slots = keep_slots(current.slot_to_expert, slots, current.ranks)
     placement = Placement(current.ranks, current.experts, slots)
+    if most_changes is not None:
+        placement = part_of(current, placement, load, most_changes)
     return Plan(placement, placement.changed_slots(current), placement.rank_load(load))
 
 

@@ -119,6 +119,9 @@ class Balancer(Section):
     updates nothing where the published rule has one. `commit_delay`: iterations from an update's start to its commit.
     `window` and `decay`: how statistics add up. `warm_up`: first iterations that move nothing. `update_timeout_s`:
     seconds that a commit is waited for. `config`: path of a TensorRT-LLM balancer file to take the placement from.
+    `spare_slots`: how many slots of a rank a plan changes at most; by default all. `state`: whether loads, tables and
+    votes live on the ``host``, or on the ``device``, which then counts, votes and commits without a look by the host,
+    and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead.
     """
 
     num_slots: Count | None = None
@@ -133,6 +136,9 @@ class Balancer(Section):
     initial_global_assignments: dict[int, Assignment] | None = None
     update_timeout_s: float = Field(default=5.0, gt=0, le=3600)
     config: str | None = None
+    state: Literal["host", "device"] = "host"
+    spare_slots: Annotated[int, Field(ge=1, le=1024)] | None = None
+    run_ahead: int = Field(default=4, ge=1, le=1024)
 
 
 class Checks(Section):
@@ -163,8 +169,14 @@ class Record(Section):
     """What the run folder keeps beside events and evidence.
 
     `loads`: tokens per layer, iteration and expert. `topk_ids`: every chosen id. `metrics`: Prometheus text.
+    `recorder`: what records beside our own event log, which is always written. ``torch``: the torch profiler, around
+    the last `profile_iterations`, to one Chrome JSON a rank. ``nsys``: Nsight Systems around the whole run, to SQLite;
+    `keep_report` keeps its raw report too, which holds the environment of the process and must not be published.
     """
 
+    recorder: Literal["builtin", "torch", "nsys"] = "builtin"
+    profile_iterations: int = Field(default=3, ge=1, le=1024)
+    keep_report: bool = False
     loads: bool = True
     topk_ids: bool = False
     metrics: bool = False

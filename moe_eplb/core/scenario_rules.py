@@ -19,7 +19,7 @@ __all__ = ["problems"]
 
 def problems(s: Scenario) -> tuple[Problem, ...]:
     """Everything that does not fit together in a scenario whose values are each acceptable."""
-    rules = [model_rules.problems, _dispatch, _chunks, workload_rules.problems, _calls, _thresholds]
+    rules = [model_rules.problems, _dispatch, _chunks, workload_rules.problems, _calls, _recorder, _thresholds]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
         found += [problem for rule in (_slots, _updates, _assignments) for problem in rule(s, s.balancer)]
@@ -57,6 +57,17 @@ def _calls(s: Scenario) -> Iterator[Problem]:
     if s.expect_error is not None and s.expect_error.at is not None and s.expect_error.at >= len(s.calls):
         what = f"call {s.expect_error.at} is expected to fail and there are {len(s.calls)} calls, counted from 0"
         yield Problem(("expect_error", "at"), what)
+
+
+def _recorder(s: Scenario) -> Iterator[Problem]:
+    if s.record.recorder != "torch":
+        return
+    if s.calls is not None:
+        yield Problem(("record", "recorder"), "the torch profiler has no iteration to record with 'calls'", "remove it")
+    elif s.iterations <= s.record.profile_iterations:
+        what = f"{s.iterations} iterations leave none for the profiler to warm up before it records"
+        hint = f"iterations: {s.record.profile_iterations + 1} or more, or fewer record.profile_iterations"
+        yield Problem(("record", "profile_iterations"), what, hint)
 
 
 def _thresholds(s: Scenario) -> Iterator[Problem]:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from moe_eplb.core.events import EventSink, Kind
+from moe_eplb.device.bell import Bell, CpuBell
 from moe_eplb.device.streams import AuxStreamType
 
 __all__ = ["Device", "Event", "Stream"]
@@ -45,6 +47,10 @@ class Device(abc.ABC):
     kind: str
     torch_device: torch.device
     """Where tensors of the model live."""
+    immediate = True
+    """Whether work has run by the time it is joined, so that the host may look at its results at once."""
+    capturing = False
+    """Whether work is being captured into a graph and does not run."""
 
     def __init__(self, sink: EventSink) -> None:
         self.sink = sink
@@ -103,8 +109,38 @@ class Device(abc.ABC):
         """Return when all submitted work has run."""
 
     def settle(self) -> None:
-        """An iteration is over: record the times of what the device did later than it was told to."""
+        """An iteration is over: record the times of what the device did later than it was told to, and look at it."""
         return None
+
+    def observe(self, look: Callable[[], None]) -> None:
+        """Call `look`, which reads results on the host, once they are there: at once, or when the iteration settles."""
+        look()
+
+    def host_visible(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros that host and device both read and write while the other works."""
+        return torch.zeros(shape, dtype=dtype)
+
+    def new_bell(self, word: Tensor) -> Bell:
+        """A bell over a host-visible word."""
+        return CpuBell(word)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """On another thread: copies inside the block run beside the model's streams, in order."""
+        with torch.inference_mode():
+            yield
+
+    def submitted(self) -> Callable[[], bool]:
+        """A function that returns when what the current stream has been given so far is done; whether it waited."""
+        return lambda: False
+
+    def copied(self) -> Callable[[], None]:
+        """A function that returns when the copies so far have been made."""
+        return lambda: None
+
+    def pin(self, memory: Tensor) -> Callable[[], None]:
+        """Let copies from host memory run at full speed; returns what undoes it."""
+        return lambda: None
 
     @abc.abstractmethod
     def discard(self) -> int:

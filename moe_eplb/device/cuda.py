@@ -6,13 +6,16 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.errors import BalancerError, HostMemoryError
 from moe_eplb.core.events import EventSink, Kind
 from moe_eplb.device.base import Device, Event, Stream
+from moe_eplb.device.bell import Bell
 from moe_eplb.device.order import Clock, StreamOrder
 
 __all__ = ["CudaDevice"]
@@ -62,6 +65,7 @@ class CudaDevice(Device):
     """
 
     kind = "cuda"
+    immediate = False
 
     def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False) -> None:
         self.torch_device = torch.device("cuda", index)
@@ -69,6 +73,8 @@ class CudaDevice(Device):
         self._order = StreamOrder() if check_order else None
         self._streams: list[_CudaStream] = []
         self._timed: list[_Timed] = []
+        self._looks: list[Callable[[], None]] = []
+        self._copies = _new_stream(self.torch_device)
         super().__init__(sink)
         self._set_clock()
 
@@ -131,8 +137,8 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         """Return when all work is done; its times are recorded now."""
-        torch.cuda.synchronize(self.torch_device)
-        for stream in self._streams:
+        for stream in self._streams:  # not the whole device: other threads may have streams that wait for them
+            stream.queue.synchronize()
             stream.release(stream.submitted)
         for token, start, end in self._timed:
             self.sink.place(token, self._time_of(start), self._time_of(end))
@@ -141,16 +147,64 @@ class CudaDevice(Device):
 
     def settle(self) -> None:
         self.synchronize()
+        while self._looks:
+            self._looks.pop(0)()
+
+    def observe(self, look: Callable[[], None]) -> None:
+        self._looks.append(look)
 
     def discard(self) -> int:
         """Enqueued work cannot be taken back; it is waited for, so that it is done alike on every rank."""
         self.synchronize()
+        self._looks.clear()
         if self._order is not None:
             self._order.forget()
         return 0
 
     def pending(self) -> int:
         return 0
+
+    # -- memory and threads that the host shares with the device ---------------------------------------------------
+
+    def host_visible(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        with torch.inference_mode(False):  # the updater's thread writes to it in another mode
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def new_bell(self, word: Tensor) -> Bell:
+        from moe_eplb.device.cuda_bell import CudaBell  # needs cuda-bindings, which comes with torch for CUDA
+
+        return CudaBell(word, self.torch_device)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        torch.cuda.set_device(self.torch_device)
+        with super().copying(), torch.cuda.stream(self._copies):
+            yield
+
+    def copied(self) -> Callable[[], None]:
+        done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(self._copies)
+        return done.synchronize
+
+    def submitted(self) -> Callable[[], bool]:
+        done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream())
+        return partial(_waits_for, done)
+
+    def pin(self, memory: Tensor) -> Callable[[], None]:
+        runtime, address, size = torch.cuda.cudart(), memory.data_ptr(), memory.numel()  # type: ignore[no-untyped-call]
+        code = int(runtime.cudaHostRegister(address, size, 0))
+        if code:
+            raise HostMemoryError(
+                "E174", f"{size} bytes of host memory could not be pinned", why=f"cudaHostRegister gave {code}",
+                hint="raise the limit of locked memory (ulimit -l); `eplbctl doctor` shows it",
+            )  # fmt: skip
+
+        def unpin() -> None:
+            self._copies.synchronize()
+            runtime.cudaHostUnregister(address)
+
+        return unpin
 
     def _do(self, stream: _CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
         self._check(stream, kind, layer)
@@ -182,6 +236,14 @@ class CudaDevice(Device):
     def _time_of(self, event: torch.cuda.Event) -> int:
         milliseconds: float = self._origin.elapsed_time(event)
         return self._origin_ns + round(milliseconds * 1e6)
+
+
+def _waits_for(done: torch.cuda.Event) -> bool:
+    """Return when the event has happened; whether that took a wait."""
+    if done.query():  # type: ignore[no-untyped-call]
+        return False
+    done.synchronize()
+    return True
 
 
 def _timing_event() -> torch.cuda.Event:

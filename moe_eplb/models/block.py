@@ -83,5 +83,5 @@ class MoeBlock(nn.Module):
     def _run_shared(self, shared: SharedExpert, x: Tensor) -> Tensor:
         y: Tensor = shared(x)
         if self.moe.probe is not None:
-            self.moe.probe.shared_output(self.moe.layer_idx, x, y)
+            self.moe.device.observe(partial(self.moe.probe.shared_output, self.moe.layer_idx, x, y))
         return y

@@ -5,9 +5,9 @@ An entry is one (token, k): a row of hidden state that one slot has to process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ _grouped_mm = cast(
 
 
 class Grouping(NamedTuple):
-    """N entries in order of their local slot, entries of one slot in order of arrival."""
+    """N entries in order of their cell, entries of one slot in order of arrival."""
 
     row: Tensor
     """int64 [N]: row of the hidden states."""
@@ -37,14 +37,17 @@ class Grouping(NamedTuple):
     slot: Tensor
     """int32 [N]: local slot."""
     offs: Tensor
-    """int32 [S]: end of each slot's entries."""
+    """int32 [S + X]: end of each cell's entries."""
     position: Tensor
     """int32 [M, K]: where an entry of a row stands among the N, -1 for none."""
 
 
-def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:
-    """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by slot."""
-    position, offs = ops.permute(slots, num_slots)
+def group_by_slot(slots: Tensor, entries: int, num_slots: int, cells: Tensor | None = None, spare: int = 0) -> Grouping:
+    """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by cell.
+
+    `cells`: int32 [S], the cell of each slot, out of S + `spare`; without it slots are cells.
+    """
+    position, offs = ops.permute(slots, num_slots + spare, cells)
     flat, top_k = position.flatten().long(), slots.shape[1]
     # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
     source = torch.zeros(entries + 1, dtype=torch.int64, device=slots.device)
@@ -64,9 +67,14 @@ def sum_over_k(output: Tensor, grouping: Grouping, scales: Tensor) -> Tensor:
 
 
 class ExpertSlots(nn.Module):
-    """The S slots of a rank: one tensor a weight name, "w3_w1" [S, 2I, D] and "w2" [S, D, I].
+    """The S slots of a rank: one tensor a weight name, "w3_w1" [S + X, 2I, D] and "w2" [S + X, D, I].
 
-    The balancer overwrites single slots in place; the tensors keep their addresses for the life of the module.
+    Slots live in S + X cells, the rows of these tensors; the X spare ones are where the balancer may write the experts
+    that come next. Without spare cells it overwrites single slots in place. The tensors keep their addresses for the
+    life of the module.
+
+    Attributes:
+        slot_cells: int32 [S], the cell of each slot; slot s lives in cell s at first.
 
     Raises:
         BalancerError: E152 when a row of D or I elements is not a multiple of 16 bytes, which grouped GEMM needs.
@@ -79,29 +87,45 @@ class ExpertSlots(nn.Module):
         intermediate_size: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        spare: int = 0,
     ) -> None:
         super().__init__()
         _check_alignment(hidden_size, intermediate_size, dtype)
-        self.num_slots = num_slots
+        self.num_slots, self.spare = num_slots, spare
+        self.slot_cells = torch.arange(num_slots, dtype=torch.int32, device=device)
         shapes = {
-            "w3_w1": (num_slots, 2 * intermediate_size, hidden_size),
-            "w2": (num_slots, hidden_size, intermediate_size),
+            "w3_w1": (num_slots + spare, 2 * intermediate_size, hidden_size),
+            "w2": (num_slots + spare, hidden_size, intermediate_size),
         }
         for name, shape in shapes.items():
             weight = torch.zeros(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def weight(self, name: str) -> Tensor:
-        """The tensor of all slots: the very storage that `grouped_ffn` reads."""
+        """The tensor of all cells: the very storage that `grouped_ffn` reads."""
         return self.get_parameter(name).data
 
     def slot_tensor(self, local_slot: int, name: str) -> Tensor:
-        """View of one slot's tensor."""
-        return self.weight(name)[local_slot]
+        """View of one slot's tensor, in the cell where it lives now."""
+        return self.cell_tensor(int(self.slot_cells[local_slot]), name)
 
-    def by_slot(self) -> list[dict[str, Tensor]]:
-        """For each local slot, the tensors by name that `grouped_ffn` reads."""
-        return [{name: self.slot_tensor(slot, name) for name in WEIGHT_NAMES} for slot in range(self.num_slots)]
+    def cell_tensor(self, cell: int, name: str) -> Tensor:
+        """View of one cell's tensor."""
+        return self.weight(name)[cell]
+
+    def by_cell(self) -> list[dict[str, Tensor]]:
+        """For each cell, its tensors by name."""
+        return [
+            {name: self.cell_tensor(cell, name) for name in WEIGHT_NAMES} for cell in range(self.num_slots + self.spare)
+        ]
+
+    def group(self, slots: Tensor, entries: int) -> Grouping:
+        """See `group_by_slot`, for these slots."""
+        return group_by_slot(slots, entries, self.num_slots, self.slot_cells if self.spare else None, self.spare)
+
+    def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
+        """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""
+        return _Slots(self)
 
     def load(self, local_slot: int, weights: Mapping[str, Tensor]) -> None:
         """Copy an expert's tensors, by name, into a slot.
@@ -121,7 +145,7 @@ class ExpertSlots(nn.Module):
             target.copy_(source)
 
     def grouped_ffn(self, hidden: Tensor, offs: Tensor) -> Tensor:
-        """w2 @ (silu(w1 x) * (w3 x)) of hidden states [N, D] that are grouped by slot, as `offs` int32 [S] says."""
+        """w2 @ (silu(w1 x) * (w3 x)) of hidden states [N, D] that are grouped by cell, as `offs` int32 [S + X] says."""
         return self._multiply(ops.swiglu(self._multiply(hidden, "w3_w1", offs)), "w2", offs)
 
     def _multiply(self, rows: Tensor, name: str, offs: Tensor) -> Tensor:
@@ -129,6 +153,29 @@ class ExpertSlots(nn.Module):
         if rows.is_cuda and rows.dtype is torch.float32:  # which torch's grouped GEMM does not take there
             return _multiply_by_slot(rows, weight, offs)
         return _grouped_mm(rows, weight, offs=offs)
+
+
+class _Slots(Sequence[Mapping[str, Tensor]]):
+    """Looks a slot's cell up each time, since the balancer may have changed it."""
+
+    def __init__(self, experts: ExpertSlots) -> None:
+        self._experts = experts
+
+    def __len__(self) -> int:
+        return self._experts.num_slots
+
+    @overload
+    def __getitem__(self, slot: int) -> Mapping[str, Tensor]: ...
+
+    @overload
+    def __getitem__(self, slot: slice) -> Sequence[Mapping[str, Tensor]]: ...
+
+    def __getitem__(self, slot: int | slice) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
+        if isinstance(slot, slice):
+            return [self[index] for index in range(*slot.indices(len(self)))]
+        if not 0 <= slot < len(self):
+            raise IndexError(slot)
+        return {name: self._experts.slot_tensor(slot, name) for name in WEIGHT_NAMES}
 
 
 def _multiply_by_slot(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class LocalMoE(nn.Module, ABC):
         )
         ids, scales, y = (torch.cat(column) for column in zip(*parts, strict=True))
         if self.probe is not None:
-            self.probe.output(self.layer_idx, x, router_logits, ids, scales, y)
+            self.device.observe(partial(self.probe.output, self.layer_idx, x, router_logits, ids, scales, y))
         return y
 
     def _forward_chunk(self, x: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +95,7 @@ class LocalMoE(nn.Module, ABC):
         ids, scales = run(Kind.TOPK, layer, partial(self.routing_method.apply, router_logits), a=x.shape[0])
         y = run(Kind.EXPERTS, layer, partial(self._compute, x, ids, scales), a=ids.numel())
         if self.probe is not None:
-            self._report(self.probe, ids)
+            self.device.observe(partial(self._report, self.probe, ids))
         return ids, scales, y
 
     def _report(self, probe: Probe, ids: Tensor) -> None:

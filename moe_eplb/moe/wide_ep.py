@@ -17,7 +17,7 @@ from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
 from moe_eplb.moe.chunking import Chunk, ChunkStreams
 from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received
-from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, Grouping, group_by_slot, sum_over_k
+from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, Grouping, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.splitter import Splitter
@@ -93,8 +93,9 @@ class WideEPMoE(nn.Module):
         self._streams = ChunkStreams(device, overlap_stream(membership.streams, device, moe_max_num_tokens))
         self.layer_load_balancer: SingleLayerMoeLoadBalancer | None = membership.balancer
         self.experts = ExpertSlots(
-            self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.dtype, device.torch_device
-        )
+            self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.dtype, device.torch_device,
+            spare=0 if membership.balancer is None else membership.balancer.spare_slots,
+        )  # fmt: skip
         self.allreduce: AllReduce | None = make_allreduce(membership, path, statistics_group)
         self._stages: LayerStages = membership.stages
         self._statistics = make_path(path, self._stages, self.allreduce)
@@ -148,6 +149,7 @@ class WideEPMoE(nn.Module):
         for slot, tensors in enumerate(by_slot):
             for name, tensor in tensors.items():
                 balancer.register_weight_slot(slot, name, tensor)
+        balancer.register_weight_cells(self.experts.slot_cells, self.experts.by_cell())
         return set(balancer.load_expert_ids)
 
     def forward(self, x: Tensor, router_logits: Tensor, all_rank_num_tokens: Sequence[int] | None = None) -> Tensor:
@@ -170,8 +172,7 @@ class WideEPMoE(nn.Module):
         )
         y = parts[0].y if len(parts) == 1 else torch.cat([part.y for part in parts])
         if self.probe is not None:
-            ids, scales = (torch.cat([part[column] for part in parts]) for column in (1, 2))
-            self.probe.output(self.layer_idx, x, router_logits, ids, scales, y)
+            self.device.observe(partial(self._report_output, self.probe, x, router_logits, parts, y))
         return y
 
     def _forward_chunk(self, chunk: Chunk, x: Tensor, router_logits: Tensor) -> _Output:
@@ -200,7 +201,7 @@ class WideEPMoE(nn.Module):
     def _route(self, ids: Tensor) -> Tensor:
         slot_ids = self._stages.route(ids, offset_by_ep_rank=True)
         if self.probe is not None:
-            self.probe.routed(self.layer_idx, ids, slot_ids)
+            self.device.observe(partial(self.probe.routed, self.layer_idx, ids, slot_ids))
         return slot_ids
 
     def _prepare(self, slot_ids: Tensor, ids: Tensor, chunk: Chunk) -> Exchange:
@@ -232,14 +233,18 @@ class WideEPMoE(nn.Module):
 
     def _compute(self, received: Received) -> Tensor:
         def compute() -> tuple[Tensor, Grouping]:
-            grouping = group_by_slot(received.slots, received.entries, self.slots_per_rank)
+            grouping = self.experts.group(received.slots, received.entries)
             output = self.experts.grouped_ffn(received.hidden[grouping.row], grouping.offs)
             return sum_over_k(output, grouping, received.scales), grouping
 
         partial_sums, grouping = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=received.entries)
         if self.probe is not None:
-            self._report_processed(self.probe, received, grouping)
+            self.device.observe(partial(self._report_processed, self.probe, received, grouping))
         return partial_sums
+
+    def _report_output(self, probe: Probe, x: Tensor, router_logits: Tensor, parts: list[_Output], y: Tensor) -> None:
+        ids, scales = (torch.cat([part[column] for part in parts]) for column in (1, 2))
+        probe.output(self.layer_idx, x, router_logits, ids, scales, y)
 
     def _report_processed(self, probe: Probe, received: Received, grouping: Grouping) -> None:
         source, token = received.source_rank()[grouping.row], received.token[grouping.row]

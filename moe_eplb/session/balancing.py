@@ -32,7 +32,9 @@ def make_balancer(scenario: Scenario, rank: int, device: Device, groups: Groups)
     options = BalancerOptions(
         commit_delay=config.commit_delay, decay=config.decay, window=config.window, empty_group=config.empty_group,
         preserve_slots=config.preserve_slots, update_timeout_s=config.update_timeout_s,
-        replica_choice=ReplicaChoice(scenario.replica_choice),
+        replica_choice=ReplicaChoice(scenario.replica_choice), run_ahead=config.run_ahead,
+        spare_slots=config.spare_slots,
+        resident=config.state == "device",
     )  # fmt: skip
     return MoeLoadBalancer(
         rank, scenario.ranks, config.layer_updates_per_iter, device=device, group=groups.setup, options=options

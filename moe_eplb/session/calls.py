@@ -92,6 +92,11 @@ class _Script:
         for expert in layer.load_expert_ids:
             for name, tensor in master(expert).items():
                 layer.share_expert_weight(expert, name, tensor)
-        for slot, expert in enumerate(layer.local_slot_experts()):
-            for name, tensor in master(expert).items():
-                layer.register_weight_slot(slot, name, tensor.clone().to(self._balancer.device.torch_device))
+        where, experts = self._balancer.device.torch_device, layer.local_slot_experts()
+        # Spare cells hold anything, here the experts once more.
+        held = [*experts, *(experts[cell % len(experts)] for cell in range(layer.spare_slots))]
+        cells = [{name: tensor.clone().to(where) for name, tensor in master(expert).items()} for expert in held]
+        for slot in range(len(experts)):
+            for name, tensor in cells[slot].items():
+                layer.register_weight_slot(slot, name, tensor)
+        layer.register_weight_cells(torch.arange(len(experts), dtype=torch.int32, device=where), cells)

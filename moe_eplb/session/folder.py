@@ -91,7 +91,7 @@ def _provenance(scenario: Scenario, text: str, launcher: str, argv: Sequence[str
         "argv": list(argv),
         "env": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "launcher": launcher,
-        "recorder": "builtin",
+        "recorder": scenario.record.recorder,
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "state": "running",
         "failure": "",

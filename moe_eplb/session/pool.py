@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from moe_eplb.balancer.host_memory import clean_segments
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
 from moe_eplb.core.scenario import Scenario
+from moe_eplb.recording.profilers import require_wrapped, wrapped
 from moe_eplb.session import fork_server
 from moe_eplb.session.entry import rank_main
 from moe_eplb.session.folder import close_folder, open_folder
@@ -54,14 +56,18 @@ class RankPool:
         self._store = ""
         self._abandoned = False
         # The server that forks the ranks imports torch once for all of them; on two cores that saves seconds a rank.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["moe_eplb.session.worker"])
+        # Under Nsight Systems each rank is a program of its own: what is forked without exec is not seen, or hangs.
+        self._context: ForkServerContext | SpawnContext = (
+            multiprocessing.get_context("spawn") if wrapped() else multiprocessing.get_context("forkserver")
+        )
+        self._context.set_forkserver_preload([] if wrapped() else ["moe_eplb.session.worker"])
 
     def run(
         self, scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
     ) -> RunResult:
         """Run a scenario into `folder` and judge it; a dead or hanging rank ends it within the scenario's timeout."""
         started = time.monotonic()
+        require_wrapped(scenario.record.recorder)
         open_folder(folder, scenario, launcher="spawn", argv=argv)
         clean_segments()
         failure = ""
@@ -73,6 +79,8 @@ class RankPool:
         except BaseException:
             self.kill()
             raise
+        if scenario.record.recorder == "torch":
+            self.close()  # a process takes one capture: those after it would give graph replays wrong correlations
         verdict = close_folder(folder, scenario, failure=failure)
         return RunResult(folder, verdict, time.monotonic() - started)
 

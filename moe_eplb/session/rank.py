@@ -22,6 +22,7 @@ from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import Device, get_device
 from moe_eplb.recording.event_log import EventLog
 from moe_eplb.recording.metrics import MetricsFile
+from moe_eplb.recording.torch_profiler import profiled
 from moe_eplb.session.balancing import make_balancer
 from moe_eplb.session.calls import run_calls
 from moe_eplb.session.folder import events_path, evidence_path
@@ -93,9 +94,11 @@ class _Run:
     def iterate(self, on_step: Progress) -> None:
         """Run all iterations, then read all weights back once more."""
         total = self._scenario.iterations
-        for iteration in range(total):
-            self._step(iteration)
-            on_step(iteration + 1, total)
+        with profiled(self._scenario, self._folder, self._rank) as iterated:
+            for iteration in range(total):
+                self._step(iteration)
+                iterated()
+                on_step(iteration + 1, total)
         self._gatherer.finish()
         self._model.finish(self._evidence)
         if self._gatherer.topk_ids is not None:
@@ -106,6 +109,9 @@ class _Run:
         token = self._device.sink.begin(Kind.STEP, -1, iteration, self._device.main.index)
         with MoeLoadBalancerIterContext(self._balancer):
             self._model.step(iteration)
+        self._device.synchronize()
+        if self._balancer is not None:
+            self._balancer.collect()
         self._device.settle()
         self._device.sink.end(token)
         token = self._device.sink.begin(Kind.CHECK, -1, iteration, self._device.main.index)

@@ -55,9 +55,9 @@ def test_no_pass_has_more_tokens_than_the_limit(tokens: list[int], limit: int) -
     for padded in (False, True):
         chunks = chunk_count(tokens, limit, padded=padded)
         widest = [max(part.rows.stop - part.rows.start for part in split(t, chunks)) for t in tokens]
-        total = len(tokens) * max(widest) if padded else sum(t / chunks for t in tokens)
-        # A rank's part is rounded up, so each may have one token more than its exact share.
-        assert total <= limit + (len(tokens) if padded else 0)
+        # Times the chunks, in integers. A rank's part is rounded up: each may have one token more than its exact share.
+        total = len(tokens) * max(widest) * chunks if padded else sum(tokens)
+        assert total <= (limit + (len(tokens) if padded else 0)) * chunks
 
 
 def test_first_and_last_are_meant_within_the_iteration() -> None:

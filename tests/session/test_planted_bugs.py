@@ -40,6 +40,7 @@ PATHS = {
     "gathered": PLAIN + "dispatch: alltoall\n",
     "local_ids": PLAIN + "dispatch: allgather\n",
     "global_ids": PLAIN + "dispatch: allgather\nstatistics: global_ids\n",
+    "state_on_device": PLAIN + "dispatch: alltoall\n",
     "routed": ROUTED + "dispatch: alltoall\n",
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
@@ -66,6 +67,9 @@ MEANT_FOR = {
     "shared_expert_of_other_tokens": ("equality", "chunked_local_ids"),
     "scales_in_other_order": ("equality", "gathered"),
     "second_best_expert": ("equality", "routed"),
+    "tables_without_cells": ("attestation", "state_on_device"),
+    "every_vote_counts_as_yes": ("agreement", "state_on_device"),
+    "device_keeps_its_load": ("effect", "state_on_device"),
     "leaked_segment": ("leaks", "gathered"),
 }
 
@@ -73,7 +77,8 @@ MEANT_FOR = {
 def run(folder: Path, path: str, bug: str | None) -> tuple[int, dict[str, Any]]:
     """Exit code and verdict of the scenario, with or without a planted bug."""
     scenario = folder / "planted.yaml"
-    scenario.write_text(BASE + PATHS[path])
+    state = "device" if path == "state_on_device" else "host"
+    scenario.write_text(BASE.replace("never}", f"never, state: {state}}}") + PATHS[path])
     environment = os.environ | {"PYTHONPATH": f"{PLANTED}{os.pathsep}{ROOT}"}
     environment.pop("PLANTED_BUG", None)
     if bug is not None:

@@ -52,6 +52,9 @@ class AllHost:
     def host_tensor(self, expert: int, name: str) -> Tensor:
         return weight(self._layer, expert)
 
+    def memory(self) -> list[Tensor]:
+        return []
+
     def close(self) -> None:
         return None
 
@@ -134,6 +137,7 @@ class Rig:
         )  # fmt: skip
         self.journal.balancer = self.balancer
         self._fake_host = ranks > 1 and group is None
+        self.cells: list[Tensor] = []
         self.storage = [self._add_layer(index, slots_per_rank or experts // ranks + 1) for index in range(layers)]
         self.balancer.finalize_model()
         if updates:
@@ -141,7 +145,10 @@ class Rig:
 
     def _add_layer(self, index: int, slots_per_rank: int) -> Tensor:
         layer = self.balancer.add_layer(self.experts, self.top_k, slots_per_rank)
-        storage = torch.full((slots_per_rank, 3, 8), -1.0)  # rows are wider than the weights: slots are strided views
+        cells = slots_per_rank + layer.spare_slots
+        storage = torch.full((cells, 3, 8), -1.0)  # rows are wider than the weights: slots are strided views
+        self.cells.append(torch.arange(slots_per_rank, dtype=torch.int32))
+        layer.register_weight_cells(self.cells[-1], [{NAME: storage[cell, :, :4]} for cell in range(cells)])
         if self._fake_host:
             layer.updates.host = cast(Any, AllHost(index, self.experts))
         for slot, expert in enumerate(layer.local_slot_experts()):
@@ -200,5 +207,5 @@ class Rig:
         """Every slot holds the weights of the expert that the placement names, and nothing beside them."""
         for index, layer in enumerate(self.layers):
             wanted = torch.stack([weight(index, expert) for expert in layer.local_slot_experts()])
-            assert torch.equal(self.storage[index][:, :, :4], wanted)
+            assert torch.equal(self.storage[index][self.cells[index].long(), :, :4], wanted)
             assert bool((self.storage[index][:, :, 4:] == -1).all())

@@ -75,7 +75,10 @@ def _replanned(
         if iteration in updates:
             taken, current = load.take(), _placement(folder, place)
             if current is not None:
-                yield updates[iteration], plan(taken, current, preserve_slots=options.preserve_slots)
+                yield (
+                    updates[iteration],
+                    plan(taken, current, preserve_slots=options.preserve_slots, most_changes=options.spare_slots),
+                )
 
 
 def _placement(folder: RunFolder, place: Place) -> Placement | None:

@@ -1,17 +1,32 @@
 """Operations of a MoE layer that torch has no single call for: plain torch, and on a GPU Triton kernels that equal it.
 
-Each function goes by where its tensors are; see `moe_eplb.device.ops.plain` for what it does.
+Each function goes by where its tensors are; see `moe_eplb.device.ops.plain` for what it does. On a GPU none of them
+waits for the device, and no size depends on the contents of a tensor, so all of them can be captured into a graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from moe_eplb.device.ops import plain
+from moe_eplb.device.ops.plain import Choice
 
-__all__ = ["combine", "histogram", "permute", "route", "swiglu"]
+__all__ = [
+    "Choice",
+    "add_blocks",
+    "combine",
+    "histogram",
+    "pack_rows",
+    "permute",
+    "permute_rows",
+    "route",
+    "swiglu",
+    "top_k",
+]
 
 
 def _at(tensor: Tensor) -> ModuleType:
@@ -33,19 +48,44 @@ def route(ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: i
     return routed
 
 
-def permute(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
+    """See `plain.top_k`."""
+    ids, scales = _at(logits).top_k(logits, k, method)
+    return ids, scales
+
+
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `plain.permute`."""
-    position, offs = _at(slots).permute(slots, num_slots)
+    position, offs = _at(slots).permute(slots, groups, cells)
     return position, offs
 
 
-def swiglu(rows: Tensor) -> Tensor:
+def permute_rows(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `plain.permute_rows`."""
+    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries)
+    return rows, position, offs
+
+
+def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
     """See `plain.swiglu`."""
-    result: Tensor = _at(rows).swiglu(rows)
+    result: Tensor = _at(rows).swiglu(rows, offs)
     return result
 
 
-def combine(output: Tensor, position: Tensor, scales: Tensor) -> Tensor:
+def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `plain.combine`."""
-    total: Tensor = _at(output).combine(output, position, scales)
+    total: Tensor = _at(output).combine(output, position, scales, dtype)
     return total
+
+
+def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """See `plain.add_blocks`."""
+    total: Tensor = _at(blocks).add_blocks(blocks, tokens, dtype)
+    return total
+
+
+def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
+    """See `plain.pack_rows`."""
+    _at(rows).pack_rows(columns, rows)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "histogram", "permute", "route", "swiglu"]
+__all__ = [
+    "Choice",
+    "add_blocks",
+    "combine",
+    "histogram",
+    "pack_rows",
+    "permute",
+    "permute_rows",
+    "route",
+    "swiglu",
+    "top_k",
+]
+
+Choice = Literal["default", "renormalize_naive", "renormalize", "sigmoid"]
+"""How `top_k` chooses and scales."""
 
 BLOCK = 1024
 """Entries per block; the round-robin over replicas starts again in each (TensorRT-LLM's routing kernel)."""
@@ -45,47 +62,125 @@ def route(ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: i
     return torch.where(inside, slot, invalid).to(torch.int32).reshape(ids.shape)
 
 
-def permute(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    """Where each entry goes when entries are grouped by slot, in order of arrival within a slot.
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Where each entry goes when entries are grouped, in order of arrival within a group.
 
     Args:
         slots: int [M, K], the local slot of each entry, outside [0, S) for none.
-        num_slots: S.
+        groups: G, the number of groups.
+        cells: int32 [S], the group of each slot; None when slot s is group s, and then S is G.
 
     Returns:
         position: int32 [M, K], from 0; -1 for entries without a slot.
-        offs: int32 [S], the end of each slot's entries.
+        offs: int32 [G], the end of each group's entries.
     """
-    flat = slots.reshape(-1).to(torch.int64)
-    inside = (flat >= 0) & (flat < num_slots)
-    key = torch.where(inside, flat, num_slots)
+    key = _groups_of(slots.reshape(-1), groups, cells)
     order = torch.argsort(key, stable=True)
     position = torch.empty_like(order)
     position[order] = torch.arange(order.numel(), device=slots.device)
-    offs = torch.bincount(key, minlength=num_slots + 1)[:num_slots].cumsum(0, dtype=torch.int32)
-    return torch.where(inside, position, -1).to(torch.int32).reshape(slots.shape), offs
+    offs = torch.bincount(key, minlength=groups + 1)[:groups].cumsum(0, dtype=torch.int32)
+    return torch.where(key < groups, position, -1).to(torch.int32).reshape(slots.shape), offs
 
 
-def swiglu(rows: Tensor) -> Tensor:
-    """``silu(gate) * up`` [N, I] of rows [N, 2I] that hold up before gate; computed in float32."""
+def permute_rows(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`permute`, and the hidden states [M, D] (rows may be strided) copied to where their entries go.
+
+    Args:
+        hidden, slots, groups, cells: As for `permute`.
+        entries: N, how many entries have a slot; None when nobody knows, and then N is M * K.
+
+    Returns:
+        rows: [N, D]; rows after the last group's end hold anything.
+        position, offs: As for `permute`.
+    """
+    position, offs = permute(slots, groups, cells)
+    flat, size = position.flatten().long(), slots.numel() if entries is None else entries
+    # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
+    source = torch.zeros(size + 1, dtype=torch.int64, device=slots.device)
+    source.scatter_(0, torch.where(flat >= 0, flat, size), torch.arange(flat.numel(), device=slots.device))
+    return hidden[source[:size].div(max(1, slots.shape[1]), rounding_mode="floor")], position, offs
+
+
+def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up`` [N, I] of rows [N, 2I] that hold up before gate; computed in float32.
+
+    With `offs` int32 [G] rows after its last end are nobody's, and their results hold anything.
+    """
     up, gate = rows.to(torch.float32).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(rows.dtype)
 
 
-def combine(output: Tensor, position: Tensor, scales: Tensor) -> Tensor:
-    """Weighted sum float32 [M, D] over k, in order of k, of the entries' outputs.
+def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weighted sum [M, D] over k of the entries' outputs; added in float32, in order of k, and rounded once to `dtype`.
 
     Args:
         output: [N, D], by position.
         position: int32 [M, K]; -1 adds nothing.
-        scales: float32 [M, K].
+        scales: float32 [M, K]; rows may be strided.
+        dtype: Of the result.
     """
     total = torch.zeros(position.shape[0], output.shape[1], dtype=torch.float32, device=output.device)
     for k in range(position.shape[1]):
         here = position[:, k] >= 0
         rows = output[position[:, k].clamp(min=0).long()].to(torch.float32) if len(output) else total
         total = total + torch.where(here.unsqueeze(1), rows * scales[:, k].unsqueeze(1), 0.0)
-    return total
+    return total.to(dtype)
+
+
+def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Sum [T, D] over R of the first T rows of blocks [R, B, D], in float32, in order of R, rounded once to `dtype`."""
+    total = torch.zeros(tokens, blocks.shape[2], dtype=torch.float32, device=blocks.device)
+    for block in blocks:
+        total = total + block[:tokens].to(torch.float32)
+    return total.to(dtype)
+
+
+def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
+    """Write columns int32 [T, W_i], at most four, side by side into rows int32 [B, W]; all other words become -1."""
+    tokens, begin = columns[0].shape[0], 0
+    rows.fill_(-1)
+    for column in columns:
+        rows[:tokens, begin : begin + column.shape[1]] = column
+        begin += column.shape[1]
+
+
+def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
+    """The K best experts of each token, best first, the lower id first where two are equal; all in float32.
+
+    Args:
+        logits: Router logits [T, E].
+        k: K, at most E.
+        method: "default": the largest of a softmax over all, which are the scales too. "renormalize_naive": the same,
+            divided by their sum. "renormalize": the largest logits, and a softmax over those. "sigmoid": the largest
+            logits, and the sigmoid of each.
+
+    Returns:
+        Expert ids int32 [T, K] and scales float32 [T, K].
+    """
+    merit = logits.to(torch.float32)
+    if method in ("default", "renormalize_naive"):
+        merit = torch.softmax(merit, dim=-1)
+    best, ids = (part[:, :k] for part in torch.sort(merit, dim=-1, descending=True, stable=True))
+    if method == "renormalize_naive":
+        best = best / best.sum(dim=-1, keepdim=True)
+    elif method == "renormalize":
+        best = torch.softmax(best, dim=-1)
+    elif method == "sigmoid":
+        best = best.sigmoid()
+    return ids.to(torch.int32), best.contiguous()
+
+
+def _groups_of(flat: Tensor, groups: int, cells: Tensor | None) -> Tensor:
+    """int64 [N]: the group of each entry, G for none."""
+    slots = groups if cells is None else cells.numel()
+    inside = (flat >= 0) & (flat < slots)
+    group = torch.where(inside, flat, 0).to(torch.int64)
+    if cells is not None:
+        group = cells[group].to(torch.int64)
+        inside = inside & (group >= 0) & (group < groups)
+    return torch.where(inside, group, groups)
 
 
 def _seen_before(key: Tensor) -> Tensor:

@@ -226,6 +226,49 @@ def shared_expert_of_other_tokens(module: ModuleType) -> None:
     module.SharedExpert.forward = lambda self, x: forward(self, x).flip(0)
 
 
+def tables_without_cells(module: ModuleType) -> None:
+    """On rank 1 a commit on the device changes the tables, but not the cells that the slots live in."""
+    take_over = module.take_over
+
+    def half(model: Any, layer: Any) -> None:
+        cells = layer.cells.clone()
+        take_over(model, layer)
+        if _rank() == 1:
+            layer.cells.copy_(cells)
+
+    module.take_over = half
+
+
+def every_vote_counts_as_yes(module: ModuleType) -> None:
+    """The device commits whatever it holds, while rank 1 plans from another load than the others."""
+    settle = module.settle
+
+    def yes(model: Any, following: Any, lanes: Any, *, ranks: int) -> None:
+        settle(model, following, lanes, ranks=ranks)
+        model.decision[following.layer] = 1
+
+    hand_over = module.hand_over
+
+    def other_load(model: Any, layer: Any, *, delay: int) -> None:
+        hand_over(model, layer, delay=delay)
+        if _rank() == 1 and int(layer.handed) == int(model.turn[0]):
+            layer.handed_load.copy_(layer.handed_load.flip(0))
+
+    module.settle, module.hand_over = yes, other_load
+
+
+def device_keeps_its_load(module: ModuleType) -> None:
+    """The device hands its load over and goes on from it."""
+    hand_over = module.hand_over
+
+    def keeping(model: Any, layer: Any, *, delay: int) -> None:
+        load = layer.load.clone()
+        hand_over(model, layer, delay=delay)
+        layer.load.copy_(load)
+
+    module.hand_over = keeping
+
+
 BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "stale_weight": ("moe_eplb.balancer.migrate", stale_weight),
     "slot_table_off_by_one": ("moe_eplb.balancer.replica_choice", slot_table_off_by_one),
@@ -246,5 +289,8 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "shared_expert_of_other_tokens": ("moe_eplb.models.shared_expert", shared_expert_of_other_tokens),
     "scales_in_other_order": ("moe_eplb.moe.routing", scales_in_other_order),
     "second_best_expert": ("moe_eplb.moe.routing", second_best_expert),
+    "tables_without_cells": ("moe_eplb.device.control.plain", tables_without_cells),
+    "every_vote_counts_as_yes": ("moe_eplb.device.control.plain", every_vote_counts_as_yes),
+    "device_keeps_its_load": ("moe_eplb.device.control.plain", device_keeps_its_load),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }

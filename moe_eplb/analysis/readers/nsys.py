@@ -1,0 +1,233 @@
+"""Reader of Nsight Systems' SQLite exports, schema 3.x.
+
+Tables are there only if something was captured for them and columns come and go with versions, so both are looked for
+and never assumed. Row order means nothing. Correlation numbers count within a process.
+Source of the layout: Nsight Systems User Guide, "SQLite Schema Reference".
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import Capture, Table, filled
+from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits
+from moe_eplb.analysis.readers.nsys_ranges import TID_BITS, Columns, Strings, in_time, process_of, read_ranges
+from moe_eplb.analysis.readers.sqlite_tables import Database, open_database
+from moe_eplb.core.errors import TraceError
+
+__all__ = ["NODE_TABLE", "read_nsys"]
+
+NODE_TABLE = "CUDA_GRAPH_NODE_EVENTS"
+_ACTIVITY = "CUPTI_ACTIVITY_KIND_"
+_COPIES = {
+    1: "HtoD",
+    2: "DtoH",
+    3: "HtoA",
+    4: "AtoH",
+    5: "AtoA",
+    6: "AtoD",
+    7: "DtoA",
+    8: "DtoD",
+    9: "HtoH",
+    10: "PtoP",
+}
+_RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
+_WARNING, _VERBOSE = 2, 4
+_LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
+
+
+def read_nsys(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
+    """Read an export.
+
+    A process is a rank: the one that its first range named ``rank=N`` states, else processes are counted.
+
+    Raises:
+        TraceError: the file is missing, cut off, damaged, empty, too large, or of another schema.
+    """
+    with open_database(path, limits) as database:
+        export = database.pairs("META_DATA_EXPORT")
+        version = export.get("EXPORT_SCHEMA_VERSION", "")
+        if not database.has("StringIds", "id", "value") or (version and not version.startswith("3.")):
+            why = f"schema {version[:40]}" if version else "it has no table StringIds"
+            raise TraceError("E060", "this is no export of Nsight Systems with schema 3.x", why=why, where=str(path))
+        try:
+            return _Export(database).capture(f"nsys {version}".strip())
+        except (OverflowError, ValueError) as error:
+            raise TraceError("E062", "a trace has damaged values", why=str(error), where=str(path)) from error
+
+
+class _Export:
+    """An open export, and the numbers that its texts get."""
+
+    def __init__(self, database: Database) -> None:
+        self._database, self._strings = database, Strings(database)
+
+    def capture(self, form: str) -> Capture:
+        """All tables."""
+        gpu = np.concatenate([self._kernels(), self._copies("MEMCPY"), self._copies("MEMSET")])
+        calls, ranges, syncs = self._calls(), read_ranges(self._database, self._strings), self._syncs()
+        ranks, stated = self._ranks(gpu, ranges)
+        for table in (gpu, calls, ranges, syncs):
+            table["rank"] = _lookup(table["process"], ranks)
+        spans = self._spans()
+        spans["rank"] = _lookup(spans["process"], ranks)
+        graphs = self._database.integers(f"{_ACTIVITY}GRAPH_TRACE", ("start", "end"))
+        notes = [] if stated or len(ranks) < 2 else [f"{len(ranks)} processes are counted as ranks, by process number"]
+        if count := len(graphs["start"]):
+            notes.append(f"{count} graph launches were traced as a whole, their kernels are not in the trace")
+        return Capture(
+            source=str(self._database.path), form=form, names=tuple(self._strings.pool), gpu=gpu, calls=calls,
+            ranges=ranges, syncs=syncs, nodes=self._nodes(), spans=spans, streams=self._streams(gpu), utc=self._utc(),
+            incomplete=self._incomplete(), notes=tuple(notes), rank_source="stated" if stated else "counted",
+        ).in_order()  # fmt: skip
+
+    # -- GPU events ------------------------------------------------------------------------------------------------
+
+    def _kernels(self) -> Table:
+        table = f"{_ACTIVITY}KERNEL"
+        name = "demangledName" if self._database.has(table, "demangledName") else "shortName"
+        columns = self._activity(table, (name,), {"graphNodeId": 0})
+        return self._events(columns, c.KERNEL, self._strings.names(columns[name]))
+
+    def _copies(self, which: str) -> Table:
+        columns = self._activity(f"{_ACTIVITY}{which}", (), {"bytes": 0, "copyKind": 0, "graphNodeId": 0})
+        if which == "MEMSET":
+            return self._events(columns, c.MEMSET, np.full(len(columns["start"]), self._strings.pool["Memset"]))
+        kinds, inverse = np.unique(columns["copyKind"], return_inverse=True)
+        numbers = [self._strings.pool[f"Memcpy {_COPIES.get(kind, 'unknown')}"] for kind in kinds.tolist()]
+        return self._events(columns, c.MEMCPY, np.array(numbers, np.int64)[inverse] if numbers else inverse)
+
+    def _activity(self, table: str, required: tuple[str, ...], optional: dict[str, int]) -> Columns:
+        always = ("start", "end", "deviceId", "streamId", *required)
+        columns = self._database.integers(table, always, {"correlationId": 0, "globalPid": 0} | optional)
+        return in_time(columns, table)
+
+    def _events(self, columns: Columns, kind: int, names: NDArray[Any]) -> Table:
+        node = columns["graphNodeId"]
+        return filled(
+            c.GPU, len(names), start=columns["start"], end=columns["end"], stream=columns["streamId"],
+            correlation=columns["correlationId"], graph_node=np.where(node > 0, node, c.UNKNOWN),
+            bytes=columns.get("bytes"), process=columns["globalPid"], name=names, device=columns["deviceId"], kind=kind,
+        )  # fmt: skip
+
+    # -- host side -------------------------------------------------------------------------------------------------
+
+    def _calls(self) -> Table:
+        table = f"{_ACTIVITY}RUNTIME"
+        columns = self._database.integers(table, ("start", "end", "nameId"), {"globalTid": 0, "correlationId": 0})
+        in_time(columns, table)
+        thread = columns["globalTid"]
+        return filled(
+            c.CALL, len(thread), start=columns["start"], end=columns["end"], thread=thread, process=process_of(thread),
+            correlation=columns["correlationId"], name=self._strings.names(columns["nameId"]),
+        )  # fmt: skip
+
+    def _nodes(self) -> Table:
+        columns = self._database.integers(
+            NODE_TABLE, ("start", "graphNodeId"), {"globalTid": 0, "originalGraphNodeId": c.UNKNOWN}
+        )
+        thread = columns["globalTid"]
+        return filled(
+            c.NODE, len(thread), start=columns["start"], thread=thread, process=process_of(thread),
+            node=columns["graphNodeId"], original=columns["originalGraphNodeId"],
+        )  # fmt: skip
+
+    def _spans(self) -> Table:
+        tables = {"PROFILER_OVERHEAD": c.OVERHEAD, "CUDA_HOST_CALLBACK": c.CALLED_WORK}
+        found = []
+        for table, kind in tables.items():
+            columns = in_time(self._database.integers(table, ("start", "end"), {"globalTid": 0}), table)
+            thread, times = columns["globalTid"], {name: columns[name] for name in ("start", "end")}
+            process = process_of(thread)
+            found.append(filled(c.HOST_SPAN, len(thread), **times, thread=thread, process=process, kind=kind))
+        return np.concatenate(found)
+
+    def _syncs(self) -> Table:
+        ids = {"eventId": 0, "eventSyncId": 0, "globalPid": 0, "streamId": c.UNKNOWN, "correlationId": 0}
+        table = f"{_ACTIVITY}SYNCHRONIZATION"
+        waits = in_time(
+            self._database.integers(table, ("start", "end", "syncType"), ids | {"deviceId": c.UNKNOWN}), table
+        )
+        records = self._database.integers(f"{_ACTIVITY}CUDA_EVENT", (), ids)
+        found = _match((waits["globalPid"], waits["eventSyncId"]), (records["globalPid"], records["eventSyncId"]))
+        found[waits["eventSyncId"] == 0] = c.UNKNOWN
+        known = np.flatnonzero(found >= 0)
+        table_of = filled(
+            c.SYNC, len(found), start=waits["start"], end=waits["end"], stream=waits["streamId"],
+            correlation=waits["correlationId"], process=waits["globalPid"], device=waits["deviceId"],
+            kind=np.clip(waits["syncType"], 0, 255),
+        )  # fmt: skip
+        table_of["on_stream"][known] = records["streamId"][found[known]]
+        table_of["on_correlation"][known] = records["correlationId"][found[known]]
+        return table_of
+
+    # -- about the capture -----------------------------------------------------------------------------------------
+
+    def _ranks(self, gpu: Table, ranges: Table) -> tuple[dict[int, int], bool]:
+        """The rank of each process that used a GPU, or of every process if none did; whether all of them state it."""
+        used = np.unique(gpu["process"] if len(gpu) else ranges["process"]).tolist()
+        stated = {process: rank for process in used if (rank := self._stated_rank(process, ranges)) is not None}
+        if len(set(stated.values())) == len(used):
+            return stated, bool(used)
+        return {process: rank for rank, process in enumerate(used)}, False
+
+    def _stated_rank(self, process: int, ranges: Table) -> int | None:
+        mine = ranges[ranges["process"] == process]
+        if not len(mine):
+            return None
+        texts = list(self._strings.pool)
+        first = mine[np.argsort(mine["start"], kind="stable")][:8]
+        found = (_RANK_TEXT.match(texts[number]) for number in first["text"].tolist())
+        return next((int(match[1]) for match in found if match), None)
+
+    def _streams(self, gpu: Table) -> dict[tuple[int, int, int], str]:
+        """Names that the program gave its streams with NVTX, for the devices on which the streams were used."""
+        table = "TARGET_INFO_NVTX_CUDA_STREAM"
+        numbers = self._database.integers(table, ("rowid", "streamId"), {"processId": 0})
+        texts = self._database.texts(table, "rowid", "name")
+        used = np.unique(gpu[["process", "stream", "rank", "device"]])
+        named = {
+            (process, stream): texts[row]
+            for row, stream, process in zip(*(column.tolist() for column in numbers.values()), strict=True)
+            if row in texts
+        }
+        found = {}
+        for process, stream, rank, device in used.tolist():
+            pid = (process >> TID_BITS) & ((1 << TID_BITS) - 1)
+            if name := named.get((pid, stream)):
+                found[rank, device, stream] = name
+        return found
+
+    def _utc(self) -> int | None:
+        begun = self._database.integers("TARGET_INFO_SESSION_START_TIME", (), {"utcEpochNs": 0})["utcEpochNs"]
+        return int(begun[0]) if len(begun) and begun[0] > 0 else None
+
+    def _incomplete(self) -> str:
+        table = "DIAGNOSTIC_EVENT"
+        severities = self._database.integers(table, ("rowid",), {"severity": 0})
+        texts = self._database.texts(table, "rowid", "text")
+        serious = severities["rowid"][(severities["severity"] >= _WARNING) & (severities["severity"] < _VERBOSE)]
+        said = (texts.get(row, "") for row in serious.tolist())
+        return "; ".join(dict.fromkeys(text[:200] for text in said if _LOSS.search(text)))
+
+
+def _match(
+    wanted: tuple[NDArray[np.int64], NDArray[np.int64]], keys: tuple[NDArray[np.int64], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """For each wanted pair the index of the first equal pair of keys, or UNKNOWN."""
+    found: dict[tuple[int, int], int] = {}
+    for index, key in enumerate(zip(keys[0].tolist(), keys[1].tolist(), strict=True)):
+        found.setdefault(key, index)
+    pairs = zip(wanted[0].tolist(), wanted[1].tolist(), strict=True)
+    return np.array([found.get(pair, c.UNKNOWN) for pair in pairs], np.int64)
+
+
+def _lookup(values: NDArray[np.int64], numbers: dict[int, int]) -> NDArray[np.int64]:
+    kinds, inverse = np.unique(values, return_inverse=True)
+    return np.array([numbers.get(kind, c.UNKNOWN) for kind in kinds.tolist()], np.int64)[inverse.reshape(-1)]

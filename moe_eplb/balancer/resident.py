@@ -1,0 +1,95 @@
+"""The balancer whose state lives on the device, so that iterations run without a look by the host, in graphs too.
+
+The host writes a row for each iteration (what it counts, which layers hand over), the device does the rest: it counts,
+votes, commits and hands loads over by itself. The updater's thread plans, copies weights into free cells and publishes
+tables; a plan is taken by the device when all ranks have it. The host reads afterwards what happened.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import Device
+from moe_eplb.device.bell import CpuBell
+from moe_eplb.device.control import REPORTS, ModelState, Report
+
+__all__ = ["Resident"]
+
+
+class Resident:
+    """What the layers of one model share.
+
+    Args:
+        device: Where the model runs.
+        layers: L.
+        run_ahead: How many iterations the host may be ahead of the device. A queue of launches that is full could
+            otherwise hold the very copies that the device waits for.
+        timeout_s: The longest that the device waits for a plan.
+
+    Attributes:
+        run_ahead_waits: How often the host was too far ahead and waited.
+        expected: How often the bell will have been rung when all that is enqueued is done.
+    """
+
+    def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float) -> None:
+        self.model = ModelState.make(layers, device.torch_device, device.host_visible)
+        self.bell = device.new_bell(self.model.bell)
+        self.timeout_ns = round(timeout_s * 1e9)
+        self.run_ahead_waits = 0
+        self.expected = 0
+        self.publishing = threading.Lock()
+        self._turns = device.host_visible((run_ahead, 2 + layers), torch.int64)
+        self._read: list[Callable[[], bool] | None] = [None] * run_ahead
+        self._device = device
+
+    def begin(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
+        """Enqueue the row of an iteration; waits while the host is too far ahead of the device."""
+        place = iteration % len(self._read)
+        waited = self._read[place]
+        if waited is not None and waited():
+            self.run_ahead_waits += 1
+        row = self._turns[place]
+        row.zero_()
+        row[0], row[1] = iteration, int(counts)
+        for layer in group:
+            row[2 + layer] = 1
+        self.model.turn.copy_(row, non_blocking=True)
+        self._read[place] = self._device.submitted()
+
+    @property
+    def wait(self) -> Callable[[int, int, int], int] | None:
+        """How `control.vote` waits where the device is the host: (layer, due, timeout ns) -> ns; None on a GPU."""
+        return self._wait_on_host if isinstance(self.bell, CpuBell) else None
+
+    def _wait_on_host(self, layer: int, due: int, timeout_ns: int) -> int:
+        assert isinstance(self.bell, CpuBell)
+        if int(self.model.ready[layer]) >= due:
+            return 0
+        begun = time.monotonic_ns()
+        self.bell.wait_for(lambda: int(self.model.ready[layer]) >= due, timeout_ns / 1e9)
+        return time.monotonic_ns() - begun
+
+    def report(self, layer: int, due: int) -> Tensor:
+        """int64 [len(Report)], what the device has written of the plan that is due in that iteration."""
+        return self.model.reports[due % REPORTS, layer]
+
+    def outcome(self, layer: int, due: int) -> int:
+        """What became of that plan; the device has run the layer in that iteration."""
+        report = self.report(layer, due)
+        return int(report[Report.OUTCOME]) if int(report[Report.DUE]) == due else 0
+
+    def check(self) -> None:
+        """Raise BalancerError E134 when a count went beyond int32."""
+        if bool(self.model.overflow.any()):
+            layer = int(self.model.overflow.argmax())
+            raise BalancerError(
+                "E134", f"layer {layer}: a count of tokens overflows",
+                why=f"in iteration {int(self.model.overflow[layer]) - 1}, int32 holds {2**31 - 1}",
+                hint="split the batch into more iterations",
+            )  # fmt: skip

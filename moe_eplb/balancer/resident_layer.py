@@ -1,0 +1,224 @@
+"""One layer's balancer with its state on the device: the same ten calls, none of which waits for the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from moe_eplb.balancer.cells import CellWeights
+from moe_eplb.balancer.migrate import StagedWeights
+from moe_eplb.balancer.resident import Resident
+from moe_eplb.balancer.resident_update import Publisher, ResidentUpdate
+from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
+from moe_eplb.balancer.statistics import AllReduce
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.events import HOST, Kind
+from moe_eplb.core.placement import balancedness
+from moe_eplb.core.planner import Plan
+from moe_eplb.device import Device, control, ops
+from moe_eplb.device.control import LayerState, Outcome, Report
+
+__all__ = ["ResidentLayer"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class ResidentLayer(SingleLayerMoeLoadBalancer):
+    """See the base class, which is its slow twin; made by `MoeLoadBalancer.add_layer`.
+
+    Attributes:
+        resident: What it shares with the other layers; there from `finish_setup` on, as what follows.
+        state: Its state on the device.
+        cells: Its weights.
+    """
+
+    resident: Resident
+    state: LayerState
+    cells: CellWeights
+    _following: ResidentLayer
+    _publisher: Publisher
+    _flying: dict[int, ResidentUpdate]
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    @property
+    def spare_slots(self) -> int:
+        """How many slots of this rank a plan can change at once."""
+        spare = self._owner.options.spare_slots
+        return self.slot_count_per_rank if spare is None else spare
+
+    def register_weight_cells(self, table: Tensor, cells: Sequence[Mapping[str, Tensor]]) -> None:
+        """Tell the cells of this rank: their tensors, and the int32 [S] that says which are live."""
+        self.cells = CellWeights(self.layer_idx, table, cells)
+
+    def finish_setup(self, resident: Resident, following: ResidentLayer) -> None:
+        """All layers are there and weights are loaded; `following` runs next."""
+        if not hasattr(self, "cells"):
+            raise BalancerError(
+                "E137", f"layer {self.layer_idx}: no cells were registered", why="its weights could not be moved",
+                hint="call register_weight_cells before finalize_model",
+            )  # fmt: skip
+        options = self._owner.options
+        self.resident, self._following, self._flying = resident, following, {}
+        self.state = LayerState.make(
+            self.layer_idx, self.expert_count, self._tables.block, self.cells.table, options.window,
+            self._device.host_visible,
+        )  # fmt: skip
+        self.statistic_flag_tensor = resident.model.turn[1:2]
+        self._statistics.use(self.state.counts)
+        self._publisher = Publisher(self, self._tables, self.placement)
+
+    @property
+    def device(self) -> Device:
+        """Where the layer runs."""
+        return self._device
+
+    # -- work on the balancer stream -------------------------------------------------------------------------------
+
+    def get_agreement_lanes(self) -> Tensor | None:
+        """int64 [5] to gather with the statistics of paths A and C; None in static routing and on one rank."""
+        if not self.updates_enabled:
+            return None
+        self._stream.submit(Kind.VOTE, self._vote)
+        lanes = self.state.message[self.expert_count :]
+        if self.ep_size == 1:
+            self._stream.submit_next(Kind.SETTLE_VOTE, lambda: self._settle(lanes.unsqueeze(0)))
+            return None
+        self._stream.mark()
+        self._stream.join()
+        return lanes
+
+    def update_agreement(self, gathered: Tensor) -> None:
+        """The lanes of all ranks, int64 [R, 5]."""
+        self._stream.submit(Kind.SETTLE_VOTE, lambda: self._settle(gathered))
+
+    def _take_over(self) -> None:
+        control.take_over(self.resident.model, self.state)
+        if self._device.immediate:
+            self._owner.collect_layer(self.layer_idx)
+
+    def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool) -> None:
+        def count() -> None:
+            if is_first_stage:
+                self.state.counts.zero_()
+            ops.histogram(ids, self.state.counts)
+
+        self._stream.submit(kind, count)
+
+    def _submit_reduction(self, allreduce: AllReduce | None) -> None:
+        message = self.state.message.unsqueeze(0)
+
+        def fold() -> None:
+            self._settle(message[:, self.expert_count :])
+            self._fold_rows(message[:, : self.expert_count])
+
+        self._stream.submit_next(Kind.VOTE, self._vote)
+        if allreduce is not None:
+            self._stream.submit_next(Kind.STATISTIC_REDUCE, lambda: allreduce(self.state.message), collective=True)
+        self._stream.submit_next(Kind.LOAD_UPDATE, fold)
+
+    def _vote(self) -> None:
+        resident = self.resident
+        control.vote(
+            resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait
+        )
+
+    def _settle(self, lanes: Tensor) -> None:
+        control.settle(self.resident.model, self._following.state, lanes, ranks=self.ep_size)
+
+    def _fold_rows(self, counts: Tensor) -> None:
+        control.fold(self.resident.model, self.state, counts, decay=self._owner.options.decay)
+        if self._device.immediate and self._owner.counts_now:
+            self.report_counts()
+
+    def _hand_over(self) -> None:
+        control.hand_over(self.resident.model, self.state, delay=self._owner.options.commit_delay)
+        self.resident.bell.tell()
+        if not self._device.capturing:
+            self._owner.expect(self.layer_idx)
+
+    # -- what the host does beside it ------------------------------------------------------------------------------
+
+    def expect(self, iteration: int) -> None:
+        """The hand-over of a layer whose turn it is has been enqueued: let the updater wait for it."""
+        self.resident.expected += 1
+        update = ResidentUpdate(
+            self.layer_idx, iteration, iteration + self._owner.options.commit_delay, self.state.handed_load.numpy(),
+            self.placement, self._publisher.stage, publisher=self._publisher, owner=self, ring=self.resident.expected,
+        )  # fmt: skip
+        self._flying[update.due] = update
+        self._owner.updater.submit(update)
+
+    def collect(self, iteration: int) -> None:
+        """Take note of what the device has done with the plan that was due in an iteration."""
+        report = self.resident.report(self.layer_idx, iteration)
+        update = self._flying.get(iteration)
+        if int(report[Report.DUE]) != iteration or int(report[Report.OUTCOME]) == Outcome.NONE or update is None:
+            return
+        del self._flying[iteration]
+        for older in [due for due in self._flying if due < iteration]:
+            del self._flying[older]  # turns in which the layer kept its load
+        if int(report[Report.VOTED]) not in (iteration - 1, iteration):
+            self._dropped(iteration, 0, False, f"due in iteration {iteration}, but nobody voted on it")
+            return
+        self._tell_plan(update, report)
+        if int(report[Report.OUTCOME]) == Outcome.COMMITTED and update.plan and update.staged:
+            self._committed(update, update.plan, update.staged, iteration)
+        else:
+            differ = int(report[Report.DIGESTS_DIFFER]) == 1
+            self._dropped(iteration, int(report[Report.READY_RANKS]), differ, "the ranks did not agree on the plan")
+
+    def report_counts(self) -> None:
+        """Show the probe what was folded in; waits for the device where that works later."""
+        counts = self.state.reduced.cpu().numpy().copy()
+        balance = float(balancedness(self.placement.rank_load(counts)))
+        self._owner.probe.reduced(self.layer_idx, counts, balance)
+
+    def abort(self, iteration: int, *, begun: bool) -> None:
+        """See the base class; the device has stopped."""
+        model, at = self.resident.model, self.layer_idx
+        if begun:
+            control.take_over(model, self.state)  # where that has run already, nothing is due any more
+            self._device.synchronize()
+            self.collect(iteration)
+        pending = int(model.due[at])
+        model.due[at] = model.decision[at] = -1
+        self._restart()
+        self.state.forget()
+        for due, update in self._flying.items():
+            update.agreed = False
+            if due == pending:
+                self._dropped(due, 0, False, f"iteration {iteration} was aborted")
+        self._flying.clear()
+
+    def _tell_plan(self, update: ResidentUpdate, report: Tensor) -> None:
+        waited = max(0, int(report[Report.WAITED_NS]))
+        if waited:
+            self._owner.probe.stalled(self.layer_idx, waited / 1e9)
+        if int(report[Report.READY_HERE]) == 1 and update.plan and update.staged:
+            self._owner.probe.planned(self.layer_idx, update.taken, update.due, update.plan, update.staged.bytes)
+        elif update.error is not None:
+            _LOG.error("layer %d: the update taken in iteration %d failed: %r", *update.where, update.error)
+        else:
+            _LOG.error(
+                "layer %d: the update taken in iteration %d is not ready after %g s", *update.where, waited / 1e9
+            )
+
+    def _committed(self, update: ResidentUpdate, plan: Plan, staged: StagedWeights, iteration: int) -> None:
+        self.updates.placement = plan.placement
+        self.updates.version += 1
+        self._device.sink.mark(
+            Kind.COMMIT, self.layer_idx, iteration, HOST, a=len(plan.changed), b=plan.placement.digest()
+        )
+        self._owner.probe.committed(self.layer_idx, update.taken, plan.placement, plan.changed, staged.bytes)
+
+    def _dropped(self, due: int, ready: int, differ: bool, reason: str) -> None:
+        iteration = self._device.iteration
+        _LOG.error(
+            "layer %d: plan for iteration %d dropped in iteration %d: %s (ready on %d of %d ranks%s)",
+            self.layer_idx, due, iteration, reason, ready, self.ep_size, ", digests differ" if differ else "",
+        )  # fmt: skip
+        self._device.sink.mark(Kind.PLAN_DROPPED, self.layer_idx, iteration, HOST, ready, int(differ))
+        self._owner.probe.dropped(self.layer_idx, due, ready, differ, reason)

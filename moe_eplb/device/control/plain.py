@@ -1,0 +1,118 @@
+"""The balancer's steps on the device in plain torch, one value at a time: exact, slow, and the twin of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_eplb.device.control.state import REPORTS, LayerState, ModelState, Outcome, Report, Stage
+
+__all__ = ["fold", "hand_over", "settle", "take_over", "vote"]
+
+
+def take_over(model: ModelState, layer: LayerState) -> None:
+    """A layer begins: commit the plan that is due and agreed on, drop one that is due and not."""
+    at, iteration = layer.layer, int(model.turn[0])
+    due = int(model.due[at])
+    if 0 <= due <= iteration:
+        agreed = due == iteration and int(model.decision[at]) == 1
+        if agreed:
+            layer.tables.copy_(layer.pending[: layer.tables.numel()])
+            layer.cells.copy_(layer.pending[layer.tables.numel() :])
+        outcome = Outcome.COMMITTED if agreed else Outcome.DROPPED
+        report = model.reports[due % REPORTS, at]
+        report[Report.DUE], report[Report.OUTCOME], report[Report.OUTCOME_ITERATION] = due, outcome, iteration
+        model.due[at] = model.decision[at] = -1
+    model.stages[at, Stage.TAKE_OVER] = iteration
+
+
+def vote(
+    model: ModelState, layer: LayerState, following: LayerState, *, timeout_ns: int,
+    wait: Callable[[int, int, int], int],
+) -> None:  # fmt: skip
+    """Make the message of a layer: its counts, and this rank's vote on the plan of the layer that runs next.
+
+    Where a plan is due there and not prepared, the device waits for it up to `timeout_ns`.
+
+    Args:
+        model, layer: The layer that carries the vote.
+        following: The layer that runs next, the first after the last.
+        timeout_ns: The longest wait.
+        wait: Waits until ``ready[layer] >= due``, given (layer, due, timeout_ns); the ns that it took. The kernel
+            waits by itself.
+    """
+    at, carrier, iteration = following.layer, layer.layer, int(model.turn[0])
+    due = int(model.due[at])
+    lanes = torch.zeros_like(following.lanes)
+    if due == _due_of_next(iteration, at) and int(model.decision[at]) == -1:
+        waited = wait(at, due, 0 if int(model.overdue) else timeout_ns)
+        ready = int(model.ready[at]) >= due
+        if ready:
+            lanes = following.lanes
+        else:
+            model.overdue.fill_(1)
+        report = model.reports[due % REPORTS, at]
+        report[Report.DUE], report[Report.READY_HERE], report[Report.WAITED_NS] = due, int(ready), waited
+        report[Report.OUTCOME] = Outcome.NONE
+    if bool((layer.counts < 0).any()):
+        model.overflow[carrier] = iteration + 1
+    layer.message[: layer.experts] = layer.counts
+    layer.message[layer.experts :] = lanes
+    model.stages[carrier, Stage.VOTE] = iteration
+
+
+def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: int) -> None:
+    """Decide on the plan of the layer that runs next by the votes of all ranks, int64 [N, LANES], which are summed."""
+    at, iteration = following.layer, int(model.turn[0])
+    due = int(model.due[at])
+    if due != _due_of_next(iteration, at) or int(model.decision[at]) != -1:
+        return
+    ready, high, high2, low, low2 = (int(value) for value in lanes.sum(0))
+    differ = ready * high2 != high * high or ready * low2 != low * low
+    model.decision[at] = int(ready == ranks and not differ)
+    report = model.reports[due % REPORTS, at]
+    report[Report.READY_RANKS], report[Report.DIGESTS_DIFFER], report[Report.VOTED] = ready, int(differ), iteration
+
+
+def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) -> None:
+    """Fold the counts of all ranks, int [N, E], which are summed, into the load, unless this iteration does not count.
+
+    ``load = load * decay + mean of the last W counts``, each operation rounded to float32 by itself.
+    """
+    if int(model.turn[1]):
+        total = counts.to(torch.int64).sum(0)
+        window, folded = layer.recent.shape[0], int(layer.folded)
+        layer.recent[folded % window] = total
+        layer.folded += 1
+        filled = min(folded + 1, window)
+        sample = layer.recent[:filled].sum(0).to(torch.float32) / filled
+        decayed = layer.load * decay
+        layer.load.copy_(decayed + sample)
+        layer.reduced.copy_(total)
+    model.stages[layer.layer, Stage.FOLD] = int(model.turn[0])
+
+
+def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
+    """A layer ends: where it is its turn, give its load to the host and ring the bell.
+
+    The plan will be due `delay` iterations later. A layer with a plan under way keeps its load, but rings too, since
+    the host waits for one ring for each turn.
+    """
+    at, iteration = layer.layer, int(model.turn[0])
+    model.stages[at, Stage.HAND_OVER] = iteration
+    if not int(model.turn[2 + at]):
+        return
+    if int(model.due[at]) < 0:
+        layer.handed_load.copy_(layer.load)
+        layer.handed.fill_(iteration)
+        layer.load.zero_()
+        model.due[at], model.decision[at] = iteration + delay, -1
+    model.rung += 1
+    model.bell.copy_(model.rung)
+
+
+def _due_of_next(iteration: int, following: int) -> int:
+    """In which iteration the layer that runs next will run."""
+    return iteration + (following == 0)

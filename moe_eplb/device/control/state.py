@@ -1,0 +1,172 @@
+"""What the balancer keeps on the device, so that no forward waits for the host, and what the host can read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+__all__ = ["LANES", "REPORT", "REPORTS", "LayerState", "ModelState", "Outcome", "Report", "Stage"]
+
+HostVisible = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes zeros that host and device share."""
+LANES = 5
+"""Integers of a vote, see `moe_eplb.balancer.agreement`."""
+REPORTS = 8
+"""Iterations for which a layer's reports are kept before they are overwritten."""
+
+
+class Report(IntEnum):
+    """Columns of a layer's report on the plan that is due in an iteration."""
+
+    DUE = 0
+    READY_HERE = 1
+    WAITED_NS = 2
+    READY_RANKS = 3
+    DIGESTS_DIFFER = 4
+    OUTCOME = 5
+    OUTCOME_ITERATION = 6
+    VOTED = 7
+
+
+REPORT = len(Report)
+
+
+class Outcome(IntEnum):
+    """What became of a plan."""
+
+    NONE = 0
+    COMMITTED = 1
+    DROPPED = 2
+
+
+class Stage(IntEnum):
+    """Stages of a layer of which the device itself writes down the iteration in which it did them."""
+
+    TAKE_OVER = 0
+    VOTE = 1
+    FOLD = 2
+    HAND_OVER = 3
+
+
+@dataclass(slots=True)
+class ModelState:
+    """State of all L layers. Tensors are on the device, except those that the host reads while the device works.
+
+    Attributes:
+        turn: int64 [2 + L]: the iteration, whether it counts, and for each layer whether it hands its load over.
+        due: int64 [L], the iteration in which a layer's plan is to be committed, -1 without one.
+        decision: int64 [L], the vote on that plan: -1 not yet, 0 no, 1 agreed.
+        ready: int64 [L], `due` of the newest plan of a layer that is prepared, written by whoever prepares it.
+        overdue: int64 [1], set when a wait was in vain; until the next plan is ready nobody waits again.
+        rung: int32 [1], how often the bell was rung.
+        stages: int64 [L, 4], see `Stage`.
+        bell: int32 [1], host-visible copy of `rung`, written last.
+        reports: int64 [REPORTS, L, REPORT], host-visible, by iteration modulo REPORTS.
+        overflow: int64 [L], host-visible: one more than the iteration in which a count went beyond int32, 0 for none.
+    """
+
+    turn: Tensor
+    due: Tensor
+    decision: Tensor
+    ready: Tensor
+    overdue: Tensor
+    rung: Tensor
+    stages: Tensor
+    bell: Tensor
+    reports: Tensor
+    overflow: Tensor
+
+    @staticmethod
+    def make(layers: int, device: torch.device, host_visible: HostVisible) -> ModelState:
+        """State of a model that has not begun; `host_visible` makes tensors that host and device share."""
+        long = torch.int64
+        none = [torch.full((layers,), -1, dtype=long, device=device) for _ in range(3)]
+        return ModelState(
+            turn=torch.zeros(2 + layers, dtype=long, device=device),
+            due=none[0], decision=none[1], ready=none[2],
+            overdue=torch.zeros(1, dtype=long, device=device),
+            rung=torch.zeros(1, dtype=torch.int32, device=device),
+            stages=torch.full((layers, len(Stage)), -1, dtype=long, device=device),
+            bell=host_visible((1,), torch.int32).zero_(),
+            reports=host_visible((REPORTS, layers, REPORT), long).fill_(-1),
+            overflow=host_visible((layers,), long).zero_(),
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return self.due.numel()
+
+
+@dataclass(slots=True)
+class LayerState:
+    """State of one layer with E experts, P slots and S slots a rank.
+
+    Attributes:
+        layer: Index of the layer.
+        tables: int32 [2E + P], the live route tables, see `moe_eplb.balancer.replica_choice.RouteTables`.
+        cells: int32 [S], the live cell of each local slot.
+        pending: int32 [2E + P + S], what tables and cells become when the plan is committed.
+        lanes: int64 [LANES], this rank's vote for that plan.
+        counts: int32 [E], tokens of this rank in this iteration.
+        message: int64 [E + LANES], counts and the next layer's lanes, as they are summed over ranks.
+        load: float32 [E], see `moe_eplb.balancer.statistics.LoadWindow`.
+        recent: int64 [W, E], the counts of the last iterations.
+        folded: int64 [1], how many iterations were folded in.
+        reduced: int64 [E], the counts of all ranks in the last iteration that was folded in.
+        handed: int64 [1], host-visible, the iteration in which the load was handed over last.
+        handed_load: float32 [E], host-visible, that load.
+    """
+
+    layer: int
+    tables: Tensor
+    cells: Tensor
+    pending: Tensor
+    lanes: Tensor
+    counts: Tensor
+    message: Tensor
+    load: Tensor
+    recent: Tensor
+    folded: Tensor
+    reduced: Tensor
+    handed: Tensor
+    handed_load: Tensor
+
+    @staticmethod
+    def make(
+        layer: int,
+        experts: int,
+        tables: Tensor,
+        cells: Tensor,
+        window: int,
+        host_visible: HostVisible,
+    ) -> LayerState:
+        """State of a layer that has counted nothing; `tables` and `cells` are the live ones."""
+        device, long = tables.device, torch.int64
+        return LayerState(
+            layer=layer, tables=tables, cells=cells,
+            pending=torch.zeros(tables.numel() + cells.numel(), dtype=torch.int32, device=device),
+            lanes=torch.zeros(LANES, dtype=long, device=device),
+            counts=torch.zeros(experts, dtype=torch.int32, device=device),
+            message=torch.zeros(experts + LANES, dtype=long, device=device),
+            load=torch.zeros(experts, dtype=torch.float32, device=device),
+            recent=torch.zeros(window, experts, dtype=long, device=device),
+            folded=torch.zeros(1, dtype=long, device=device),
+            reduced=torch.zeros(experts, dtype=long, device=device),
+            handed=host_visible((1,), long).fill_(-1),
+            handed_load=host_visible((experts,), torch.float32).zero_(),
+        )  # fmt: skip
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.counts.numel()
+
+    def forget(self) -> None:
+        """Drop all counts."""
+        for tensor in (self.counts, self.load, self.recent, self.folded):
+            tensor.zero_()

@@ -1,0 +1,233 @@
+"""Triton kernels that group entries by cell and copy hidden states to their places.
+
+Grouping is a counting sort over blocks of `_BLOCK` entries. With A[c, b] the entries of block b whose cell is at most
+c, cell c begins at the sum of row c - 1 of A, and the entries of earlier blocks in cell c are a prefix sum of row c
+minus row c - 1. So one program a cell needs nobody else's sums, and no atomic operation decides an order. Small inputs
+take one launch, in which every program finds the places of its own token by comparing with all entries.
+
+Bytes of `permute_rows`, which a GPU has to move: a row is read once and written K times, (1 + K) * M * D * itemsize;
+all tables together are below 1 % of that for D >= 1024.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["permute", "permute_rows"]
+
+_BLOCK = 128
+_CHUNK = 2048
+"""Blocks that the prefix sum takes at a time."""
+_SMALL = 4096
+"""Entries up to which one launch does everything."""
+_TILE = 1024
+"""Entries that a program of the small kernel compares with at a time."""
+_ENDS = 16
+"""Groups whose ends one program of the small kernel finds."""
+
+
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `plain.permute`."""
+    position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
+    if not slots.numel():
+        return position, torch.zeros(groups, dtype=torch.int32, device=slots.device)
+    slots = _with_dense_rows(slots)
+    entries, blocks = slots.numel(), triton.cdiv(slots.numel(), _BLOCK)
+    offs = torch.empty(groups, dtype=torch.int32, device=slots.device)
+    below, first = torch.empty(2, groups, blocks, dtype=torch.int32, device=slots.device).unbind()
+    bins = max(16, triton.next_power_of_2(groups + 1))
+    given = (slots, *_table(slots, groups, cells), slots.stride(0), entries, groups, blocks)
+    how = (slots.shape[1], cells is not None, _BLOCK)
+    _count[(blocks,)](*given, below, *how, bins)
+    _scan[(groups,)](below, first, offs, blocks, _CHUNK)
+    _place[(blocks,)](*given, first, position, *how)
+    return position, offs
+
+
+def permute_rows(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `plain.permute_rows`."""
+    size = slots.numel() if entries is None else entries
+    hidden = _with_dense_rows(hidden)
+    rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    if not slots.numel() or slots.numel() > _SMALL:
+        position, offs = permute(slots, groups, cells)
+        if rows.numel():
+            _copy(hidden, position, rows)
+        return rows, position, offs
+    return (rows, *_permute_small(hidden, _with_dense_rows(slots), groups, cells, rows))
+
+
+def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
+    width = hidden.shape[1]
+    block = _column_block(width)
+    grid = (hidden.shape[0], triton.cdiv(width, block))
+    _copy_rows[grid](
+        hidden, position, rows, hidden.stride(0), width, rows.shape[0], position.shape[1], block, num_warps=block // 256
+    )
+
+
+def _permute_small(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    tokens, top_k = slots.shape
+    position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
+    offs = torch.empty(groups, dtype=torch.int32, device=slots.device)
+    block = _column_block(hidden.shape[1])
+    grid = (tokens + triton.cdiv(groups, _ENDS), max(1, triton.cdiv(hidden.shape[1], block)))
+    _small[grid](
+        hidden, slots, *_table(slots, groups, cells), rows, position, offs, hidden.stride(0), slots.stride(0), tokens,
+        tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k, cells is not None, triton.next_power_of_2(top_k),
+        _TILE, _ENDS, block, num_warps=max(4, block // 256),
+    )  # fmt: skip
+    return position, offs
+
+
+def _table(slots: Tensor, groups: int, cells: Tensor | None) -> tuple[Tensor, int]:
+    """The table of cells and S; where slots are their own cells, a pointer that nothing reads."""
+    return (slots, groups) if cells is None else (cells, cells.numel())
+
+
+def _with_dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def _column_block(width: int) -> int:
+    """Columns of a program, at least 256: 16 bytes of bf16 a thread, and no idle threads where a block divides D."""
+    for block in (2048, 1024, 512):
+        if width % block == 0:
+            return block
+    return max(256, min(1024, triton.next_power_of_2(width)))
+
+
+@triton.jit
+def _cell(slots, cells, num_slots, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr):
+    """The cell of each entry and whether it has one."""
+    token = (at // top_k).to(tl.int64)
+    slot = tl.load(slots + token * slot_stride + at % top_k, mask=real, other=-1)
+    inside = (slot >= 0) & (slot < num_slots)
+    cell = tl.where(inside, slot, 0).to(tl.int32)
+    if mapped:
+        cell = tl.load(cells + cell, mask=inside, other=-1)
+        inside = inside & (cell >= 0) & (cell < groups)
+    return cell, inside
+
+
+@triton.jit(do_not_specialize=["entries", "blocks"])
+def _count(
+    slots, cells, num_slots, slot_stride, entries, groups, blocks, below,
+    top_k: tl.constexpr, mapped: tl.constexpr, block: tl.constexpr, nbins: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    at = program * block + tl.arange(0, block)
+    cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+    # The last bin takes what belongs to nobody; it is never written.
+    found = tl.histogram(tl.where(inside, cell, nbins - 1), nbins)
+    bins = tl.arange(0, nbins)
+    tl.store(below + bins * blocks + program, tl.cumsum(found, axis=0), mask=bins < groups)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _scan(below, first, offs, blocks, chunk: tl.constexpr):
+    """first[c, b]: where block b's entries of cell c begin, less its entries of lower cells; and where cells end."""
+    cell = tl.program_id(0)
+    upper, lower = below + cell * blocks, below + (cell - 1) * blocks
+    before = tl.zeros([chunk], dtype=tl.int32)
+    begin = 0
+    while begin < blocks:
+        at = begin + tl.arange(0, chunk)
+        before += tl.load(lower + at, mask=(at < blocks) & (cell > 0), other=0)
+        begin += chunk
+    running = tl.sum(before, axis=0)
+    begin = 0
+    while begin < blocks:
+        at = begin + tl.arange(0, chunk)
+        less = tl.load(lower + at, mask=(at < blocks) & (cell > 0), other=0)
+        own = tl.load(upper + at, mask=at < blocks, other=0) - less
+        tl.store(first + cell * blocks + at, running + tl.cumsum(own, axis=0) - own - less, mask=at < blocks)
+        running += tl.sum(own, axis=0)
+        begin += chunk
+    tl.store(offs + cell, running)
+
+
+@triton.jit(do_not_specialize=["entries", "blocks"])
+def _place(
+    slots, cells, num_slots, slot_stride, entries, groups, blocks, first, position,
+    top_k: tl.constexpr, mapped: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    index = tl.arange(0, block)
+    at = program * block + index
+    cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+    # No two keys are equal, so that one comparison ranks by cell and then by arrival.
+    key = tl.where(inside, cell * block + index, 0x7FFFFFFF)
+    rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), axis=1)
+    begin = tl.load(first + cell * blocks + program, mask=inside, other=0)
+    tl.store(position + at, tl.where(inside, begin + rank, -1), mask=at < entries)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    value = tl.load(hidden + row * hidden_stride + column, mask=column < width)
+    for k in tl.static_range(top_k):
+        at = tl.load(position + row * top_k + k).to(tl.int64)
+        tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
+
+
+@triton.jit(do_not_specialize=["tokens", "entries", "capacity"])
+def _small(
+    hidden, slots, cells, num_slots, rows, position, offs, hidden_stride, slot_stride, tokens, entries, groups, width,
+    capacity, top_k: tl.constexpr, mapped: tl.constexpr, k_width: tl.constexpr, tile: tl.constexpr, ends: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    """A program a token, then programs that find the ends of groups."""
+    program = tl.program_id(0)
+    if program < tokens:
+        k = tl.arange(0, k_width)
+        cell, inside = _cell(
+            slots, cells, num_slots, slot_stride, program * top_k + k, k < top_k, groups, top_k, mapped
+        )
+        limit = tl.where(inside, cell * entries + program * top_k + k, -1)
+        place = _before(
+            slots, cells, num_slots, slot_stride, entries, groups, limit, k_width, top_k, mapped, tile
+        )  # fmt: skip
+        place = tl.where(inside, place, -1)
+        once = (k < top_k) & (tl.program_id(1) == 0)
+        tl.store(position + program * top_k + k, place, mask=once)
+        column = tl.program_id(1) * block + tl.arange(0, block)
+        value = tl.load(hidden + program.to(tl.int64) * hidden_stride + column, mask=column < width)
+        for turn in tl.static_range(top_k):
+            at = tl.sum(tl.where(k == turn, place, 0), axis=0).to(tl.int64)
+            tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
+    elif tl.program_id(1) == 0:
+        group = (program - tokens) * ends + tl.arange(0, ends)
+        limit = (group + 1) * entries
+        end = _before(
+            slots, cells, num_slots, slot_stride, entries, groups, limit, ends, top_k, mapped, tile
+        )  # fmt: skip
+        tl.store(offs + group, end, mask=group < groups)
+
+
+@triton.jit
+def _before(
+    slots, cells, num_slots, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
+    mapped: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """For each limit, how many entries have a smaller key; an entry's key is cell * entries + its number."""
+    found = tl.zeros([size], dtype=tl.int32)
+    begin = 0
+    while begin < entries:
+        at = begin + tl.arange(0, tile)
+        cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+        key = tl.where(inside, cell * entries + at, 0x7FFFFFFF)
+        found += tl.sum((key[None, :] < limit[:, None]).to(tl.int32), axis=1)
+        begin += tile
+    return found

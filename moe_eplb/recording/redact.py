@@ -1,0 +1,88 @@
+"""Takes out of a capture what must not leave the machine: a raw one holds the whole environment of its process.
+
+Removed are environment variables, arguments and lists of processes, names of users and machines, absolute paths of home
+and work folders, UUIDs, addresses and serial numbers of GPUs and network cards, and tables about the system. Times,
+kernel names and the texts of our own NVTX domain stay as they are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import sqlite3
+import tempfile
+import zlib
+from pathlib import Path
+
+from moe_eplb.core.errors import TraceError
+from moe_eplb.recording.redact_json import redact_json
+from moe_eplb.recording.redact_sqlite import redact_sqlite
+from moe_eplb.recording.redact_text import local_scrubber
+
+__all__ = ["redact"]
+
+_SQLITE = b"SQLite format 3\0"
+_GZIP = b"\x1f\x8b"
+
+
+def redact(path: Path) -> list[str]:
+    """Replace a capture by one without what must not leave the machine; it is replaced whole or not at all.
+
+    Args:
+        path: Our canonical SQLite file, an SQLite export of Nsight Systems, or Chrome JSON as the torch profiler writes
+            it; each may be compressed by gzip. A redacted file is redacted already: nothing more is found in it.
+
+    Returns:
+        What was removed, for people: places and numbers, never the removed texts.
+
+    Raises:
+        TraceError: E068 it is none of these, damaged, or cannot be replaced.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".redact-", dir=path.parent) as folder:
+            plain = Path(folder) / "plain"
+            zipped = _unpack(path, plain)
+            removed = _redact(plain, path)
+            if zipped:
+                plain = _pack(plain)
+            shutil.copymode(path, plain)
+            plain.replace(path)
+    except (OSError, EOFError, zlib.error, sqlite3.Error, ValueError, RecursionError) as error:
+        raise TraceError(
+            "E068", "a capture cannot be redacted, so it must not be published", why=str(error), where=str(path)
+        ) from error
+    return removed
+
+
+def _redact(plain: Path, path: Path) -> list[str]:
+    scrubber = local_scrubber(path.parent)
+    with plain.open("rb") as file:
+        start = file.read(len(_SQLITE))
+    if start == _SQLITE:
+        return redact_sqlite(plain, scrubber)
+    if start.lstrip()[:1] not in (b"{", b"["):
+        raise ValueError("it is neither SQLite nor JSON")
+    data, removed = redact_json(plain.read_text(encoding="utf-8"), scrubber)
+    plain.write_text(data, encoding="utf-8")
+    return removed
+
+
+def _unpack(path: Path, plain: Path) -> bool:
+    with path.open("rb") as file:
+        zipped = file.read(2) == _GZIP
+    with gzip.open(path, "rb") if zipped else path.open("rb") as source, plain.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    return zipped
+
+
+def _pack(plain: Path) -> Path:
+    """Compress without a name and a time in the header, so that the same capture gives the same bytes."""
+    packed = plain.with_suffix(".gz")
+    with (
+        plain.open("rb") as source,
+        packed.open("wb") as file,
+        gzip.GzipFile("", "wb", 9, file, mtime=0) as target,
+    ):
+        shutil.copyfileobj(source, target)
+    return packed

@@ -1,0 +1,322 @@
+"""The balancer whose state lives on the device, held against the one whose state lives on the host, its slow twin."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, cells, resident_update, updater
+from moe_eplb.balancer.resident_layer import ResidentLayer
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.planner import Plan
+from moe_eplb.device.control import Stage
+from tests.support.balanced import Rig, ids_of
+from tests.support.ranks import run_ranks
+
+TIMEOUT_S = 0.3
+
+
+def resident(**options: Any) -> Rig:
+    return Rig(resident=True, **options)
+
+
+def resident_layer(rig: Rig, index: int) -> ResidentLayer:
+    layer = rig.layers[index]
+    assert isinstance(layer, ResidentLayer)
+    return layer
+
+
+@pytest.fixture
+def rigs() -> Any:
+    made: list[Rig] = []
+
+    def make(**options: Any) -> tuple[Rig, Rig]:
+        made.extend((Rig(**options), resident(**options)))
+        return made[-2], made[-1]
+
+    yield make
+    for rig in made:
+        rig.balancer.shutdown()
+
+
+# -- twins -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 2},
+        {"layers": 3, "updates": 2},
+        {"layers": 4, "updates": 4, "experts": 8, "slots_per_rank": 11},
+        {"layers": 3, "updates": 1, "ranks": 4, "rank": 2, "experts": 8, "slots_per_rank": 3},
+        {"layers": 2, "updates": 2, "commit_delay": 3},
+        {"layers": 1, "updates": 1, "commit_delay": 2},
+        {"layers": 3, "updates": 3, "window": 3, "decay": 0.5},
+    ],
+    ids=["two", "groups", "all", "ranks", "delay", "one", "window"],
+)
+def test_both_do_the_same_in_every_iteration(rigs: Any, options: dict[str, Any], seed: int | None) -> None:
+    host, device = rigs(seed=seed, **options)
+    for _ in range(14):
+        assert device.iterate() == host.iterate()
+        assert device.placements() == host.placements()
+        device.assert_weights_match()
+    assert device.journal.commits == host.journal.commits
+    assert device.journal.loads == host.journal.loads
+    assert device.journal.drops == host.journal.drops == []
+    assert len(device.journal.commits) >= 4
+
+
+def run_ranks_with(rank: int, size: int, on_device: bool) -> list[Any]:
+    import torch.distributed as dist
+
+    from moe_eplb.balancer import AllReduce
+
+    setup, statistics = dist.new_group(list(range(size))), dist.new_group(list(range(size)))
+    rig = Rig(3, 8, updates=2, rank=rank, ranks=size, group=setup, slots_per_rank=5, seed=3, resident=on_device)
+    chosen = []
+    for _ in range(10):
+        chosen.append(rig.iterate(allreduce=AllReduce(statistics)))
+        rig.assert_weights_match()
+    rig.balancer.shutdown()
+    return [chosen, rig.journal.commits, rig.journal.placements]
+
+
+def test_real_ranks_do_the_same_too() -> None:
+    assert run_ranks(run_ranks_with, 2, True) == run_ranks(run_ranks_with, 2, False)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_cell_that_is_in_use_is_ever_written(rigs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, device = rigs(layers=3, updates=3, experts=8, slots_per_rank=11)
+    written: list[int] = []
+    write = cells.CellWeights.write
+
+    def watched(self: cells.CellWeights, slot: int, cell: int, *rest: Any) -> None:
+        written.append(cell)
+        assert cell not in self.table.tolist()
+        write(self, slot, cell, *rest)
+
+    monkeypatch.setattr(cells.CellWeights, "write", watched)
+    device.iterate(20)
+    assert len(written) > 50
+    assert max(written) >= 11, "spare cells came into use"
+
+
+def test_few_spare_slots_take_more_plans_to_get_there(rigs: Any) -> None:
+    host, device = rigs(layers=2, updates=2, experts=8, slots_per_rank=11, spare_slots=1)
+    for _ in range(12):
+        before = device.placements()
+        assert device.iterate() == host.iterate()
+        assert device.placements() == host.placements()
+        for old, new in zip(before, device.placements(), strict=True):
+            assert sum(a != b for a, b in zip(old, new, strict=True)) <= 1
+        device.assert_weights_match()
+    assert len(device.journal.commits) > 10
+    assert device.storage[0].shape[0] == 12
+
+
+def test_more_changes_than_cells_are_refused() -> None:
+    rig = resident(layers=2, experts=8, slots_per_rank=11, spare_slots=1)
+    try:
+        weights = resident_layer(rig, 0).cells
+        with pytest.raises(BalancerError, match="E172"):
+            weights.choose(rig.cells[0].numpy(), [0, 1])
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_layer_without_cells_is_refused() -> None:
+    balancer = MoeLoadBalancer(0, 1, 1, options=BalancerOptions(resident=True, commit_delay=2))
+    layer = balancer.add_layer(2, 1, 2)
+    weight = torch.zeros(2, 3, 4)
+    for expert in range(2):
+        layer.register_weight_slot(expert, "w", weight[expert])
+        layer.share_expert_weight(expert, "w", weight[expert])
+    with pytest.raises(BalancerError, match="no cells"):
+        balancer.finalize_model()
+    balancer.shutdown()
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_late_updater_costs_one_wait_and_the_placement_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = resident(layers=2, updates=2, update_timeout_s=TIMEOUT_S)
+    release, plan = threading.Event(), updater.plan
+
+    def late(*arguments: Any, **options: Any) -> Plan:
+        release.wait(20)
+        return plan(*arguments, **options)
+
+    try:
+        rig.iterate(4)
+        commits, before = len(rig.journal.commits), rig.placements()
+        monkeypatch.setattr(updater, "plan", late)
+        begun = time.monotonic()
+        rig.iterate(8)
+        assert TIMEOUT_S <= time.monotonic() - begun < 3 * TIMEOUT_S
+        assert len(rig.journal.commits) <= commits + 2  # those that were planned before
+        held = rig.placements()
+        release.set()
+        monkeypatch.setattr(updater, "plan", plan)
+        time.sleep(0.2)
+        rig.iterate(8)
+        assert rig.placements() != held != before or rig.placements() != before
+        assert len(rig.journal.commits) > commits + 2
+        rig.assert_weights_match()
+        assert "is not ready" in caplog.text
+    finally:
+        release.set()
+        rig.balancer.shutdown()
+
+
+def test_a_plan_that_fails_is_dropped_without_a_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = resident(layers=2, updates=2, update_timeout_s=20.0)
+    try:
+        before = rig.placements()
+
+        def fail(*_: Any, **__: Any) -> Plan:
+            raise ValueError("no plan today")
+
+        monkeypatch.setattr(updater, "plan", fail)
+        begun = time.monotonic()
+        rig.iterate(5)
+        assert time.monotonic() - begun < 10
+        assert rig.placements() == before
+        assert "no plan today" in caplog.text
+        assert {reason for _, _, reason in rig.journal.drops} == {"the ranks did not agree on the plan"}
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_killed_updater_leaves_a_model_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = resident(layers=2, updates=2, update_timeout_s=TIMEOUT_S)
+
+    def die(*_: Any, **__: Any) -> Plan:
+        raise SystemExit
+
+    monkeypatch.setattr(updater, "plan", die)
+    try:
+        before = rig.placements()
+        begun = time.monotonic()
+        rig.iterate(20)
+        assert time.monotonic() - begun < 3 * TIMEOUT_S
+        assert rig.placements() == before
+        rig.assert_weights_match()
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_ranks_that_differ_drop_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = resident(layers=2, updates=2, ranks=2, experts=8, slots_per_rank=5)
+
+    class Contrary:
+        def __call__(self, tensor: Tensor) -> None:
+            lanes = tensor[rig.experts :]
+            if int(lanes[0]):
+                lanes += torch.tensor([1, 7, 49, 9, 81])
+
+    try:
+        before = rig.placements()
+        rig.iterate(6, allreduce=Contrary())  # type: ignore[arg-type]
+        assert rig.placements() == before
+        assert rig.journal.drops
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_an_iteration_that_is_aborted_leaves_a_clean_start() -> None:
+    rig = resident(layers=3, updates=3)
+    try:
+        rig.iterate(4)
+        placements = rig.placements()
+        rig.balancer.start_iter()
+        rig.run_layer(0)
+        rig.layers[1].start_wait_gpu_stage()
+        rig.balancer.abort_iter()
+        rig.assert_weights_match()
+        assert rig.placements()[2] == placements[2]
+        commits = len(rig.journal.commits)
+        rig.iterate(6)
+        rig.assert_weights_match()
+        assert len(rig.journal.commits) > commits
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_count_beyond_int32_stops_the_model() -> None:
+    rig = resident(layers=2)
+    try:
+        rig.iterate(2)
+        rig.balancer.start_iter()
+        layer = resident_layer(rig, 0)
+        layer.start_wait_gpu_stage()
+        layer.done_wait_gpu_stage()
+        ids = ids_of(0, 2, rig.experts, rig.top_k, tokens=rig.tokens)
+        layer.update_local_statistic(ids, True, False)
+        layer.state.counts.fill_(2**31 - 1)
+        layer.update_local_statistic(ids, False, True)
+        layer.get_local_statistic_tensor()
+        layer.get_agreement_lanes()
+        rig.balancer.abort_iter()
+        with pytest.raises(BalancerError, match="E134") as caught:
+            rig.balancer.start_iter()
+        assert "layer 0" in str(caught.value)
+    finally:
+        rig.balancer.shutdown()
+
+
+# -- evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_writes_down_what_it_did_in_which_iteration() -> None:
+    rig = resident(layers=3)
+    try:
+        for iteration in range(5):
+            rig.iterate()
+            stages = resident_layer(rig, 0).resident.model.stages
+            assert stages.tolist() == [[iteration] * len(Stage)] * 3
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_the_publisher_waits_for_its_own_copies_before_it_writes_anew() -> None:
+    rig = resident(layers=1, updates=1, commit_delay=2)
+    try:
+        publisher = resident_layer(rig, 0)._publisher
+        waited = []
+        publisher._copied = lambda: waited.append(1)
+        publisher.give_up(5)
+        assert waited == [1]
+        assert int(resident_layer(rig, 0).resident.model.ready[0]) == 5
+        assert isinstance(publisher, resident_update.Publisher)
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_bell_that_is_never_rung_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    rig = resident(layers=2, update_timeout_s=TIMEOUT_S)
+    try:
+        with caplog.at_level(logging.ERROR):
+            layer = resident_layer(rig, 0)
+            layer.expect(0)
+            update = layer._flying[1]
+            assert update.done.wait(5)
+        assert isinstance(update.error, BalancerError)
+        assert update.error.code == "E173"
+    finally:
+        rig.balancer.shutdown()
