@@ -18,18 +18,18 @@ _LINES = 4
 class Progress:
     """A progress callback for one run, and a context manager that ends the bar."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, unit: str = "iteration") -> None:
+        self._label, self._unit = label, unit
         self._bar: Any = None
         self._quarter = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` iterations are done."""
+        """Tell that `done` of `total` are done."""
         if sys.stderr.isatty():
             self._draw(done, total)
         elif done * _LINES // total > self._quarter:
             self._quarter = done * _LINES // total
-            say(f"{self._label}: iteration {done} of {total}", err=True)
+            say(f"{self._label}: {self._unit} {done} of {total}", err=True)
 
     def _draw(self, done: int, total: int) -> None:
         if self._bar is None:

@@ -31,12 +31,14 @@ def get_device(
 ) -> Device:
     """The device called `kind`; `seed` (common to all ranks) reorders auxiliary work where the backend can.
 
+    Without a seed nothing overlaps.
+
     `check_order`: see `CpuDevice`.
     """
     if kind == "cuda":
         from moe_eplb.device.cuda import CudaDevice
 
-        return CudaDevice(sink, index=rank, check_order=check_order)
+        return CudaDevice(sink, index=rank, check_order=check_order, serial=seed is None)
     if kind != "cpu":
         raise UsageError("E010", f"there is no device {kind!r}", why="available: cpu, cuda", hint="use device: cpu")
     return CpuDevice(sink, seed=seed, rank=rank, check_order=check_order)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -111,6 +112,15 @@ class Device(abc.ABC):
     def settle(self) -> None:
         """An iteration is over: record the times of what the device did later than it was told to, and look at it."""
         return None
+
+    def time_mark(self) -> object:
+        """A moment in the current stream's work."""
+        return time.perf_counter_ns()
+
+    def elapsed_ms(self, begin: Any, end: Any) -> float:
+        """Milliseconds between two marks, once the device has passed them."""
+        milliseconds: float = (end - begin) / 1e6
+        return milliseconds
 
     def observe(self, look: Callable[[], None]) -> None:
         """Call `look`, which reads results on the host, once they are there: at once, or when the iteration settles."""

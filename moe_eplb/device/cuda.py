@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,24 +62,27 @@ class CudaDevice(Device):
         sink: Gets each piece of work with the times at which the device did it, once `synchronize` has been called.
         index: Number of the GPU.
         check_order: Record work that did not wait for what it must come after, as `Kind.UNORDERED`.
+        serial: All streams are one, so that nothing overlaps.
     """
 
     kind = "cuda"
     immediate = False
 
-    def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False) -> None:
+    def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False, serial: bool = False) -> None:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self._order = StreamOrder() if check_order else None
         self._streams: list[_CudaStream] = []
         self._timed: list[_Timed] = []
+        self._serial = serial
         self._looks: list[Callable[[], None]] = []
         self._copies = _new_stream(self.torch_device)
         super().__init__(sink)
         self._set_clock()
 
     def _make_stream(self, name: str, index: int) -> Stream:
-        queue = torch.cuda.current_stream() if index == 0 else _new_stream(self.torch_device)
+        shared = index == 0 or self._serial
+        queue = torch.cuda.current_stream() if shared else _new_stream(self.torch_device)
         stream = _CudaStream(name, index, queue)
         self._streams.append(stream)
         return stream
@@ -149,6 +152,15 @@ class CudaDevice(Device):
         self.synchronize()
         while self._looks:
             self._looks.pop(0)()
+
+    def time_mark(self) -> torch.cuda.Event:
+        event = _timing_event()
+        event.record()
+        return event
+
+    def elapsed_ms(self, begin: Any, end: Any) -> float:
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds
 
     def observe(self, look: Callable[[], None]) -> None:
         self._looks.append(look)

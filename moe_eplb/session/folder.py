@@ -25,7 +25,7 @@ from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import CheckResult, Status, Verdict
 from moe_eplb.recording.export import write_trace
 
-__all__ = ["close_folder", "events_path", "evidence_path", "open_folder"]
+__all__ = ["close_folder", "events_path", "evidence_path", "open_folder", "versions"]
 
 _ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "WORLD_SIZE")
 """The only environment variables that a run folder keeps: others may hold secrets."""
@@ -83,7 +83,7 @@ def _taken(folder: Path) -> UsageError:
 def _provenance(scenario: Scenario, text: str, launcher: str, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "tool": "moe_eplb",
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git_hash(),
         "scenario_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "seed": scenario.seed,
@@ -165,7 +165,8 @@ def _merge_topk_ids(folder: Path, scenario: Scenario) -> None:
         part.unlink()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         found[name] = metadata.version(name)

@@ -6,14 +6,24 @@ from typing import NamedTuple
 
 from moe_eplb.core.errors import EplbError
 
-__all__ = ["Done", "Failed", "Job", "Message", "Step"]
+__all__ = ["Done", "Failed", "Job", "Message", "Step", "Timing"]
+
+
+class Timing(NamedTuple):
+    """How variants are compared: rounds of so many steps each, after some that warm up."""
+
+    rounds: int
+    steps: int
+    warm_up: int
 
 
 class Job(NamedTuple):
-    """Run this scenario into this folder."""
+    """Run this scenario into this folder; with a timing, compare it with the variants instead."""
 
     scenario: str
     folder: str
+    variants: tuple[str, ...] = ()
+    timing: Timing | None = None
 
 
 class Step(NamedTuple):

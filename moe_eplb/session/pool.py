@@ -25,7 +25,7 @@ from moe_eplb.recording.profilers import require_wrapped, wrapped
 from moe_eplb.session import fork_server
 from moe_eplb.session.entry import rank_main
 from moe_eplb.session.folder import close_folder, open_folder
-from moe_eplb.session.messages import Done, Failed, Job, Message, Step
+from moe_eplb.session.messages import Done, Failed, Job, Message, Step, Timing
 from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
 
@@ -84,6 +84,21 @@ class RankPool:
         verdict = close_folder(folder, scenario, failure=failure)
         return RunResult(folder, verdict, time.monotonic() - started)
 
+    def compare(
+        self, variants: Sequence[Scenario], timing: Timing, folder: Path, *, progress: Progress | None = None
+    ) -> None:
+        """Time variants of one scenario in turns; each rank leaves its samples in `folder`.
+
+        Raises:
+            RunFailed: When a rank failed, or they took longer than the first one's timeout allows for.
+        """
+        clean_segments()
+        try:
+            self._drive(variants[0], folder, time.monotonic() + variants[0].timeout_s, progress, variants[1:], timing)
+        except BaseException:
+            self.kill()
+            raise
+
     def reserve(self, size: int, *, timeout_s: float = _START_S) -> None:
         """Have at least `size` ranks, so that later scenarios of up to that size find them; RunFailed when not."""
         if len(self._ranks) < size:
@@ -94,9 +109,18 @@ class RankPool:
         """Process ids of the ranks."""
         return [rank.process.pid or 0 for rank in self._ranks]
 
-    def _drive(self, scenario: Scenario, folder: Path, deadline: float, progress: Progress | None) -> None:
+    def _drive(
+        self,
+        scenario: Scenario,
+        folder: Path,
+        deadline: float,
+        progress: Progress | None,
+        variants: Sequence[Scenario] = (),
+        timing: Timing | None = None,
+    ) -> None:
         self.reserve(scenario.ranks, timeout_s=min(_START_S, max(0.0, deadline - time.monotonic())))
-        job = Job(scenarios.dump(scenario), str(folder))
+        others = tuple(scenarios.dump(variant) for variant in variants)
+        job = Job(scenarios.dump(scenario), str(folder), others, timing)
         for rank in self._ranks:  # those beyond the scenario's ranks only help to make its process groups
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the sentinel tells how the rank ended
                 rank.pipe.send(job)

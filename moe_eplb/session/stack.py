@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,12 +49,18 @@ class MoeStack:
 
     def step(self, iteration: int) -> Tensor:
         """One forward of the stack on this rank's tokens of the iteration; hidden states [T, D]."""
-        scenario = self._scenario
-        tokens = [workload.tokens(scenario, iteration, rank) for rank in range(scenario.ranks)]
-        x = self._input(iteration, tokens[self._rank])
+        return self.load(iteration)()
+
+    def load(self, iteration: int) -> Callable[[], Tensor]:
+        """Prepare the iteration's inputs; what is returned runs the forward on them."""
+        tokens = [workload.tokens(self._scenario, iteration, rank) for rank in range(self._scenario.ranks)]
+        return partial(self._forward, self._input(iteration, tokens[self._rank]), tokens, self._ids(iteration))
+
+    def _forward(self, x: Tensor, tokens: list[int], ids: Mapping[tuple[int, int], Tensor]) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            for repeat in range(scenario.model.repeats(layer)):
-                self._supply_ids(block, iteration, layer, repeat)
+            for repeat in range(self._scenario.model.repeats(layer)):
+                if isinstance(block.moe.routing_method, SuppliedMoeRoutingMethod):
+                    block.moe.routing_method.supply(ids[layer, repeat])
                 x = x + block(torch.nn.functional.rms_norm(x, x.shape[-1:]), tokens)
         return x
 
@@ -64,11 +72,15 @@ class MoeStack:
         x: Tensor = torch.randn(tokens, self._scenario.model.hidden, generator=generator)
         return x.to(self._device.torch_device, torch_dtype(self._scenario.model.dtype))
 
-    def _supply_ids(self, block: MoeBlock, iteration: int, layer: int, repeat: int) -> None:
-        routing = block.moe.routing_method
-        if isinstance(routing, SuppliedMoeRoutingMethod):
-            ids = workload.topk_ids(self._scenario, iteration, layer, self._rank, repeat)
-            routing.supply(torch.from_numpy(ids).to(self._device.torch_device))
+    def _ids(self, iteration: int) -> dict[tuple[int, int], Tensor]:
+        """The expert ids that a workload supplies, by layer and repeat."""
+        ids = {}
+        for layer, block in enumerate(self.blocks):
+            if isinstance(block.moe.routing_method, SuppliedMoeRoutingMethod):
+                for repeat in range(self._scenario.model.repeats(layer)):
+                    chosen = workload.topk_ids(self._scenario, iteration, layer, self._rank, repeat)
+                    ids[layer, repeat] = torch.from_numpy(chosen).to(self._device.torch_device)
+        return ids
 
     def _options(self, layer: int, groups: Groups) -> dict[str, Any]:
         s = self._scenario

@@ -15,10 +15,13 @@ import torch.distributed as dist
 
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
+from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import require_devices
+from moe_eplb.session.bench import run_bench
 from moe_eplb.session.groups import Groups, GroupsBySize
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
 from moe_eplb.session.rank import run_rank
+from moe_eplb.session.result import Progress
 
 __all__ = ["main"]
 
@@ -43,7 +46,7 @@ def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Mess
         require_devices(scenario.device, scenario.ranks)
         members: Groups = groups.of(scenario.ranks, scenario.device)
         if rank < scenario.ranks:
-            run_rank(scenario, Path(job.folder), rank, members, lambda done, total: pipe.send(Step(done, total)))
+            _do(job, scenario, rank, members, lambda done, total: pipe.send(Step(done, total)))
     except EplbError as error:
         return Failed(error)
     except OSError as error:  # such as a full disk
@@ -51,6 +54,15 @@ def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Mess
     except Exception:  # the parent reports it: a rank's traceback must not vanish with its process
         return Failed(traceback.format_exc())
     return Done()
+
+
+def _do(job: Job, scenario: Scenario, rank: int, groups: Groups, on_step: Progress) -> None:
+    folder = Path(job.folder)
+    if job.timing is None:
+        run_rank(scenario, folder, rank, groups, on_step)
+    else:
+        others = [scenarios.loads(text, "scenario.yaml") for text in job.variants]
+        run_bench([scenario, *others], job.timing, folder, rank, groups, on_step)
 
 
 def _next_job(pipe: Connection) -> Job | None:

@@ -1,0 +1,49 @@
+"""What samples of variants say about each other: medians, tails, and ratios with the interval they are known to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Compared", "compare"]
+
+_RESAMPLED = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A variant against the first one.
+
+    Attributes:
+        steps: Samples.
+        median_ms, p99_ms: Of all its samples.
+        ratio: Median over rounds of (median of its round / median of the first variant's round).
+        low, high: The 95 % interval of `ratio`.
+    """
+
+    steps: int
+    median_ms: float
+    p99_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+def compare(samples_ms: Sequence[Sequence[Sequence[float]]], *, seed: int = 0) -> list[Compared]:
+    """Compare samples by variant, round and step; rounds of the same number are pairs.
+
+    The interval is a percentile bootstrap over rounds (Efron 1979), since steps of a round are not independent.
+    """
+    medians = np.array([[np.median(steps) for steps in rounds] for rounds in samples_ms])
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, medians.shape[1], (_RESAMPLED, medians.shape[1]))
+    compared = []
+    for variant, rounds in enumerate(samples_ms):
+        every = np.concatenate([np.asarray(steps, dtype=np.float64) for steps in rounds])
+        ratios = medians[variant] / medians[0]
+        low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
+        p50, p99 = np.percentile(every, (50, 99))
+        compared.append(Compared(len(every), float(p50), float(p99), float(np.median(ratios)), float(low), float(high)))
+    return compared

@@ -1,0 +1,70 @@
+"""``eplbctl bench``: variants of a scenario, timed by real ranks in turns, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_eplb.session.bench import _order
+from moe_eplb.session.samples import read_samples, samples_path
+
+from .conftest import Call, Write
+
+FEW = ("--rounds", "3", "--steps", "4", "--warm-up", "1")
+
+
+def test_real_ranks_are_timed_and_every_sample_is_kept(call: Call, write: Write) -> None:
+    path = str(write("small"))
+    done = call("bench", path, "--compare", "balancer.state=host,device", *FEW, "--format", "json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["rounds"], found["steps"], found["ranks"], found["device"]) == (3, 4, 2, {"kind": "cpu"})
+    assert [v["variant"] for v in found["variants"]] == ["balancer.state=host", "balancer.state=device"]
+    for variant in found["variants"]:
+        assert [len(steps) for steps in variant["samples_ms"]] == [4, 4, 4]
+        assert all(0.0 < ms < 10_000 for steps in variant["samples_ms"] for ms in steps)
+        assert variant["low"] <= variant["ratio"] <= variant["high"]
+        assert variant["median_ms"] <= variant["p99_ms"]
+    assert found["variants"][0]["ratio"] == 1.0
+    assert "torch" in found["versions"]
+
+
+def test_a_variant_that_does_more_is_slower_and_the_table_says_so(call: Call, write: Write) -> None:
+    path = str(write("small"))
+    done = call("bench", path, "--compare", "model.layers=1,8", "--set", "balancer.commit_delay=2", *FEW)
+    assert done.code == 0, done.err
+    rows = [line.split() for line in done.out.splitlines() if line.startswith("model.layers=")]
+    assert [row[0] for row in rows] == ["model.layers=1", "model.layers=8"]
+    assert float(rows[1][4]) > 2.0
+
+
+@pytest.mark.parametrize(
+    ("compare", "text"),
+    [
+        ("overlap", "does not parse"),
+        ("overlap=after", "does not parse"),
+        ("=a,b", "does not parse"),
+        ("overlap=after,", "does not parse"),
+        ("overlap=after,never", "override 'overlap=never'"),
+        ("nonsense=1,2", "nonsense"),
+        ("ranks=2,4", "share their ranks"),
+    ],
+)
+def test_bad_comparisons_are_refused(call: Call, write: Write, compare: str, text: str) -> None:
+    done = call("bench", str(write("small")), "--compare", compare)
+    assert done.code == 2
+    assert text in done.err
+    assert "Traceback" not in done.err
+
+
+def test_rounds_go_forward_and_backward() -> None:
+    assert [list(_order(3, index)) for index in range(3)] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank(tmp_path: Path) -> None:
+    samples = [[[[1.0, 5.0]], [[2.0, 2.0]]], [[[3.0, 4.0]], [[1.0, 9.0]]]]
+    for rank, found in enumerate(samples):
+        samples_path(tmp_path, rank).write_text(json.dumps({"samples_ms": found, "device": {"kind": "cpu"}}))
+    assert read_samples(tmp_path, 2) == ([[[3.0, 5.0]], [[2.0, 9.0]]], {"kind": "cpu"})
