@@ -190,6 +190,8 @@ class MoeLoadBalancer:
         if self._resident is not None:
             self._resident.check()
             self._resident.begin(self.iter_id, self.counts_now, self._group_now)
+            if not self.device.immediate:
+                self._collect(self.iter_id - self.options.run_ahead)
 
     def end_iter(self) -> None:
         """End the iteration; every dynamic layer has run."""
@@ -258,11 +260,14 @@ class MoeLoadBalancer:
         if self._resident is None or self.device.immediate:
             return
         self._resident.check()
-        for layer in self._residents():
-            layer.collect(self.device.iteration)
+        self._collect(self.device.iteration)
         if self.counts_now and not isinstance(self.probe, NullProbe):
             for layer in self._residents():
                 layer.report_counts()
+
+    def _collect(self, iteration: int) -> None:
+        for layer in self._residents():
+            layer.collect(iteration)
 
     def takes_update(self, layer: int) -> bool:
         """Whether the layer hands its load over for a plan in this iteration."""

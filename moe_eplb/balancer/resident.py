@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import Device
 from moe_eplb.device.bell import CpuBell
-from moe_eplb.device.control import REPORTS, ModelState, Report
+from moe_eplb.device.control import ModelState
 
 __all__ = ["Resident"]
 
@@ -38,7 +37,7 @@ class Resident:
     """
 
     def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float) -> None:
-        self.model = ModelState.make(layers, device.torch_device, device.host_visible)
+        self.model = ModelState.make(layers, device.torch_device, device.host_visible, run_ahead + 2)
         self.bell = device.new_bell(self.model.bell)
         self.timeout_ns = round(timeout_s * 1e9)
         self.run_ahead_waits = 0
@@ -74,15 +73,6 @@ class Resident:
         begun = time.monotonic_ns()
         self.bell.wait_for(lambda: int(self.model.ready[layer]) >= due, timeout_ns / 1e9)
         return time.monotonic_ns() - begun
-
-    def report(self, layer: int, due: int) -> Tensor:
-        """int64 [len(Report)], what the device has written of the plan that is due in that iteration."""
-        return self.model.reports[due % REPORTS, layer]
-
-    def outcome(self, layer: int, due: int) -> int:
-        """What became of that plan; the device has run the layer in that iteration."""
-        report = self.report(layer, due)
-        return int(report[Report.OUTCOME]) if int(report[Report.DUE]) == due else 0
 
     def check(self) -> None:
         """Raise BalancerError E134 when a count went beyond int32."""

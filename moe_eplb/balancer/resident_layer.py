@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from moe_eplb.balancer.cells import CellWeights
-from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.balancer.resident import Resident
 from moe_eplb.balancer.resident_update import Publisher, ResidentUpdate
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
@@ -16,7 +15,6 @@ from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind
 from moe_eplb.core.placement import balancedness
-from moe_eplb.core.planner import Plan
 from moe_eplb.device import Device, control, ops
 from moe_eplb.device.control import LayerState, Outcome, Report
 
@@ -149,11 +147,15 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             self.placement, self._publisher.stage, publisher=self._publisher, owner=self, ring=self.resident.expected,
         )  # fmt: skip
         self._flying[update.due] = update
-        self._owner.updater.submit(update)
+        if self._owner.updater.alive:
+            self._owner.updater.submit(update)
+        else:
+            update.error = RuntimeError("the updater is dead")
+            self._publisher.give_up(update.due)  # so that the device does not wait for it
 
     def collect(self, iteration: int) -> None:
         """Take note of what the device has done with the plan that was due in an iteration."""
-        report = self.resident.report(self.layer_idx, iteration)
+        report = self.resident.model.report(self.layer_idx, iteration)
         update = self._flying.get(iteration)
         if int(report[Report.DUE]) != iteration or int(report[Report.OUTCOME]) == Outcome.NONE or update is None:
             return
@@ -163,9 +165,13 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         if int(report[Report.VOTED]) not in (iteration - 1, iteration):
             self._dropped(iteration, 0, False, f"due in iteration {iteration}, but nobody voted on it")
             return
+        if int(report[Report.READY_HERE]) == 1:
+            # The device may act on what was published before the updater's thread has come to tell that it is done.
+            update.done.wait(self._owner.options.update_timeout_s)
         self._tell_plan(update, report)
-        if int(report[Report.OUTCOME]) == Outcome.COMMITTED and update.plan and update.staged:
-            self._committed(update, update.plan, update.staged, iteration)
+        update.agreed = int(report[Report.OUTCOME]) == Outcome.COMMITTED
+        if update.agreed:
+            self._committed(update, iteration)
         else:
             differ = int(report[Report.DIGESTS_DIFFER]) == 1
             self._dropped(iteration, int(report[Report.READY_RANKS]), differ, "the ranks did not agree on the plan")
@@ -206,7 +212,13 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
                 "layer %d: the update taken in iteration %d is not ready after %g s", *update.where, waited / 1e9
             )
 
-    def _committed(self, update: ResidentUpdate, plan: Plan, staged: StagedWeights, iteration: int) -> None:
+    def _committed(self, update: ResidentUpdate, iteration: int) -> None:
+        plan, staged = update.plan, update.staged
+        if plan is None or staged is None:
+            raise BalancerError(
+                "E176", f"layer {self.layer_idx}: the device committed a plan that the host does not know",
+                why=f"of iteration {update.taken}, due in {iteration}", hint="this is a bug; the run's results stand",
+            )  # fmt: skip
         self.updates.placement = plan.placement
         self.updates.version += 1
         self._device.sink.mark(

@@ -15,7 +15,6 @@ from moe_eplb.balancer.updater import Update
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
-from moe_eplb.device.control import Outcome
 
 if TYPE_CHECKING:
     from moe_eplb.balancer.resident_layer import ResidentLayer
@@ -35,7 +34,7 @@ class _View:
 class Publisher:
     """Prepares the plans of one layer and publishes them to the device. Used by the updater's thread alone.
 
-    A view of the live placement follows the reports of the device, since only they tell what was committed.
+    A view of the live placement follows what the device says, since only that tells what was committed.
     `due` is the iteration for which it prepares.
     """
 
@@ -55,8 +54,9 @@ class Publisher:
         """The committed placement; the device has finished with the plan before."""
         proposed, self._proposed = self._proposed, None
         if proposed is not None:
-            committed = self._layer.resident.outcome(self._layer.layer_idx, proposed.due) == Outcome.COMMITTED
-            self._live = proposed if committed else self._live
+            # It is the last that was proposed, so if any was committed since, it is this one.
+            committed = int(self._layer.resident.model.committed[self._layer.layer_idx])
+            self._live = proposed if committed == proposed.due else self._live
         return self._live.placement
 
     def stage(self, plan: Plan) -> StagedWeights:

@@ -73,6 +73,11 @@ class Updater:
         """Start the thread."""
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; one that has died serves no update any more."""
+        return self._thread.is_alive()
+
     def submit(self, update: Update) -> None:
         """Queue an update; returns at once."""
         self._tasks.put(update)

@@ -147,10 +147,10 @@ def test_a_wait_in_vain_ends_and_is_not_repeated() -> None:
         ops.vote(world.model, *world.layers, timeout_ns=TIMEOUT_NS, wait=None if DEVICE.type == "cuda" else wait)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-            waits.append(int(world.model.reports[0, 1, Report.WAITED_NS]))
+            waits.append(int(world.model.report(1, 0)[Report.WAITED_NS]))
     assert waits[0] >= TIMEOUT_NS
     assert waits[1] < TIMEOUT_NS / 10
-    assert int(world.model.reports[0, 1, Report.READY_HERE]) == 0
+    assert int(world.model.report(1, 0)[Report.READY_HERE]) == 0
     assert world.layers[0].message.cpu().tolist() == [0] * (8 + LANES)
 
 
@@ -164,7 +164,8 @@ def test_a_plan_moves_tables_and_cells_together_or_not_at_all() -> None:
         triton_control.take_over(world.model, state)
         changed = [not torch.equal(a, b) for a, b in zip(before, (state.tables, state.cells), strict=True)]
         assert changed == [bool(agreed)] * 2
-        assert int(world.model.reports[3, 0, Report.OUTCOME]) == outcome
+        assert int(world.model.report(0, 3)[Report.OUTCOME]) == outcome
+        assert world.model.committed.tolist() == [3 if agreed else -1]
         assert int(world.model.stages[0, Stage.TAKE_OVER]) == 3
 
 

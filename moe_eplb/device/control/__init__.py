@@ -8,11 +8,10 @@ from types import ModuleType
 from torch import Tensor
 
 from moe_eplb.device.control import plain
-from moe_eplb.device.control.state import LANES, REPORTS, LayerState, ModelState, Outcome, Report, Stage
+from moe_eplb.device.control.state import LANES, LayerState, ModelState, Outcome, Report, Stage
 
 __all__ = [
     "LANES",
-    "REPORTS",
     "LayerState",
     "ModelState",
     "Outcome",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_eplb.device.control.state import REPORTS, LayerState, ModelState, Outcome, Report, Stage
+from moe_eplb.device.control.state import LayerState, ModelState, Outcome, Report, Stage
 
 __all__ = ["fold", "hand_over", "settle", "take_over", "vote"]
 
@@ -21,8 +21,9 @@ def take_over(model: ModelState, layer: LayerState) -> None:
         if agreed:
             layer.tables.copy_(layer.pending[: layer.tables.numel()])
             layer.cells.copy_(layer.pending[layer.tables.numel() :])
+            model.committed[at] = due
         outcome = Outcome.COMMITTED if agreed else Outcome.DROPPED
-        report = model.reports[due % REPORTS, at]
+        report = model.report(at, due)
         report[Report.DUE], report[Report.OUTCOME], report[Report.OUTCOME_ITERATION] = due, outcome, iteration
         model.due[at] = model.decision[at] = -1
     model.stages[at, Stage.TAKE_OVER] = iteration
@@ -53,7 +54,7 @@ def vote(
             lanes = following.lanes
         else:
             model.overdue.fill_(1)
-        report = model.reports[due % REPORTS, at]
+        report = model.report(at, due)
         report[Report.DUE], report[Report.READY_HERE], report[Report.WAITED_NS] = due, int(ready), waited
         report[Report.OUTCOME] = Outcome.NONE
     if bool((layer.counts < 0).any()):
@@ -72,7 +73,7 @@ def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: in
     ready, high, high2, low, low2 = (int(value) for value in lanes.sum(0))
     differ = ready * high2 != high * high or ready * low2 != low * low
     model.decision[at] = int(ready == ranks and not differ)
-    report = model.reports[due % REPORTS, at]
+    report = model.report(at, due)
     report[Report.READY_RANKS], report[Report.DIGESTS_DIFFER], report[Report.VOTED] = ready, int(differ), iteration
 
 

@@ -9,14 +9,12 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "REPORT", "REPORTS", "LayerState", "ModelState", "Outcome", "Report", "Stage"]
+__all__ = ["LANES", "REPORT", "LayerState", "ModelState", "Outcome", "Report", "Stage"]
 
 HostVisible = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Makes zeros that host and device share."""
 LANES = 5
 """Integers of a vote, see `moe_eplb.balancer.agreement`."""
-REPORTS = 8
-"""Iterations for which a layer's reports are kept before they are overwritten."""
 
 
 class Report(IntEnum):
@@ -65,7 +63,8 @@ class ModelState:
         rung: int32 [1], how often the bell was rung.
         stages: int64 [L, 4], see `Stage`.
         bell: int32 [1], host-visible copy of `rung`, written last.
-        reports: int64 [REPORTS, L, REPORT], host-visible, by iteration modulo REPORTS.
+        committed: int64 [L], host-visible, `due` of the last plan of a layer that was committed, -1 for none.
+        reports: int64 [N, L, REPORT], host-visible, by iteration modulo N: those of the last N iterations.
         overflow: int64 [L], host-visible: one more than the iteration in which a count went beyond int32, 0 for none.
     """
 
@@ -77,12 +76,13 @@ class ModelState:
     rung: Tensor
     stages: Tensor
     bell: Tensor
+    committed: Tensor
     reports: Tensor
     overflow: Tensor
 
     @staticmethod
-    def make(layers: int, device: torch.device, host_visible: HostVisible) -> ModelState:
-        """State of a model that has not begun; `host_visible` makes tensors that host and device share."""
+    def make(layers: int, device: torch.device, host_visible: HostVisible, reports: int = 8) -> ModelState:
+        """State of a model that has not begun, with reports on that many iterations."""
         long = torch.int64
         none = [torch.full((layers,), -1, dtype=long, device=device) for _ in range(3)]
         return ModelState(
@@ -92,7 +92,8 @@ class ModelState:
             rung=torch.zeros(1, dtype=torch.int32, device=device),
             stages=torch.full((layers, len(Stage)), -1, dtype=long, device=device),
             bell=host_visible((1,), torch.int32).zero_(),
-            reports=host_visible((REPORTS, layers, REPORT), long).fill_(-1),
+            committed=host_visible((layers,), long).fill_(-1),
+            reports=host_visible((reports, layers, REPORT), long).fill_(-1),
             overflow=host_visible((layers,), long).zero_(),
         )  # fmt: skip
 
@@ -100,6 +101,10 @@ class ModelState:
     def layers(self) -> int:
         """L."""
         return self.due.numel()
+
+    def report(self, layer: int, due: int) -> Tensor:
+        """int64 [REPORT], the report on the plan of a layer that is due in that iteration."""
+        return self.reports[due % self.reports.shape[0], layer]
 
 
 @dataclass(slots=True)

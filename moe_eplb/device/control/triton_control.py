@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-from moe_eplb.device.control.state import LANES, REPORT, REPORTS, LayerState, ModelState
+from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 
 __all__ = ["fold", "hand_over", "settle", "take_over", "vote"]
 
-_REPORTS = tl.constexpr(REPORTS)
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
 _LANES_BLOCK = tl.constexpr(triton.next_power_of_2(LANES))
@@ -28,8 +27,9 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     """See `plain.take_over`."""
     tables, cells = layer.tables.numel(), layer.cells.numel()
     _take_over[(1,)](
-        model.turn, model.due, model.decision, model.stages, model.reports, layer.pending, layer.tables, layer.cells,
-        layer.layer, model.layers, tables, cells, block=_block(tables + cells), num_warps=4,
+        model.turn, model.due, model.decision, model.stages, model.reports, model.committed, layer.pending,
+        layer.tables, layer.cells, layer.layer, model.layers, model.reports.shape[0], tables, cells,
+        block=_block(tables + cells), num_warps=4,
     )  # fmt: skip
 
 
@@ -42,8 +42,8 @@ def vote(
         wait(following.layer, int(model.due[following.layer]), timeout_ns)
     _vote[(1,)](
         model.turn, model.due, model.decision, model.ready, model.overdue, model.stages, model.reports, model.overflow,
-        layer.counts, following.lanes, layer.message, layer.layer, following.layer, model.layers, layer.experts,
-        timeout_ns, block=_block(layer.experts), spin=wait is None, num_warps=1,
+        layer.counts, following.lanes, layer.message, layer.layer, following.layer, model.layers,
+        model.reports.shape[0], layer.experts, timeout_ns, block=_block(layer.experts), spin=wait is None, num_warps=1,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: in
     """See `plain.settle`."""
     _settle[(1,)](
         model.turn, model.due, model.decision, model.reports, lanes, lanes.stride(0), following.layer,
-        model.layers, ranks, rows=lanes.shape[0], num_warps=1,
+        model.layers, model.reports.shape[0], ranks, rows=lanes.shape[0], num_warps=1,
     )  # fmt: skip
 
 
@@ -76,10 +76,10 @@ def _block(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-@triton.jit(do_not_specialize=["layer", "layers", "tables_size", "cells_size"])
+@triton.jit(do_not_specialize=["layer", "layers", "kept", "tables_size", "cells_size"])
 def _take_over(
-    turn, due, decision, stages, reports, pending, tables, cells, layer, layers, tables_size, cells_size,
-    block: tl.constexpr,
+    turn, due, decision, stages, reports, committed, pending, tables, cells, layer, layers, kept, tables_size,
+    cells_size, block: tl.constexpr,
 ):  # fmt: skip
     iteration = tl.load(turn)
     at_due = tl.load(due + layer)
@@ -89,20 +89,21 @@ def _take_over(
     value = tl.load(pending + at, mask=(at < tables_size + cells_size) & commits, other=0)
     tl.store(tables + at, value, mask=(at < tables_size) & commits)
     tl.store(cells + at - tables_size, value, mask=(at >= tables_size) & (at < tables_size + cells_size) & commits)
-    report = reports + ((at_due % _REPORTS) * layers + layer) * _REPORT
+    report = reports + ((at_due % kept) * layers + layer) * _REPORT
     tl.store(report, at_due, mask=ends)
     tl.store(report + 5, tl.where(commits, 1, 2).to(tl.int64), mask=ends)
     tl.store(report + 6, iteration, mask=ends)
+    tl.store(committed + layer, at_due, mask=commits)
     tl.store(stages + layer * 4, iteration)
     tl.debug_barrier()  # every thread has read these before one of them changes them
     tl.store(due + layer, -1, mask=ends)
     tl.store(decision + layer, -1, mask=ends)
 
 
-@triton.jit(do_not_specialize=["layer", "following", "layers", "experts", "timeout_ns"])
+@triton.jit(do_not_specialize=["layer", "following", "layers", "kept", "experts", "timeout_ns"])
 def _vote(
     turn, due, decision, ready, overdue, stages, reports, overflow, counts, lanes, message, layer, following, layers,
-    experts, timeout_ns, block: tl.constexpr, spin: tl.constexpr,
+    kept, experts, timeout_ns, block: tl.constexpr, spin: tl.constexpr,
 ):  # fmt: skip
     iteration = tl.load(turn)
     at_due = tl.load(due + following)
@@ -118,7 +119,7 @@ def _vote(
             waited = (globaltimer() - begin).to(tl.int64)
     voted = carried & (prepared >= at_due)
     tl.store(overdue, 1, mask=carried & (prepared < at_due))
-    report = reports + ((at_due % _REPORTS) * layers + following) * _REPORT
+    report = reports + ((at_due % kept) * layers + following) * _REPORT
     tl.store(report, at_due, mask=carried)
     tl.store(report + 1, voted.to(tl.int64), mask=carried)
     tl.store(report + 2, waited, mask=carried)
@@ -133,8 +134,8 @@ def _vote(
     tl.store(stages + layer * 4 + 1, iteration)
 
 
-@triton.jit(do_not_specialize=["stride", "following", "layers", "ranks"])
-def _settle(turn, due, decision, reports, lanes, stride, following, layers, ranks, rows: tl.constexpr):
+@triton.jit(do_not_specialize=["stride", "following", "layers", "kept", "ranks"])
+def _settle(turn, due, decision, reports, lanes, stride, following, layers, kept, ranks, rows: tl.constexpr):
     iteration = tl.load(turn)
     at_due = tl.load(due + following)
     carried = (at_due == iteration + (following == 0).to(tl.int64)) & (tl.load(decision + following) == -1)
@@ -142,7 +143,7 @@ def _settle(turn, due, decision, reports, lanes, stride, following, layers, rank
     high, high2 = _sum_lane(lanes + 1, stride, rows), _sum_lane(lanes + 2, stride, rows)
     low, low2 = _sum_lane(lanes + 3, stride, rows), _sum_lane(lanes + 4, stride, rows)
     differ = (ready * high2 != high * high) | (ready * low2 != low * low)
-    report = reports + ((at_due % _REPORTS) * layers + following) * _REPORT
+    report = reports + ((at_due % kept) * layers + following) * _REPORT
     tl.store(report + 3, ready, mask=carried)
     tl.store(report + 4, differ.to(tl.int64), mask=carried)
     tl.store(report + 7, iteration, mask=carried)
