@@ -152,6 +152,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         else:
             update.error = RuntimeError("the updater is dead")
             self._publisher.give_up(update.due)  # so that the device does not wait for it
+            update.done.set()
 
     def collect(self, iteration: int) -> None:
         """Take note of what the device has done with the plan that was due in an iteration."""
