@@ -103,7 +103,7 @@ def _column_block(width: int) -> int:
     for block in (2048, 1024, 512):
         if width % block == 0:
             return block
-    return max(256, min(1024, triton.next_power_of_2(width)))
+    return max(256, min(1024, int(triton.next_power_of_2(width))))
 
 
 @triton.jit
