@@ -43,7 +43,7 @@ def write_chrome(path: Path, events: int) -> None:
     text = _chrome_events(events)
     with gzip.open(path, "wb", compresslevel=1) as file:
         head = {"schemaVersion": 1, "deviceProperties": [{"id": 0, "name": "GPU"}], "distributedInfo": {"rank": 0}}
-        file.write(json.dumps(head, indent=2).rstrip("}\n").encode() + b',\n  "traceEvents": [\n')
+        file.write(json.dumps(head, indent=2)[:-2].encode() + b',\n  "traceEvents": [\n')
         first = True
         while piece := list(islice(text, 2000)):
             file.write((b"" if first else b",\n") + b",\n".join(piece))
@@ -57,8 +57,8 @@ def _chrome_events(count: int) -> Iterator[bytes]:
         step = {"External id": number, "Record function id": 0, "Ev Idx": number}
         grid = {"grid": [132, 1, 1], "block": [256, 1, 1], "registers per thread": 168, "shared memory": 49152}
         launch = {"External id": number, "cbid": 211, "correlation": number + 1}
-        kernel = {"External id": number, "queued": 0, "device": 0, "context": 1, "stream": stream}
-        kernel |= {"correlation": number + 1, **grid, "blocks per SM": 1.0, "warps per SM": 8.0}
+        kernel: dict[str, Any] = {"External id": number, "queued": 0, "device": 0, "context": 1, "stream": stream}
+        kernel |= {"correlation": number + 1, **grid, "blocks per SM": 1, "warps per SM": 8}
         yield _event("cpu_op", f"aten::op{number % 50}", 801, 801, before - 3_000, 8_000, step)
         if number * 3 + 1 < count:
             yield _event("cuda_runtime", "cudaLaunchKernel", 801, 801, before, 4_000, launch)

@@ -119,7 +119,7 @@ class Capture:
         calls: Runtime and driver calls [C] of type `CALL`, by rank and start.
         ranges: Host ranges and marks [M] of type `RANGE`, by rank and start.
         syncs: Waits for events and streams of type `SYNC`; empty when the source records none.
-        nodes: Creation of graph nodes of type `NODE`.
+        nodes: Creation of graph nodes of type `NODE`; a row that names its original comes before others of that node.
         spans: Profiler overhead and functions called by streams, of type `HOST_SPAN`.
         streams: Declared names of streams by (rank, device, stream).
         utc: Wall clock at time 0, in ns since 1970; None when the source does not say.
@@ -154,8 +154,11 @@ class Capture:
 
     def in_order(self) -> Capture:
         """The same with every table but `nodes` by rank and start; a range comes before those that it encloses."""
-        ordered = {name: table[_order(table)] for name, table in self.tables().items() if name != "nodes"}
-        return replace(self, **ordered)  # type: ignore[arg-type]  # mypy takes every field for each value
+        return self.with_tables({name: t[_order(t)] for name, t in self.tables().items() if name != "nodes"})
+
+    def with_tables(self, tables: dict[str, Table]) -> Capture:
+        """The same with other tables."""
+        return replace(self, **tables)  # type: ignore[arg-type]  # mypy takes each for every field
 
 
 def _order(table: Table) -> NDArray[np.int64]:

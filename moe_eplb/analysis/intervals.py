@@ -20,11 +20,14 @@ __all__ = [
     "intersect_length",
     "intervals",
     "length",
+    "subtract",
     "union",
 ]
 
 Intervals: TypeAlias = NDArray[np.int64]
 EMPTY: Intervals = np.empty((0, 2), dtype=np.int64)
+_LONGEST = float(1 << 62)
+_FIRST, _LAST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 def intervals(starts: ArrayLike, ends: ArrayLike) -> Intervals:
@@ -91,13 +94,32 @@ def clip(pairs: Intervals, cover: Intervals) -> tuple[Intervals, NDArray[np.int6
 def grouped_length(pairs: Intervals, group: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
     """Length [groups] of each group's own union, for intervals [N, 2] with a group number [N] each.
 
-    Every group is moved to a stretch of time of its own, so that one union serves all of them.
+    Every group is moved to a stretch of time of its own, just as long as it needs, so that one union serves all.
+
+    Raises:
+        ValueError: the groups together span more than int64 holds.
     """
     lengths = np.zeros(groups, dtype=np.int64)
     if not len(pairs):
         return lengths
-    origin = pairs.min()
-    span = int(pairs.max() - origin) + 1
-    moved = union(pairs - origin + (group * span)[:, np.newaxis])
-    np.add.at(lengths, moved[:, 0] // span, moved[:, 1] - moved[:, 0])
+    first = np.full(groups, np.iinfo(np.int64).max)
+    last = np.full(groups, np.iinfo(np.int64).min)
+    np.minimum.at(first, group, pairs[:, 0])
+    np.maximum.at(last, group, pairs[:, 1])
+    spans = np.where(last >= first, last - first + 1, 0)
+    if float(spans.sum(dtype=np.float64)) > _LONGEST:
+        raise ValueError(f"{groups} groups span {float(spans.sum(dtype=np.float64)):.3g} ns")
+    begins = np.cumsum(spans) - spans
+    moved = union(pairs + (begins - first)[group][:, np.newaxis])
+    owner = np.searchsorted(begins, moved[:, 0], side="right") - 1
+    np.add.at(lengths, owner, moved[:, 1] - moved[:, 0])
     return lengths
+
+
+def subtract(a: Intervals, b: Intervals) -> Intervals:
+    """What of a union another union does not have, as a union."""
+    if not len(a) or not len(b):
+        return a
+    # What lies between the parts of b, with the two ends of time.
+    edges = np.concatenate([[_FIRST], b.reshape(-1), [_LAST]]).reshape(-1, 2)
+    return clip(a, edges[edges[:, 1] > edges[:, 0]])[0]

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_eplb.analysis import intervals
+from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.intervals import Intervals
 from moe_eplb.analysis.trace import Records
-from moe_eplb.core.events import STREAMS, UPDATER, Role
+from moe_eplb.analysis.work import Work, work_of_records
+from moe_eplb.core.events import Role
 
-__all__ = ["PAIRS", "Hidden", "Overlap", "measure"]
+__all__ = ["PAIRS", "Hidden", "Overlap", "Pair", "measure"]
 
-MAIN = STREAMS.index("Main")
 _WORK = (Role.EPLB_STATISTIC, Role.EPLB_ALLREDUCE, Role.EPLB_SIGNAL, Role.EPLB_MIGRATE)
 _MAIN_WORK = (Role.COMPUTE, Role.COMM)
 
@@ -77,6 +78,8 @@ class Overlap:
     ranks: dict[int, Hidden]
     iterations: dict[tuple[int, ...], Hidden]
     """By (rank, iteration); the union over layers, not their sum."""
+    streams: dict[tuple[int, ...], Hidden]
+    """By (rank, stream of B)."""
 
     @property
     def whole(self) -> Hidden:
@@ -99,16 +102,14 @@ class Overlap:
         return [worst[iteration] for iteration in sorted(worst)]
 
 
-def measure(records: Records, pair: Pair) -> Overlap:
-    """Measure a pair on all finished device records (and the updater's, where the pair includes them)."""
-    finished = records.where((records.stream <= UPDATER) & (records.end > records.start))
-    roles, on_device = finished.roles(), finished.stream < UPDATER
-    wanted = np.isin(roles, [role.value for role in pair.hidden])
-    work = finished.where(wanted if pair.updater else wanted & on_device)
-    behind = finished.where(np.isin(roles, [role.value for role in pair.behind]) & on_device)
-    span = int(finished.end.max()) + 1 if len(finished) else 1
-    pairs = _times(work, span)
-    pieces, owner = _covered(work, pairs, behind, _times(behind, span), pair.other_streams)
+def measure(source: Records | Work, pair: Pair) -> Overlap:
+    """Measure a pair on all finished device work (and the updater's, where the pair includes it)."""
+    whole = work_of_records(source) if isinstance(source, Records) else source
+    wanted = whole.of(*pair.hidden)
+    work = whole.where(wanted if pair.updater else wanted & ~whole.updater)
+    behind = whole.where(whole.of(*pair.behind) & ~whole.updater)
+    pairs = work.within(whole)
+    pieces, owner = _covered(work, pairs, behind, behind.within(whole), pair.other_streams)
 
     def by(*keys: NDArray[np.int64]) -> dict[tuple[int, ...], Hidden]:
         return _grouped(keys, pairs, pieces, owner)
@@ -117,25 +118,24 @@ def measure(records: Records, pair: Pair) -> Overlap:
         cells=by(work.rank, work.iteration, work.layer),
         ranks={rank: hidden for (rank,), hidden in by(work.rank).items()},
         iterations=by(work.rank, work.iteration),
+        streams=by(work.rank, work.stream),
     )
 
 
-def _times(records: Records, span: int) -> Intervals:
-    """Intervals with every rank in a stretch of time of its own, so that nothing hides behind another rank's work."""
-    shift = records.rank * span
-    return intervals.intervals(records.start + shift, records.end + shift)
-
-
 def _covered(
-    work: Records, pairs: Intervals, behind: Records, behind_pairs: Intervals, other_streams: bool
+    work: Work, pairs: Intervals, behind: Work, behind_pairs: Intervals, other_streams: bool
 ) -> tuple[Intervals, NDArray[np.int64]]:
     """The pieces of B that C covers, and the index into B of each."""
     if not other_streams:
-        return intervals.clip(pairs, intervals.union(behind_pairs[behind.stream == MAIN]))
+        return intervals.clip(pairs, intervals.union(behind_pairs[behind.main]))
+    # Only for streams that have work of both kinds does C differ from that of all streams together.
+    shared = np.intersect1d(work.stream, behind.stream)
+    covers = {stream: behind_pairs[behind.stream != stream] for stream in shared.tolist()}
+    parts = [(np.flatnonzero(~np.isin(work.stream, shared)), behind_pairs)]
+    parts += [(np.flatnonzero(work.stream == stream), cover) for stream, cover in covers.items()]
     pieces, owners = [intervals.EMPTY], [np.empty(0, dtype=np.int64)]
-    for stream in np.unique(work.stream):
-        index = np.flatnonzero(work.stream == stream)
-        piece, owner = intervals.clip(pairs[index], intervals.union(behind_pairs[behind.stream != stream]))
+    for index, cover in parts:
+        piece, owner = intervals.clip(pairs[index], intervals.union(cover))
         pieces.append(piece)
         owners.append(index[owner])
     return np.concatenate(pieces), np.concatenate(owners)
@@ -144,8 +144,7 @@ def _covered(
 def _grouped(
     keys: tuple[NDArray[np.int64], ...], pairs: Intervals, pieces: Intervals, owner: NDArray[np.int64]
 ) -> dict[tuple[int, ...], Hidden]:
-    names, group = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
-    group = group.reshape(-1)
+    names, group = distinct_rows(keys)
     totals = intervals.grouped_length(pairs, group, len(names))
     hidden = intervals.grouped_length(pieces, group[owner], len(names))
     return {

@@ -15,12 +15,16 @@ __all__ = ["Chunk", "ChunkStreams", "chunk_count", "split"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a forward. `first` and `last` are meant within the iteration, over all forwards of the layer."""
+    """A part of a forward. `first` and `last` are meant within the iteration, over all forwards of the layer.
+
+    `tokens`: rows of each rank in this part, None where nobody knows.
+    """
 
     rows: slice
     index: int
     first: bool
     last: bool
+    tokens: tuple[int, ...] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The chunk's rows of a tensor [T, ...]."""

@@ -1,6 +1,7 @@
-"""Storage of the expert weights in slots, and the SwiGLU feed-forward over entries that are grouped by slot.
+"""Storage of the expert weights in cells, and the SwiGLU feed-forward over entries that are grouped by cell.
 
-An entry is one (token, k): a row of hidden state that one slot has to process.
+An entry is one (token, k): a row of hidden state that one slot has to process. A slot is what tokens are sent to; its
+cell is where its weights lie.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
 
-__all__ = ["WEIGHT_NAMES", "ExpertSlots", "Grouping", "ffn_twin", "group_by_slot", "sum_over_k"]
+__all__ = [
+    "WEIGHT_NAMES",
+    "ExpertSlots",
+    "Grouped",
+    "Grouping",
+    "entries_of",
+    "ffn_twin",
+    "group_by_slot",
+    "sum_over_k",
+]
 
 WEIGHT_NAMES = ("w3_w1", "w2")
 """Names of a slot's tensors: "w3_w1" [2I, D], the rows of w3 before those of w1, and "w2" [D, I]."""
@@ -42,12 +52,20 @@ class Grouping(NamedTuple):
     """int32 [M, K]: where an entry of a row stands among the N, -1 for none."""
 
 
-def group_by_slot(slots: Tensor, entries: int, num_slots: int, cells: Tensor | None = None, spare: int = 0) -> Grouping:
-    """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by cell.
+class Grouped(NamedTuple):
+    """Hidden states where `ExpertSlots.grouped_ffn` wants them; no size depends on what the slots are."""
 
-    `cells`: int32 [S], the cell of each slot, out of S + `spare`; without it slots are cells.
-    """
-    position, offs = ops.permute(slots, num_slots + spare, cells)
+    rows: Tensor
+    """[N, D], rows after the last end hold anything."""
+    position: Tensor
+    """int32 [M, K]: the row of each entry, -1 for none."""
+    offs: Tensor
+    """int32 [S + X]: end of each cell's entries."""
+
+
+def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:
+    """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by slot."""
+    position, offs = ops.permute(slots, num_slots)
     flat, top_k = position.flatten().long(), slots.shape[1]
     # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
     source = torch.zeros(entries + 1, dtype=torch.int64, device=slots.device)
@@ -57,13 +75,21 @@ def group_by_slot(slots: Tensor, entries: int, num_slots: int, cells: Tensor | N
     return Grouping(row, source - row * top_k, slots.flatten()[source], offs, position)
 
 
-def sum_over_k(output: Tensor, grouping: Grouping, scales: Tensor) -> Tensor:
-    """Weighted sum float32 [M, D] of the entries' outputs [N, D] with `scales` float32 [M, K], zero without entries.
+def entries_of(slots: Tensor, position: Tensor, offs: Tensor) -> Grouping:
+    """The entries of `slots` int [M, K] that were given a place, in order of their places. Waits for the device."""
+    placed = (position >= 0).nonzero()
+    row, k = placed[position[placed[:, 0], placed[:, 1]].argsort()].unbind(1)
+    return Grouping(row, k, slots[row, k].to(torch.int32), offs, position)
 
-    The sum runs in order of k whatever the order of the slots, so it does not depend on the device or the placement of
-    the other experts.
+
+def sum_over_k(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weighted sum [M, D] of the entries' outputs [N, D] with `scales` float32 [M, K], zero without entries.
+
+    `position` int32 [M, K] says where an entry's output is, -1 for none. The sum runs in float32 and in order of k
+    whatever the order of the slots, so it does not depend on the device or the placement of the other experts; it is
+    rounded once, to `dtype`.
     """
-    return ops.combine(output, grouping.position, scales)
+    return ops.combine(output, position, scales, dtype)
 
 
 class ExpertSlots(nn.Module):
@@ -119,9 +145,16 @@ class ExpertSlots(nn.Module):
             {name: self.cell_tensor(cell, name) for name in WEIGHT_NAMES} for cell in range(self.num_slots + self.spare)
         ]
 
-    def group(self, slots: Tensor, entries: int) -> Grouping:
-        """See `group_by_slot`, for these slots."""
-        return group_by_slot(slots, entries, self.num_slots, self.slot_cells if self.spare else None, self.spare)
+    def group(self, hidden: Tensor, slots: Tensor, entries: int | None = None) -> Grouped:
+        """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
+
+        Args:
+            hidden: [M, D]; rows may be strided.
+            slots: Local slots; those outside [0, S) have no entry.
+            entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
+        """
+        cells = self.slot_cells if self.spare else None
+        return Grouped(*ops.permute_rows(hidden, slots, self.num_slots + self.spare, cells, entries))
 
     def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
         """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""
@@ -144,14 +177,19 @@ class ExpertSlots(nn.Module):
                 )
             target.copy_(source)
 
-    def grouped_ffn(self, hidden: Tensor, offs: Tensor) -> Tensor:
-        """w2 @ (silu(w1 x) * (w3 x)) of hidden states [N, D] that are grouped by cell, as `offs` int32 [S + X] says."""
-        return self._multiply(ops.swiglu(self._multiply(hidden, "w3_w1", offs)), "w2", offs)
+    def grouped_ffn(self, rows: Tensor, offs: Tensor) -> Tensor:
+        """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] that are grouped by cell, as `offs` int32 [S + X] says.
+
+        Outputs of rows after the last end hold anything.
+        """
+        return self._multiply(ops.swiglu(self._multiply(rows, "w3_w1", offs), offs), "w2", offs)
 
     def _multiply(self, rows: Tensor, name: str, offs: Tensor) -> Tensor:
         weight = self.weight(name).transpose(1, 2)
+        if not len(rows):
+            return rows.new_empty(0, weight.shape[2])
         if rows.is_cuda and rows.dtype is torch.float32:  # which torch's grouped GEMM does not take there
-            return _multiply_by_slot(rows, weight, offs)
+            return _multiply_by_cell(rows, weight, offs)
         return _grouped_mm(rows, weight, offs=offs)
 
 
@@ -178,11 +216,12 @@ class _Slots(Sequence[Mapping[str, Tensor]]):
         return {name: self._experts.slot_tensor(slot, name) for name in WEIGHT_NAMES}
 
 
-def _multiply_by_slot(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """Grouped product one slot after the other: rows [N, A], weight [S, A, B], ends int32 [S]. Waits for the device."""
-    ends = offs.tolist()
-    parts = [rows[begin:end] @ weight[slot] for slot, (begin, end) in enumerate(pairwise([0, *ends]))]
-    return torch.cat(parts)
+def _multiply_by_cell(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Grouped product one cell after the other: rows [N, A], weight [G, A, B], ends int32 [G]. Waits for the device."""
+    product = rows.new_empty(len(rows), weight.shape[2])
+    for cell, (begin, end) in enumerate(pairwise([0, *offs.tolist()])):
+        torch.mm(rows[begin:end], weight[cell], out=product[begin:end])
+    return product
 
 
 def _check_alignment(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ class FusedMoE(LocalMoE):
         batch[grouping.slot, place] = x[grouping.row]
         up, gate = torch.bmm(batch, self.experts.weight("w3_w1").transpose(1, 2)).chunk(2, dim=-1)
         output = torch.bmm(functional.silu(gate) * up, self.experts.weight("w2").transpose(1, 2))
-        return sum_over_k(output[grouping.slot, place], grouping, scales).to(x.dtype)
+        return sum_over_k(output[grouping.slot, place], grouping.position, scales, x.dtype)
 
 
 def _places(grouping: Grouping) -> tuple[Tensor, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_eplb.moe.experts import group_by_slot, sum_over_k
+from moe_eplb.moe.experts import sum_over_k
 from moe_eplb.moe.local_moe import LocalMoE
 
 __all__ = ["GroupedMoE"]
@@ -14,6 +14,5 @@ class GroupedMoE(LocalMoE):
     """See `LocalMoE`."""
 
     def _compute(self, x: Tensor, ids: Tensor, scales: Tensor) -> Tensor:
-        grouping = group_by_slot(ids, ids.numel(), self.shape.num_experts)
-        output = self.experts.grouped_ffn(x[grouping.row], grouping.offs)
-        return sum_over_k(output, grouping, scales).to(x.dtype)
+        rows, position, offs = self.experts.group(x, ids)
+        return sum_over_k(self.experts.grouped_ffn(rows, offs), position, scales, x.dtype)

@@ -1,6 +1,8 @@
 """Routing methods: which top-k experts a token uses, and with which scales.
 
 Every method maps router logits [T, E] to expert ids int32 [T, K] and scales float32 [T, K]; all arithmetic is float32.
+On a GPU most are one kernel, in which the lower of equal experts wins. On a CPU torch chooses among equals, as it does
+for the published models.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import ops
 from moe_eplb.moe.routing_rule import RoutingRule
 
 __all__ = [
@@ -54,6 +57,8 @@ class DefaultMoeRoutingMethod(BaseMoeRoutingMethod):
 
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
+        if logits.is_cuda:
+            return ops.top_k(logits, self.top_k, "default")
         scales, ids = torch.softmax(logits.float(), dim=-1).topk(self.top_k, dim=-1)
         return ids.int(), scales
 
@@ -68,6 +73,8 @@ class RenormalizeMoeRoutingMethod(BaseMoeRoutingMethod):
 
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
+        if logits.is_cuda:
+            return ops.top_k(logits, self.top_k, "renormalize")
         chosen, ids = logits.float().topk(self.top_k, dim=-1)
         return ids.int(), torch.softmax(chosen, dim=-1)
 
@@ -86,6 +93,8 @@ class RenormalizeNaiveMoeRoutingMethod(BaseMoeRoutingMethod):
 
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
+        if logits.is_cuda:
+            return ops.top_k(logits, self.top_k, "renormalize_naive")
         chosen, ids = torch.softmax(logits.float(), dim=-1).topk(self.top_k, dim=-1)
         return ids.int(), chosen / chosen.sum(dim=-1, keepdim=True)
 
@@ -114,6 +123,8 @@ class Llama4MoeRoutingMethod(BaseMoeRoutingMethod):
 
     def apply(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
+        if logits.is_cuda:
+            return ops.top_k(logits, self.top_k, "sigmoid")
         chosen, ids = logits.float().topk(1, dim=-1)
         return ids.int(), chosen.sigmoid()
 

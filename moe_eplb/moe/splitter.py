@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -35,17 +36,31 @@ class Splitter:
 
         Args:
             tokens: T.
-            all_rank_num_tokens: T of each rank; None lets the ranks exchange it where there is a limit.
+            all_rank_num_tokens: T of each rank; None lets several ranks exchange it where there is a limit.
             first, last: Whether the forward is the layer's first or last in this iteration.
 
         Raises:
             BalancerError: E156 when `all_rank_num_tokens` is not one number a rank, or not this rank's.
         """
-        if self._limit is None:
+        table = self._table(tokens, all_rank_num_tokens)
+        if table is None:
             return split(tokens, 1, first=first, last=last)
-        table = self._exchange(tokens) if all_rank_num_tokens is None else all_rank_num_tokens
         self._check(table, tokens)
-        return split(tokens, chunk_count(table, self._limit, padded=self._padded), first=first, last=last)
+        chunks = chunk_count(table, self._limit, padded=self._padded)
+        # Each rank makes its parts in the same way, so one can say how large those of the others are.
+        parts = zip(*([part.rows.stop - part.rows.start for part in split(t, chunks)] for t in table), strict=True)
+        return [
+            replace(chunk, tokens=sizes)
+            for chunk, sizes in zip(split(tokens, chunks, first=first, last=last), parts, strict=True)
+        ]
+
+    def _table(self, tokens: int, given: Sequence[int] | None) -> Sequence[int] | None:
+        """T of each rank; None where no one has told it and nothing needs it."""
+        if given is not None:
+            return given
+        if self._ranks.size == 1:
+            return (tokens,)
+        return None if self._limit is None else self._exchange(tokens)
 
     def _exchange(self, tokens: int) -> list[int]:
         gather = partial(self._ranks.all_gather, torch.tensor([[tokens]], device=self._device.torch_device))

@@ -17,7 +17,7 @@ from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
 from moe_eplb.moe.chunking import Chunk, ChunkStreams
 from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received
-from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, Grouping, sum_over_k
+from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, entries_of, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.splitter import Splitter
@@ -113,6 +113,7 @@ class WideEPMoE(nn.Module):
             hidden_size=shape.hidden_size,
             top_k=shape.top_k,
             dtype=shape.dtype,
+            static_shapes=self.device.kind == "cuda",
         )
 
     def placement(self) -> Placement:
@@ -161,7 +162,9 @@ class WideEPMoE(nn.Module):
         Args:
             x: Hidden states.
             router_logits: Router logits.
-            all_rank_num_tokens: T of each rank. Only chunking needs it; when it is left out, the ranks exchange it.
+            all_rank_num_tokens: T of each rank. Chunking needs it, and exchanges it when it is left out. On a GPU
+                nothing waits for the device where it is given, or where there is one rank, so that the forward can be
+                captured into a graph; elsewhere sizes are exchanged.
         """
         first, last = self._stages.begin_forward()
         chunks = self._splitter.chunks(x.shape[0], all_rank_num_tokens, first=first, last=last)
@@ -186,7 +189,7 @@ class WideEPMoE(nn.Module):
         slot_ids = self._route(ids)
         exchange = self._prepare(slot_ids, ids, chunk)
         received = self._dispatch(exchange, x, scales, chunk)
-        partial_sums = self._compute(received)
+        partial_sums = self._compute(received, exchange.partial_dtype)
         if chunk.last:
             stages.start_set_cpu_stage()
         y = self._combine(exchange, partial_sums)
@@ -210,8 +213,8 @@ class WideEPMoE(nn.Module):
         lanes = self._stages.get_agreement_lanes() if votes else None
         given = [rider.to(torch.int64) for rider in (counts, lanes) if rider is not None]
         riders = torch.cat(given) if given else None
-        prepare = partial(self._dispatcher.prepare, slot_ids, ids, riders)
-        size = self._dispatcher.prepare_bytes(riders)
+        prepare = partial(self._dispatcher.prepare, slot_ids, ids, riders, chunk.tokens)
+        size = self._dispatcher.prepare_bytes(riders, chunk.tokens)
         exchange = self.device.run(Kind.PREPARE, self.layer_idx, prepare, a=size)
         self._hand_out(exchange.riders, counts is not None, lanes is not None)
         return exchange
@@ -231,25 +234,26 @@ class WideEPMoE(nn.Module):
         self._statistics.after_dispatch(received, chunk)
         return received
 
-    def _compute(self, received: Received) -> Tensor:
-        def compute() -> tuple[Tensor, Grouping]:
-            grouping = self.experts.group(received.slots, received.entries)
-            output = self.experts.grouped_ffn(received.hidden[grouping.row], grouping.offs)
-            return sum_over_k(output, grouping, received.scales), grouping
+    def _compute(self, received: Received, dtype: torch.dtype) -> Tensor:
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            rows, position, offs = self.experts.group(received.hidden, received.slots, received.entries)
+            output = self.experts.grouped_ffn(rows, offs)
+            return sum_over_k(output, position, received.scales, dtype), position, offs
 
-        partial_sums, grouping = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=received.entries)
+        most = received.slots.numel() if received.entries is None else received.entries
+        partial_sums, position, offs = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
         if self.probe is not None:
-            self.device.observe(partial(self._report_processed, self.probe, received, grouping))
+            self.device.observe(partial(self._report_processed, self.probe, received, position, offs))
         return partial_sums
 
     def _report_output(self, probe: Probe, x: Tensor, router_logits: Tensor, parts: list[_Output], y: Tensor) -> None:
         ids, scales = (torch.cat([part[column] for part in parts]) for column in (1, 2))
         probe.output(self.layer_idx, x, router_logits, ids, scales, y)
 
-    def _report_processed(self, probe: Probe, received: Received, grouping: Grouping) -> None:
-        source, token = received.source_rank()[grouping.row], received.token[grouping.row]
-        first_slot = self.rank * self.slots_per_rank
-        probe.processed(self.layer_idx, source, token, grouping.k, grouping.slot + first_slot)
+    def _report_processed(self, probe: Probe, received: Received, position: Tensor, offs: Tensor) -> None:
+        entries = entries_of(received.slots, position, offs)
+        source, token = received.source_rank()[entries.row], received.token()[entries.row]
+        probe.processed(self.layer_idx, source, token, entries.k, entries.slot + self.rank * self.slots_per_rank)
 
     def _combine(self, exchange: Exchange, partial_sums: Tensor) -> Tensor:
         bring_back = partial(exchange.combine, partial_sums)

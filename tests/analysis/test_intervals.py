@@ -66,6 +66,21 @@ def test_grouped_length_is_each_groups_own_union(tagged: list[tuple[list[tuple[i
     assert intervals.grouped_length(pairs, groups, 5).tolist() == expected
 
 
+@settings(max_examples=300, deadline=None)
+@given(PAIRS, PAIRS)
+def test_subtraction_leaves_the_points_of_one_alone(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> None:
+    rest = intervals.subtract(_union(a), _union(b))
+    assert _points(rest.tolist()) == _points(a) - _points(b)
+    assert (rest[1:, 0] > rest[:-1, 1]).all()
+    assert intervals.length(rest) == intervals.length(_union(a)) - intervals.intersect_length(_union(a), _union(b))
+
+
+def test_groups_that_span_more_than_numbers_hold_are_an_error() -> None:
+    far = np.array([[-(2**60), 2**60], [-(2**60), 2**60], [-(2**60), 2**60]], np.int64)
+    with pytest.raises(ValueError, match="3 groups span"):
+        intervals.grouped_length(far, np.arange(3), 3)
+
+
 def test_nanoseconds_of_this_century_stay_exact() -> None:
     start = 1_800_000_000 * 10**9 + 1
     union = intervals.union(intervals.intervals([start, start + 2], [start + 1, start + 3]))

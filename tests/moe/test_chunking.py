@@ -21,6 +21,8 @@ from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.device import AuxStreamType, CpuDevice, Device, get_device
 from moe_eplb.moe import MoeShape, SuppliedMoeRoutingMethod, WideEPMoE, create_moe
 from moe_eplb.moe.chunking import ChunkStreams, chunk_count, split
+from moe_eplb.moe.dispatch.collectives import Ranks
+from moe_eplb.moe.splitter import Splitter
 from tests.support.moe_layers import (
     EXPERTS,
     HIDDEN,
@@ -284,3 +286,41 @@ def test_chunks_need_their_stream() -> None:
     with pytest.raises(BalancerError, match=r"E140(.|\n)*MoeChunkingOverlap: device"):
         _layer(device, aux_stream_dict=streams, moe_max_num_tokens=4)
     _layer(device, aux_stream_dict=streams)
+
+
+# -- the tokens of all ranks -----------------------------------------------------------------------------------------
+
+
+@given(tokens=st.lists(st.integers(0, 60), min_size=1, max_size=1), limit=st.none() | st.integers(1, 30))
+def test_a_rank_on_its_own_knows_the_tokens_of_every_chunk(tokens: list[int], limit: int | None) -> None:
+    splitter = Splitter(get_device("cpu", NullSink()), 0, Ranks(None), limit, padded=True)
+    for given_table in (None, tokens):
+        chunks = splitter.chunks(tokens[0], given_table, first=True, last=True)
+        assert [chunk.tokens for chunk in chunks] == [(chunk.rows.stop - chunk.rows.start,) for chunk in chunks]
+        assert sum(chunk.rows.stop - chunk.rows.start for chunk in chunks) == tokens[0]
+
+
+class _Ranks(Ranks):
+    """A rank among several that never talks to them."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(None)
+        self.rank, self.size = rank, size
+
+
+@given(table=st.lists(st.integers(0, 60), min_size=2, max_size=4), limit=st.none() | st.integers(1, 30))
+def test_every_rank_says_the_same_of_the_chunks_of_all(table: list[int], limit: int | None) -> None:
+    by_rank = []
+    for rank, tokens in enumerate(table):
+        splitter = Splitter(get_device("cpu", NullSink()), 0, _Ranks(rank, len(table)), limit, padded=False)
+        chunks = splitter.chunks(tokens, table, first=True, last=True)
+        assert all(c.tokens is not None and c.tokens[rank] == c.rows.stop - c.rows.start for c in chunks)
+        by_rank.append([chunk.tokens for chunk in chunks])
+    assert all(told == by_rank[0] for told in by_rank)
+
+
+def test_nobody_knows_the_tokens_of_other_ranks_who_were_not_told() -> None:
+    splitter = Splitter(get_device("cpu", NullSink()), 0, _Ranks(0, 2), None, padded=False)
+    assert [chunk.tokens for chunk in splitter.chunks(5, None, first=True, last=True)] == [None]
+    with pytest.raises(BalancerError, match="E156"):
+        splitter.chunks(5, [4, 5], first=True, last=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher
-from moe_eplb.moe.experts import group_by_slot, sum_over_k
+from moe_eplb.device import ops
+from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Received
+from moe_eplb.moe.experts import entries_of, sum_over_k
 from tests.support.ranks import run_ranks
 
 HIDDEN, TOP_K, PER_RANK = 8, 3, 3
@@ -55,27 +56,36 @@ def _expert(rows: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
 
 
 def _dispatcher(kind: str, group: dist.ProcessGroup | None, dtype: torch.dtype) -> Dispatcher:
+    """`kind`: "alltoall", "allgather", or "ids" for an all-gather of ids too; after a hyphen, "static"."""
+    name, _, shapes = kind.partition("-")
     sizes: dict[str, Any] = {"slots_per_rank": PER_RANK, "hidden_size": HIDDEN, "top_k": TOP_K, "dtype": dtype}
-    return AllToAll(group, **sizes) if kind == "alltoall" else AllGather(group, **sizes, gather_ids=kind == "ids")
+    sizes["static_shapes"] = shapes == "static"
+    return AllToAll(group, **sizes) if name == "alltoall" else AllGather(group, **sizes, gather_ids=name == "ids")
 
 
-def _forward(dispatcher: Dispatcher, rank: int, given: Inputs) -> Outputs:
-    exchange = dispatcher.prepare(given.slots, given.ids, given.riders)
+def _forward(dispatcher: Dispatcher, rank: int, given: Inputs, tokens: list[int]) -> Outputs:
+    exchange = dispatcher.prepare(given.slots, given.ids, given.riders, tokens)
     received = exchange.dispatch(given.x, given.scales)
-    grouping = group_by_slot(received.slots, received.entries, PER_RANK)
-    slot = grouping.slot + rank * PER_RANK
-    y = exchange.combine(sum_over_k(_expert(received.hidden[grouping.row], slot), grouping, received.scales))
-    columns = (received.source_rank()[grouping.row], received.token[grouping.row], grouping.k, slot)
-    entries = [tuple(entry) for entry in torch.stack([c.long() for c in columns], dim=1).tolist()]
+    assert (received.entries is None) == dispatcher.static_shapes
+    rows, position, offs = ops.permute_rows(received.hidden, received.slots, PER_RANK, None, received.entries)
+    entries = entries_of(received.slots, position, offs)
+    assert received.entries in (None, len(entries.row))
+    slot = entries.slot + rank * PER_RANK
+    # Rows that no entry has must not show anywhere.
+    output = torch.full((len(rows), HIDDEN), float("nan"))
+    output[: len(slot)] = _expert(rows[: len(slot)], slot)
+    y = exchange.combine(sum_over_k(output, position, received.scales, exchange.partial_dtype))
+    columns = (received.source_rank()[entries.row], received.token()[entries.row], entries.k, slot)
+    found = [tuple(entry) for entry in torch.stack([c.long() for c in columns], dim=1).tolist()]
     assert exchange.riders is not None
-    sizes = (dispatcher.prepare_bytes(given.riders), exchange.dispatch_bytes, exchange.combine_bytes)
-    return Outputs(y, entries, exchange.riders.tolist(), received.expert_ids, sizes)
+    sizes = (dispatcher.prepare_bytes(given.riders, tokens), exchange.dispatch_bytes, exchange.combine_bytes)
+    return Outputs(y, found, exchange.riders.tolist(), received.expert_ids, sizes)
 
 
 def _rank(rank: int, size: int, kind: str, dtype: torch.dtype) -> list[Outputs]:
     group = dist.group.WORLD if size > 1 else None
     dispatcher = _dispatcher(kind, group, dtype)
-    return [_forward(dispatcher, rank, _inputs(rank, size, case[rank], dtype)) for case in CASES[size]]
+    return [_forward(dispatcher, rank, _inputs(rank, size, case[rank], dtype), case) for case in CASES[size]]
 
 
 @functools.cache
@@ -95,7 +105,7 @@ def _wanted(given: Inputs, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+@pytest.mark.parametrize("kind", ["alltoall", "allgather", "alltoall-static", "allgather-static"])
 def test_every_entry_is_processed_once_by_its_slot_and_comes_back(kind: str, size: int) -> None:
     for tokens, outputs in zip(CASES[size], _run(size, kind, torch.float32), strict=True):
         given = [_inputs(rank, size, tokens[rank], torch.float32) for rank in range(size)]
@@ -116,6 +126,19 @@ def test_every_entry_is_processed_once_by_its_slot_and_comes_back(kind: str, siz
             assert output.riders == [inputs.riders.tolist() for inputs in given]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_static_shapes_give_the_same_as_exchanged_sizes(kind: str, size: int, dtype: torch.dtype) -> None:
+    """Ragged and empty ranks; the exact dispatch is the twin."""
+    for exact, static in zip(_run(size, kind, dtype), _run(size, f"{kind}-static", dtype), strict=True):
+        for wanted, got in zip(exact, static, strict=True):
+            assert torch.equal(got.y, wanted.y)
+            assert got.y.dtype is wanted.y.dtype
+            assert got.entries == wanted.entries
+            assert got.riders == wanted.riders
+
+
 @pytest.mark.parametrize("kind", ["alltoall", "allgather"])
 def test_bfloat16_states_arrive_unchanged_and_sum_in_float32(kind: str) -> None:
     for tokens, outputs in zip(CASES[2], _run(2, kind, torch.bfloat16), strict=True):
@@ -126,7 +149,10 @@ def test_bfloat16_states_arrive_unchanged_and_sum_in_float32(kind: str) -> None:
 
 
 def test_allgather_brings_the_ids_of_real_tokens_only_when_asked() -> None:
-    for tokens, outputs in zip(CASES[2], _run(2, "ids", torch.float32), strict=True):
+    both = zip(
+        [*CASES[2], *CASES[2]], _run(2, "ids", torch.float32) + _run(2, "ids-static", torch.float32), strict=True
+    )
+    for tokens, outputs in both:
         wanted = torch.cat([_inputs(rank, 2, tokens[rank], torch.float32).ids for rank in range(2)])
         for output in outputs:
             assert output.ids is not None
@@ -145,11 +171,50 @@ def test_byte_counts_are_those_of_the_rows_sent() -> None:
     for tokens, outputs in zip(CASES[2], _run(2, "allgather", torch.float32), strict=True):
         block = max(tokens)
         assert {output.sizes for output in outputs} == {(8 * 3, block * (row + 4 * TOP_K), 2 * block * 4 * HIDDEN)}
+    for kind, back in (("alltoall", 4 * HIDDEN), ("allgather", 4 * HIDDEN)):
+        for tokens, outputs in zip(CASES[2], _run(2, f"{kind}-static", torch.float32), strict=True):
+            # Rows are rounded up to 64 bytes, and only the riders ride.
+            assert {output.sizes for output in outputs} == {(8 * 2, max(tokens) * 64, 2 * max(tokens) * back)}
     assert {output.sizes for case in _run(1, "alltoall", torch.float32) for output in case} == {(0, 0, 0)}
     assert {output.sizes for case in _run(1, "allgather", torch.float32) for output in case} == {(0, 0, 0)}
 
 
 def test_without_riders_there_are_none() -> None:
     given = _inputs(0, 1, 2, torch.float32)
-    for kind in ("alltoall", "allgather"):
-        assert _dispatcher(kind, None, torch.float32).prepare(given.slots, given.ids, None).riders is None
+    for kind in ("alltoall", "allgather", "alltoall-static", "allgather-static"):
+        assert _dispatcher(kind, None, torch.float32).prepare(given.slots, given.ids, None, [2]).riders is None
+
+
+def test_static_shapes_without_the_tokens_of_all_ranks_exchange_them() -> None:
+    given = _inputs(0, 1, 4, torch.float32)
+    for kind in ("alltoall-static", "allgather-static"):
+        dispatcher = _dispatcher(kind, None, torch.float32)
+        received = dispatcher.prepare(given.slots, given.ids, None).dispatch(given.x, given.scales)
+        assert received.entries == int(((given.slots >= 0) & (given.slots < PER_RANK)).sum())
+
+
+def _forget_waiting(kind: str, monkeypatch: pytest.MonkeyPatch) -> Received:
+    """Dispatch, grouping and combine of one rank with everything that waits for a device forbidden."""
+    given = _inputs(0, 1, 4, torch.bfloat16)
+    dispatcher = _dispatcher(kind, None, torch.bfloat16)
+    for name in ("item", "tolist", "nonzero", "repeat_interleave", "__int__", "__bool__", "__index__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, _waits)
+    monkeypatch.setattr(torch, "tensor", _waits)
+    exchange = dispatcher.prepare(given.slots, given.ids, given.riders, [4])
+    received = exchange.dispatch(given.x, given.scales)
+    rows, position, _ = ops.permute_rows(received.hidden, received.slots, PER_RANK)
+    y = exchange.combine(sum_over_k(rows, position, received.scales, exchange.partial_dtype))
+    monkeypatch.undo()
+    assert y.shape == given.x.shape
+    return received
+
+
+def _waits(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("waits for the device")
+
+
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_nothing_waits_for_the_device_where_shapes_are_static(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _forget_waiting(f"{kind}-static", monkeypatch).entries is None
+    with pytest.raises(AssertionError, match="waits"):
+        _forget_waiting(kind, monkeypatch)

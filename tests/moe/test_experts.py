@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.moe.experts import ExpertSlots, ffn_twin, group_by_slot, sum_over_k
+from moe_eplb.moe.experts import ExpertSlots, entries_of, ffn_twin, group_by_slot, sum_over_k
 
 HIDDEN, INTERMEDIATE, SLOTS = 24, 16, 5
 
 
-def _experts(dtype: torch.dtype) -> ExpertSlots:
-    experts = ExpertSlots(SLOTS, HIDDEN, INTERMEDIATE, dtype)
+def _experts(dtype: torch.dtype, spare: int = 0) -> ExpertSlots:
+    experts = ExpertSlots(SLOTS, HIDDEN, INTERMEDIATE, dtype, spare=spare)
     generator = torch.Generator().manual_seed(0)
     for name in ("w3_w1", "w2"):
         weight = experts.weight(name)
@@ -56,17 +56,84 @@ def test_group_by_slot_keeps_every_entry_once_in_order(table: list[list[int]]) -
     assert grouping.offs.dtype == torch.int32
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    table=st.lists(st.lists(st.integers(-1, SLOTS + 1), min_size=3, max_size=3), max_size=9),
+    cells=st.permutations(range(SLOTS + 2)),
+    exact=st.booleans(),
+)
+def test_entries_are_grouped_by_the_cells_that_hold_their_slots(
+    table: list[list[int]], cells: list[int], exact: bool
+) -> None:
+    experts = _experts(torch.float32, spare=2)
+    experts.slot_cells.copy_(torch.tensor(cells[:SLOTS]))
+    slots = torch.tensor(table, dtype=torch.int32).view(-1, 3)
+    hidden = torch.arange(float(len(table) * HIDDEN)).view(-1, HIDDEN)
+    wanted = sorted(
+        (cells[s], row, k, s) for row, line in enumerate(table) for k, s in enumerate(line) if 0 <= s < SLOTS
+    )
+    rows, position, offs = experts.group(hidden, slots, len(wanted) if exact else None)
+    found = entries_of(slots, position, offs)
+    assert list(zip(found.row.tolist(), found.k.tolist(), found.slot.tolist(), strict=True)) == [e[1:] for e in wanted]
+    assert torch.equal(rows[: len(wanted)], hidden[found.row])
+    assert len(rows) == (len(wanted) if exact else slots.numel())
+    assert offs.tolist() == [sum(entry[0] <= cell for entry in wanted) for cell in range(SLOTS + 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_after_the_last_end_change_nothing(dtype: torch.dtype) -> None:
+    experts = _experts(dtype, spare=1)
+    slots = torch.tensor([[0, 3], [-1, 9], [3, -1]], dtype=torch.int32)
+    hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(4)).to(dtype)
+    scales = torch.rand(3, 2)
+    outputs = []
+    for entries in (3, None):
+        rows, position, offs = experts.group(hidden, slots, entries)
+        rows[3:] = float("nan")
+        output = experts.grouped_ffn(rows, offs)
+        output[3:] = float("nan")
+        outputs.append(sum_over_k(output, position, scales))
+    assert torch.equal(outputs[0], outputs[1])
+    assert outputs[0].abs().sum(dim=1).gt(0).tolist() == [True, False, True]
+
+
+def test_slots_are_looked_up_in_their_cells_when_asked() -> None:
+    experts = _experts(torch.float32, spare=2)
+    slots = experts.by_slot()
+    assert [slot["w2"].data_ptr() for slot in slots] == [experts.cell_tensor(c, "w2").data_ptr() for c in range(SLOTS)]
+    table = experts.slot_cells.data_ptr()
+    experts.slot_cells.copy_(torch.tensor([6, 1, 0, 3, 5]))
+    assert experts.slot_cells.data_ptr() == table
+    for slot, cell in enumerate([6, 1, 0, 3, 5]):
+        assert slots[slot]["w3_w1"].data_ptr() == experts.cell_tensor(cell, "w3_w1").data_ptr()
+        assert torch.equal(experts.slot_tensor(slot, "w2"), experts.weight("w2")[cell])
+
+
+def test_a_slot_computes_with_the_weights_of_its_cell() -> None:
+    experts = _experts(torch.float32, spare=2)
+    experts.slot_cells.copy_(torch.tensor([6, 1, 0, 3, 5]))
+    slots = torch.tensor([[0, 4], [2, 1], [3, 0]], dtype=torch.int32)
+    hidden, scales = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5)), torch.ones(3, 2)
+    rows, position, offs = experts.group(hidden, slots)
+    got = sum_over_k(experts.grouped_ffn(rows, offs), position, scales)
+    cells = experts.slot_cells[slots.long()].flatten()
+    weights = [experts.weight(name) for name in ("w3_w1", "w2")]
+    wanted = ffn_twin(hidden.repeat_interleave(2, dim=0), cells, *weights).view(3, 2, -1).sum(1)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_sum_over_k_weights_entries_and_leaves_other_rows_zero() -> None:
     slots = torch.tensor([[1, -1], [-1, -1], [0, 1]], dtype=torch.int32)
     scales = torch.tensor([[0.5, 9.0], [9.0, 9.0], [2.0, 3.0]])
     grouping = group_by_slot(slots, 3, 2)
     output = torch.tensor([[10.0], [20.0], [30.0]])  # entries (row 2, k 0), (row 0, k 0), (row 2, k 1)
-    assert sum_over_k(output, grouping, scales).tolist() == [[10.0], [0.0], [110.0]]
+    assert sum_over_k(output, grouping.position, scales).tolist() == [[10.0], [0.0], [110.0]]
+    assert sum_over_k(output, grouping.position, scales, torch.bfloat16).dtype is torch.bfloat16
 
 
 def test_sum_over_k_ignores_scales_of_rows_that_are_padding() -> None:
     grouping = group_by_slot(torch.tensor([[0], [-1]], dtype=torch.int32), 1, 1)
-    total = sum_over_k(torch.ones(1, 2), grouping, torch.tensor([[1.0], [float("nan")]]))
+    total = sum_over_k(torch.ones(1, 2), grouping.position, torch.tensor([[1.0], [float("nan")]]))
     assert total.tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import ops
+from moe_eplb.device.ops import Choice
 from moe_eplb.moe import (
+    BaseMoeRoutingMethod,
     DeepSeekV3MoeRoutingMethod,
     DefaultMoeRoutingMethod,
     Llama4MoeRoutingMethod,
@@ -217,3 +221,35 @@ def test_ids_are_those_that_transformers_chooses(spread: float, normalize: bool)
     for family, method in (("qwen3_moe", naive(4)), ("deepseek_v3", deepseek)):
         theirs = _theirs(family, logits, 4, normalize, bias)
         assert torch.equal(method.apply(logits)[0].sort().values, theirs.int().sort().values)
+
+
+_ON_A_GPU: list[tuple[Choice, Callable[[int], BaseMoeRoutingMethod], int]] = [
+    *(("default", DefaultMoeRoutingMethod, k) for k in (1, 4, 16)),
+    *(("renormalize", RenormalizeMoeRoutingMethod, k) for k in (1, 4, 16)),
+    *(("renormalize_naive", RenormalizeNaiveMoeRoutingMethod, k) for k in (1, 4, 16)),
+    ("sigmoid", Llama4MoeRoutingMethod, 1),
+]
+
+
+@pytest.mark.parametrize(("choice", "make", "k"), _ON_A_GPU)
+def test_what_a_gpu_computes_is_the_same_method(
+    choice: Choice, make: Callable[[int], BaseMoeRoutingMethod], k: int
+) -> None:
+    """On a GPU a method asks for `ops.top_k`, whose plain form stands in for it here."""
+    logits = _logits(300, 16, 9)
+    ids, scales = ops.top_k(logits, k, choice)
+    wanted_ids, wanted = make(k).apply(logits)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(scales, wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("choice", "make", "k"), _ON_A_GPU)
+def test_methods_on_a_gpu_choose_like_those_on_a_cpu(
+    choice: Choice, make: Callable[[int], BaseMoeRoutingMethod], k: int
+) -> None:
+    logits = _logits(300, 128, 10)
+    ids, scales = make(k).apply(logits.cuda())
+    wanted_ids, wanted = make(k).apply(logits)
+    assert (ids.cpu() == wanted_ids).float().mean() > 0.999, "rounding may change a close choice"
+    torch.testing.assert_close(scales.cpu(), wanted, rtol=1e-4, atol=1e-6)

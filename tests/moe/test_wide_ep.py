@@ -31,11 +31,14 @@ PATHS = [("alltoall", "gathered"), ("allgather", "local_ids"), ("allgather", "gl
 LAYERS = 2
 
 
-def _layer(device: Device, layer: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> WideEPMoE:
+def _layer(
+    device: Device, layer: int = 0, dtype: torch.dtype = torch.float32, *, static: bool = False, **options: Any
+) -> WideEPMoE:
     shape = MoeShape(EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, dtype)
     moe = WideEPMoE(SuppliedMoeRoutingMethod(TOP_K), shape, device, layer_idx=layer, **options)
     moe.load_weights(lambda expert: expert_weights(expert, layer, dtype))
     moe.probe = Watch()
+    moe._dispatcher.static_shapes = static
     return moe
 
 
@@ -43,23 +46,24 @@ class Step(NamedTuple):
     """What a rank saw of one forward."""
 
     error: float
+    y: torch.Tensor
     ids: list[list[int]]
     entries: list[tuple[int, int, int, int]]
     slot_experts: list[int]
 
 
-def _step(moe: WideEPMoE, rank: int, tokens: int, step: int) -> Step:
+def _step(moe: WideEPMoE, rank: int, tokens: int, step: int, all_rank_num_tokens: list[int] | None = None) -> Step:
     x, logits, ids = tokens_of(rank, tokens, step=step, dtype=moe.shape.dtype)
     method, watch = moe.routing_method, moe.probe
     assert isinstance(method, SuppliedMoeRoutingMethod)
     assert isinstance(watch, Watch)
     method.supply(ids)
-    y = moe(x, logits)
+    y = moe(x, logits, all_rank_num_tokens)
     assert watch.seen is not None
     wanted = reference(x, ids, watch.seen[2], moe.layer_idx)
     error = float((y.double() - wanted).abs().max() / wanted.abs().max()) if tokens else float(y.numel())
     balancer = moe.layer_load_balancer
-    return Step(error, ids.tolist(), watch.entries, balancer.placement.slot_to_expert.tolist() if balancer else [])
+    return Step(error, y, ids.tolist(), watch.entries, balancer.placement.slot_to_expert.tolist() if balancer else [])
 
 
 def _assert_exactly_once(steps: list[Step], slot_experts: list[int]) -> None:
@@ -94,6 +98,32 @@ def test_static_placement_with_replicas_and_empty_ranks(dispatch: str, size: int
     _assert_exactly_once(steps, SLOTS)
 
 
+def _both_shapes(rank: int, size: int, dispatch: str, limit: int | None) -> list[Step]:
+    """The same forward with exchanged sizes and with static ones."""
+    device = get_device("cpu", NullSink(), seed=0, rank=rank)
+    group = dist.group.WORLD if size > 1 else None
+    options = {"num_slots": len(SLOTS), "ep_group": group, "dispatch": dispatch, "initial_slots": SLOTS}
+    steps = []
+    for static in (False, True):
+        moe = _layer(device, dtype=torch.bfloat16, static=static, moe_max_num_tokens=limit, **options)
+        steps.append(_step(moe, rank, TOKENS[size][rank], 0, TOKENS[size]))
+    return steps
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
+def test_static_shapes_change_neither_output_nor_entries(dispatch: str, size: int, limit: int | None) -> None:
+    by_rank = [_both_shapes(0, 1, dispatch, limit)] if size == 1 else run_ranks(_both_shapes, size, dispatch, limit)
+    assert any(static.entries for _, static in by_rank)
+    for exact, static in by_rank:
+        assert torch.equal(static.y, exact.y)
+        assert static.entries == exact.entries
+        assert static.error <= 2e-2
+    if limit is None:  # else the watch keeps the last chunk's entries alone
+        _assert_exactly_once([static for _, static in by_rank], SLOTS)
+
+
 @pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
 def test_bfloat16_stays_within_its_tolerance(dispatch: str) -> None:
     moe = _layer(get_device("cpu", NullSink()), dtype=torch.bfloat16, dispatch=dispatch)
@@ -126,12 +156,14 @@ def test_forward_works_without_a_probe() -> None:
 # -- with a balancer -------------------------------------------------------------------------------------------------
 
 
-def _balanced(rank: int, size: int, dispatch: str, statistics: str, iterations: int) -> list[list[Step]]:
+def _balanced(
+    rank: int, size: int, dispatch: str, statistics: str, iterations: int, static: bool = False
+) -> list[list[Step]]:
     """Steps by iteration and layer."""
     device = get_device("cpu", NullSink(), seed=3, rank=rank)
     groups = [dist.new_group(list(range(size))) if size > 1 else None for _ in range(3)]
     balancer = MoeLoadBalancer(rank, size, 1, device=device, group=groups[0])
-    options: dict[str, Any] = {"num_slots": 8, "dispatch": dispatch, "statistics": statistics}
+    options: dict[str, Any] = {"num_slots": 8, "dispatch": dispatch, "statistics": statistics, "static": static}
     with balancer:
         make = partial(_layer, device, ep_group=groups[1], statistics_group=groups[2], **options)
         layers = [make(layer=layer) for layer in range(LAYERS)]
@@ -140,15 +172,17 @@ def _balanced(rank: int, size: int, dispatch: str, statistics: str, iterations: 
         steps = []
         for iteration in range(iterations):
             with MoeLoadBalancerIterContext(balancer, True, True):
-                steps.append([_step(moe, rank, 12 - 12 * rank * (iteration % 2), iteration) for moe in layers])
+                tokens = [12 - 12 * r * (iteration % 2) for r in range(size)]
+                steps.append([_step(moe, rank, tokens[rank], iteration, tokens) for moe in layers])
         return steps
     finally:
         balancer.shutdown()
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(("dispatch", "statistics"), PATHS)
-def test_experts_move_between_ranks_and_outputs_stay_right(dispatch: str, statistics: str) -> None:
-    by_rank = run_ranks(_balanced, 2, dispatch, statistics, 8)
+def test_experts_move_between_ranks_and_outputs_stay_right(dispatch: str, statistics: str, static: bool) -> None:
+    by_rank = run_ranks(_balanced, 2, dispatch, statistics, 8, static)
     placements: list[set[tuple[int, ...]]] = [set() for _ in range(LAYERS)]
     for by_layer in zip(*by_rank, strict=True):
         for layer in range(LAYERS):

@@ -60,6 +60,7 @@ def read_chrome(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
         try:
             exact = exact or not _fits(tables, events)
             if exact:
+                tables.exact = True
                 tables.add(orjson.loads(exact_times(raw)))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             why = f"{type(error).__name__}: {error}"[:300]
@@ -83,8 +84,12 @@ def exact_times(text: bytes) -> bytes:
     return _TIME.sub(whole, text)
 
 
-def nanoseconds(values: list[Any]) -> NDArray[np.int64]:
+def nanoseconds(values: list[Any], exact: bool = False) -> NDArray[np.int64]:
     """Times in us as whole ns; finer ones are rounded.
+
+    Args:
+        values: Whole numbers or floats.
+        exact: They come from `exact_times`, so that there may be texts of ns among them.
 
     Raises:
         _FloatsTooCoarse: there are decimals that floats of this size do not hold.
@@ -93,15 +98,15 @@ def nanoseconds(values: list[Any]) -> NDArray[np.int64]:
     try:
         whole = np.frombuffer(array("q", values), np.int64) if values else np.empty(0, np.int64)
     except TypeError:
-        return _from_decimals(values)
+        return _from_decimals(values, exact)
     if len(whole) and max(int(whole.max()), -int(whole.min())) > _LATEST_US:
         raise OverflowError(f"a time of {int(whole.max())} us")
     return whole * 1000
 
 
-def _from_decimals(values: list[Any]) -> NDArray[np.int64]:
+def _from_decimals(values: list[Any], exact: bool) -> NDArray[np.int64]:
     kinds = set(map(type, values))
-    if kinds <= {int, str}:
+    if exact and kinds <= {int, str}:
         return np.frombuffer(array("q", [_from_text(v) if type(v) is str else v * 1000 for v in values]), np.int64)
     if not kinds <= {int, float}:
         raise TypeError(f"times are of types {', '.join(sorted(kind.__name__ for kind in kinds))}")
@@ -140,6 +145,7 @@ class _Tables:
     def __init__(self) -> None:
         self.names = Names()
         self.count = 0
+        self.exact = False
         self.unread: Counter[str] = Counter()
         self.parts: dict[str, list[Table]] = {"gpu": [], "calls": [], "ranges": [], "syncs": [], "spans": []}
         self._threads: dict[str, int] = {}
@@ -211,8 +217,8 @@ class _Tables:
         return filled(c.HOST_SPAN, len(events), **self._times(events), thread=self._on_threads(events), kind=c.OVERHEAD)
 
     def _times(self, events: list[Event]) -> dict[str, NDArray[np.int64]]:
-        start = nanoseconds(list(map(itemgetter("ts"), events)))
-        duration = nanoseconds([event.get("dur", 0) for event in events])
+        start = nanoseconds(list(map(itemgetter("ts"), events)), self.exact)
+        duration = nanoseconds([event.get("dur", 0) for event in events], self.exact)
         if len(duration) and duration.min() < 0:
             raise ValueError(f"an event lasts {int(duration.min())} ns")
         return {"start": start, "end": start + duration}

@@ -207,7 +207,9 @@ class EventText:
         if self._read > self._limits.text_bytes:
             raise too_large(self._path, f"more than {self._limits.text_bytes} bytes of text", f"byte {self._read}")
         if len(self._held) > self._limits.piece_bytes + _PIECE:
-            raise too_large(self._path, f"an event of more than {self._limits.piece_bytes} bytes", f"byte {self._read}")
+            raise too_large(
+                self._path, f"more than {self._limits.piece_bytes} bytes without a whole event", f"byte {self._read}"
+            )
         return bool(piece)
 
     def _no_events(self) -> TraceError:

@@ -23,7 +23,7 @@ class Limits:
 
     events: int = 20_000_000
     text_bytes: int = 16 << 30
-    piece_bytes: int = 32 << 20
+    piece_bytes: int = 8 << 20
     seconds: float = 600.0
 
 

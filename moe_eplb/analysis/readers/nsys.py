@@ -129,14 +129,14 @@ class _Export:
         )  # fmt: skip
 
     def _nodes(self) -> Table:
-        columns = self._database.integers(
-            NODE_TABLE, ("start", "graphNodeId"), {"globalTid": 0, "originalGraphNodeId": c.UNKNOWN}
-        )
+        optional = {"globalTid": 0, "originalGraphNodeId": c.UNKNOWN}
+        columns = self._database.integers(NODE_TABLE, ("start", "graphNodeId"), optional)
         thread = columns["globalTid"]
-        return filled(
+        made = filled(
             c.NODE, len(thread), start=columns["start"], thread=thread, process=process_of(thread),
             node=columns["graphNodeId"], original=columns["originalGraphNodeId"],
         )  # fmt: skip
+        return made[np.lexsort((made["start"], made["original"] <= 0))]
 
     def _spans(self) -> Table:
         tables = {"PROFILER_OVERHEAD": c.OVERHEAD, "CUDA_HOST_CALLBACK": c.CALLED_WORK}
@@ -178,10 +178,7 @@ class _Export:
         return {process: rank for rank, process in enumerate(used)}, False
 
     def _stated_rank(self, process: int, ranges: Table) -> int | None:
-        mine = ranges[ranges["process"] == process]
-        if not len(mine):
-            return None
-        texts = list(self._strings.pool)
+        mine, texts = ranges[ranges["process"] == process], list(self._strings.pool)
         first = mine[np.argsort(mine["start"], kind="stable")][:8]
         found = (_RANK_TEXT.match(texts[number]) for number in first["text"].tolist())
         return next((int(match[1]) for match in found if match), None)
@@ -191,17 +188,13 @@ class _Export:
         table = "TARGET_INFO_NVTX_CUDA_STREAM"
         numbers = self._database.integers(table, ("rowid", "streamId"), {"processId": 0})
         texts = self._database.texts(table, "rowid", "name")
-        used = np.unique(gpu[["process", "stream", "rank", "device"]])
-        named = {
-            (process, stream): texts[row]
-            for row, stream, process in zip(*(column.tolist() for column in numbers.values()), strict=True)
-            if row in texts
-        }
         found = {}
-        for process, stream, rank, device in used.tolist():
-            pid = (process >> TID_BITS) & ((1 << TID_BITS) - 1)
-            if name := named.get((pid, stream)):
-                found[rank, device, stream] = name
+        for row, stream, pid in zip(*(column.tolist() for column in numbers.values()), strict=True):
+            of_process = (gpu["process"] >> TID_BITS) & ((1 << TID_BITS) - 1) == pid
+            mine = gpu[of_process & (gpu["stream"] == stream)]
+            for rank, device in {*zip(mine["rank"].tolist(), mine["device"].tolist(), strict=True)}:
+                if name := texts.get(row):
+                    found[rank, device, stream] = name
         return found
 
     def _utc(self) -> int | None:

@@ -28,8 +28,8 @@ MAGIC = b"SQLite format 3\0"
 _MAX_TEXT = 64 << 20
 _KEPT_TEXT = 4096
 """Characters of a name that are kept; a template's full name may be longer and says nothing new."""
-_BATCH = 50_000
-_STEPS = 10_000
+_BATCH = 1_000
+_STEPS = 100_000
 """Virtual-machine steps of SQLite between two looks at the clock."""
 
 

@@ -1,20 +1,27 @@
 """All-gather dispatch: every rank sees every row; the partial sums come back through a reduce-scatter.
 
-Collectives of a forward: an all-gather of token counts (and riders), an all-gather of rows padded to the largest token
-count, a reduce-scatter of float32 partial sums.
+Collectives of a forward: an all-gather of token counts and riders, an all-gather of rows padded to the largest token
+count, a reduce-scatter of float32 partial sums. The first is left out where all ranks' tokens are given, shapes are
+static and nothing rides.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.moe.dispatch.base import Received
+from moe_eplb.moe.dispatch.blocks import gather_block, gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
 from moe_eplb.moe.dispatch.packing import RowFormat
 
 __all__ = ["AllGather", "AllGatherExchange"]
+
+_ALIGN = 16
+"""Words; a GPU then reads 16 bytes at a time at any column."""
 
 
 class AllGather:
@@ -33,46 +40,69 @@ class AllGather:
         top_k: int,
         dtype: torch.dtype,
         gather_ids: bool = False,
+        static_shapes: bool = False,
     ) -> None:
         self.ranks = Ranks(group)
+        self.static_shapes = static_shapes
         self.slots_per_rank = slots_per_rank
         self.hidden_size = hidden_size
         self.top_k = top_k
         self.dtype = dtype
         self.gather_ids = gather_ids
-        self.row = RowFormat(hidden_size, top_k, 2 * top_k if gather_ids else top_k, dtype)
+        integers = 2 * top_k if gather_ids else top_k
+        self._compact = RowFormat(hidden_size, top_k, integers, dtype)
+        self._aligned = RowFormat(hidden_size, top_k, integers, dtype, align=_ALIGN)
 
-    def prepare_bytes(self, riders: Tensor | None) -> int:
+    def row(self, *, static: bool) -> RowFormat:
+        """How rows travel."""
+        return self._aligned if static else self._compact
+
+    def prepare_bytes(self, riders: Tensor | None, tokens: Sequence[int] | None = None) -> int:
         """See `Dispatcher`."""
-        words = 1 + (0 if riders is None else riders.numel())
+        words = (0 if self._is_static(tokens) else 1) + (0 if riders is None else riders.numel())
         return 8 * words if self.ranks.size > 1 else 0
 
-    def prepare(self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None) -> AllGatherExchange:
+    def prepare(
+        self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None, tokens: Sequence[int] | None = None
+    ) -> AllGatherExchange:
         """See `Dispatcher`."""
+        integers = (slot_ids, expert_ids) if self.gather_ids else (slot_ids,)
+        if tokens is not None and self._is_static(tokens):
+            return AllGatherExchange(self, integers, tuple(tokens), gather_riders(self.ranks, riders), static=True)
         count = torch.tensor([slot_ids.shape[0]], device=slot_ids.device)
         told = count if riders is None else torch.cat((count, riders))
         gathered = self.ranks.all_gather(told.unsqueeze(0))
-        integers = (slot_ids, expert_ids) if self.gather_ids else (slot_ids,)
         counts = tuple(gathered[:, 0].tolist())
-        return AllGatherExchange(self, integers, counts, None if riders is None else gathered[:, 1:])
+        return AllGatherExchange(self, integers, counts, None if riders is None else gathered[:, 1:], static=False)
+
+    def _is_static(self, tokens: Sequence[int] | None) -> bool:
+        return self.static_shapes and tokens is not None
 
 
 class AllGatherExchange:
     """One forward's all-gather exchange, see `Exchange`."""
 
     def __init__(
-        self, owner: AllGather, integers: tuple[Tensor, ...], counts: tuple[int, ...], riders: Tensor | None
+        self,
+        owner: AllGather,
+        integers: tuple[Tensor, ...],
+        counts: tuple[int, ...],
+        riders: Tensor | None,
+        *,
+        static: bool,
     ) -> None:
         self.riders = riders
         self._owner = owner
+        self._row = owner.row(static=static)
         self._integers = integers
         self._counts = counts
         self._block = max(counts)
+        self._static = static
 
     @property
     def dispatch_bytes(self) -> int:
         """See `Exchange`."""
-        return self._owner.row.nbytes * self._block if self._owner.ranks.size > 1 else 0
+        return self._row.nbytes * self._block if self._owner.ranks.size > 1 else 0
 
     @property
     def combine_bytes(self) -> int:
@@ -80,27 +110,25 @@ class AllGatherExchange:
         size = self._owner.ranks.size
         return 4 * self._owner.hidden_size * self._block * size if size > 1 else 0
 
+    @property
+    def partial_dtype(self) -> torch.dtype:
+        """See `Exchange`: float32 where ranks add to each other's sums."""
+        return torch.float32 if self._owner.ranks.size > 1 else self._owner.dtype
+
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """See `Exchange`."""
-        owner = self._owner
-        rows = owner.ranks.all_gather(self._padded(owner.row.pack(x, scales, *self._integers)))
-        hidden, scales, integers = owner.row.unpack(rows)
-        local = integers[:, : owner.top_k] - owner.ranks.rank * owner.slots_per_rank
-        mine = (local >= 0) & (local < owner.slots_per_rank)
-        token = torch.arange(self._block, device=x.device).repeat(owner.ranks.size)
+        owner, ranks = self._owner, self._owner.ranks
+        hidden, scales, integers = gather_block(ranks, self._row, self._block, x, scales, self._integers)
+        slots = integers[0] if ranks.size == 1 else integers[0] - ranks.rank * owner.slots_per_rank
+        entries = None if self._static else int(((slots >= 0) & (slots < owner.slots_per_rank)).sum())
         return Received(
             hidden=hidden,
-            slots=torch.where(mine, local, -1),
+            slots=slots,
             scales=scales,
-            token=token,
-            source_counts=(self._block,) * owner.ranks.size,
-            entries=int(mine.sum()),
-            expert_ids=self._real_rows(integers[:, owner.top_k :]) if owner.gather_ids else None,
+            source_counts=(self._block,) * ranks.size,
+            entries=entries,
+            expert_ids=self._real_rows(integers[1]) if owner.gather_ids else None,
         )
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        padding = rows.new_full((self._block - rows.shape[0], rows.shape[1]), -1)
-        return torch.cat((rows, padding))
 
     def _real_rows(self, ids: Tensor) -> Tensor:
         blocks = ids.reshape(self._owner.ranks.size, self._block, ids.shape[1])

@@ -1,18 +1,22 @@
 """All-to-all dispatch: a row travels once to every rank that holds at least one of its slots.
 
-Collectives of a forward: an all-gather of counts (and riders), an all-to-all of rows, an all-to-all of partial sums.
+Collectives of a forward: an all-gather of counts and riders, an all-to-all of rows, an all-to-all of partial sums. With
+static shapes, see `moe_eplb.moe.dispatch.fixed_blocks`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_eplb.moe.dispatch.base import Received
+from moe_eplb.moe.dispatch.base import Exchange, Received
+from moe_eplb.moe.dispatch.blocks import gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
+from moe_eplb.moe.dispatch.fixed_blocks import FixedBlocksExchange
 from moe_eplb.moe.dispatch.packing import RowFormat
 
 __all__ = ["AllToAll", "AllToAllExchange"]
@@ -32,20 +36,28 @@ class AllToAll:
         hidden_size: int,
         top_k: int,
         dtype: torch.dtype,
+        static_shapes: bool = False,
     ) -> None:
         self.ranks = Ranks(group)
+        self.static_shapes = static_shapes
         self.slots_per_rank = slots_per_rank
         self.hidden_size = hidden_size
+        self.top_k = top_k
         self.dtype = dtype
         self.row = RowFormat(hidden_size, top_k, top_k + 1, dtype)
 
-    def prepare_bytes(self, riders: Tensor | None) -> int:
+    def prepare_bytes(self, riders: Tensor | None, tokens: Sequence[int] | None = None) -> int:
         """See `Dispatcher`."""
-        words = self.ranks.size + (0 if riders is None else riders.numel())
+        known = self.static_shapes and tokens is not None
+        words = (0 if known else self.ranks.size) + (0 if riders is None else riders.numel())
         return 8 * words if self.ranks.size > 1 else 0
 
-    def prepare(self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None) -> AllToAllExchange:
+    def prepare(
+        self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None, tokens: Sequence[int] | None = None
+    ) -> Exchange:
         """See `Dispatcher`; `expert_ids` stay on this rank."""
+        if self.static_shapes and tokens is not None:
+            return FixedBlocksExchange(self, slot_ids, tuple(tokens), gather_riders(self.ranks, riders))
         size = self.ranks.size
         sends = _sends(slot_ids, self.slots_per_rank, size)
         counts = sends.sum(dim=1)
@@ -93,6 +105,11 @@ class AllToAllExchange:
         sent = sum(self._plan.receive_counts) if self._owner.ranks.size > 1 else 0
         return sent * self._owner.hidden_size * self._owner.dtype.itemsize
 
+    @property
+    def partial_dtype(self) -> torch.dtype:
+        """See `Exchange`: partial sums travel in the model's dtype."""
+        return self._owner.dtype
+
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """See `Exchange`."""
         owner, token = self._owner, self._token
@@ -102,7 +119,7 @@ class AllToAllExchange:
         hidden, scales, integers = owner.row.unpack(rows)
         slots = integers[:, :-1]
         entries = int((slots >= 0).sum())
-        return Received(hidden, slots, scales, integers[:, -1], self._plan.receive_counts, entries)
+        return Received(hidden, slots, scales, self._plan.receive_counts, entries, integers[:, -1])
 
     def _local_slots(self) -> Tensor:
         """int32 [rows, K]: slot within the row's destination rank, -1 for the slots of other ranks."""
@@ -111,7 +128,7 @@ class AllToAllExchange:
         return torch.where((local >= 0) & (local < per_rank), local, -1)
 
     def combine(self, partial: Tensor) -> Tensor:
-        """See `Exchange`. Partial sums travel in the model's dtype and are added in float32, in order of rank."""
+        """See `Exchange`. They are added in float32, in order of rank."""
         owner, plan = self._owner, self._plan
         returned = owner.ranks.all_to_all(partial.to(owner.dtype), plan.receive_counts, plan.send_counts)
         total = torch.zeros(self._slot_ids.shape[0], owner.hidden_size, device=partial.device)

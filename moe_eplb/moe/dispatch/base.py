@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,24 +19,30 @@ class Received:
     """M rows that a rank received, in order of their source rank."""
 
     hidden: Tensor
-    """[M, D] in the model's dtype; rows without a slot may hold anything."""
+    """[M, D] in the model's dtype, rows may be strided; rows without a slot may hold anything."""
     slots: Tensor
-    """int32 [M, K]: local slot of this rank, -1 where another rank or none processes the entry."""
+    """int32 [M, K]: local slot of this rank, outside [0, S) where another rank or none processes the entry."""
     scales: Tensor
-    """float32 [M, K]."""
-    token: Tensor
-    """int64 or int32 [M]: the row's token within its source rank."""
+    """float32 [M, K], rows may be strided; entries without a slot may hold anything."""
     source_counts: tuple[int, ...]
     """Rows by source rank, R numbers that sum to M."""
-    entries: int
-    """Number of (row, k) with a slot."""
+    entries: int | None
+    """Number of (row, k) with a slot; None where only the device knows it, and then at most M * K."""
+    sent_token: Tensor | None = None
+    """int64 or int32 [M]: the row's token within its source rank; None where row i of a source rank is its token i."""
     expert_ids: Tensor | None = None
     """int32 [sum of T over ranks, K] of all ranks, where the dispatch was asked to gather them."""
 
     def source_rank(self) -> Tensor:
-        """int64 [M]: the rank that each row came from."""
+        """int64 [M]: the rank that each row came from. Waits for the device."""
         counts = torch.tensor(self.source_counts, device=self.hidden.device)
         return torch.arange(len(self.source_counts), device=self.hidden.device).repeat_interleave(counts)
+
+    def token(self) -> Tensor:
+        """int64 or int32 [M]: the row's token within its source rank."""
+        if self.sent_token is not None:
+            return self.sent_token
+        return torch.cat([torch.arange(count, device=self.hidden.device) for count in self.source_counts])
 
 
 class Exchange(Protocol):
@@ -52,26 +59,36 @@ class Exchange(Protocol):
     def combine_bytes(self) -> int:
         """Bytes that this rank puts into the combine collective, 0 in a group of one."""
 
+    @property
+    def partial_dtype(self) -> torch.dtype:
+        """In what dtype `combine` takes the partial sums."""
+
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """Send hidden states [T, D] and scales float32 [T, K]; return the rows for this rank's slots."""
 
     def combine(self, partial: Tensor) -> Tensor:
-        """Bring partial sums float32 [M, D] back to their tokens; return their sum [T, D] in the model's dtype."""
+        """Bring partial sums [M, D] back to their tokens; return their sum [T, D] in the model's dtype."""
 
 
 class Dispatcher(Protocol):
     """Makes exchanges over one process group."""
 
     ranks: Ranks
+    static_shapes: bool
+    """Whether, where the tokens of all ranks are given, every size follows from them alone: then nothing waits for the
+    device, and a forward can be captured into a graph. Costs rows that carry nothing; meant for CUDA."""
 
-    def prepare(self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None) -> Exchange:
+    def prepare(
+        self, slot_ids: Tensor, expert_ids: Tensor, riders: Tensor | None, tokens: Sequence[int] | None = None
+    ) -> Exchange:
         """Tell all ranks what will be sent.
 
         Args:
             slot_ids: Global slot ids int32 [T, K]; ids outside [0, P) are dispatched nowhere.
             expert_ids: Expert ids int32 [T, K]; sent only by a dispatch that was built to gather them.
             riders: int64 [V] of numbers that every rank shall see, the same V on all ranks, or None on all ranks.
+            tokens: T of each rank where it is known, the same on all ranks, or None on all ranks.
         """
 
-    def prepare_bytes(self, riders: Tensor | None) -> int:
+    def prepare_bytes(self, riders: Tensor | None, tokens: Sequence[int] | None = None) -> int:
         """Bytes that this rank puts into the prepare collective, 0 in a group of one."""

@@ -7,7 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_eplb.device import ops
+
 __all__ = ["Columns", "RowFormat"]
+
+_WORD = 4
 
 
 class Columns(NamedTuple):
@@ -21,20 +25,30 @@ class Columns(NamedTuple):
 class RowFormat:
     """A row of D hidden values, K scales and N integers; D values must fill whole words.
 
-    Word order: hidden states, scales, integers. The bits are moved, never converted.
+    Word order: hidden states, scales, integers, nothing up to a multiple of `align` words. The bits are moved, never
+    converted.
     """
 
-    def __init__(self, hidden_size: int, top_k: int, integers: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, top_k: int, integers: int, dtype: torch.dtype, *, align: int = 1) -> None:
         self._dtype = dtype
-        self._widths = (hidden_size * dtype.itemsize // 4, top_k, integers)
-        self.words = sum(self._widths)
-        self.nbytes = 4 * self.words
+        self._widths = (hidden_size * dtype.itemsize // _WORD, top_k, integers)
+        self.words = -(-sum(self._widths) // align) * align
+        self.nbytes = _WORD * self.words
 
     def pack(self, x: Tensor, scales: Tensor, *integers: Tensor) -> Tensor:
         """Rows int32 [M, words] of hidden states [M, D], scales float32 [M, K] and integer columns int32 [M, ...]."""
-        return torch.cat((x.contiguous().view(torch.int32), scales.contiguous().view(torch.int32), *integers), dim=1)
+        return self.pack_block(x.shape[0], x, scales, *integers)
+
+    def pack_block(self, block: int, x: Tensor, scales: Tensor, *integers: Tensor) -> Tensor:
+        """Rows int32 [B, words] of T <= B rows as for `pack`; the others are all -1."""
+        rows = torch.empty(block, self.words, dtype=torch.int32, device=x.device)
+        columns = (x.contiguous().view(torch.int32), scales.contiguous().view(torch.int32), *integers)
+        ops.pack_rows(columns, rows)
+        return rows
 
     def unpack(self, rows: Tensor) -> Columns:
-        """The parts of rows int32 [M, words]."""
-        hidden, scales, integers = torch.split(rows, list(self._widths), dim=1)
-        return Columns(hidden.contiguous().view(self._dtype), scales.contiguous().view(torch.float32), integers)
+        """The parts of rows int32 [M, words]: views of them, whose rows are strided."""
+        hidden, scales, integers = torch.split(rows[:, : sum(self._widths)], list(self._widths), dim=1)
+        if self._dtype.itemsize > _WORD:  # which only dense words can be seen as
+            hidden = hidden.contiguous()
+        return Columns(hidden.view(self._dtype), scales.view(torch.float32), integers)

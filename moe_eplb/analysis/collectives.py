@@ -1,0 +1,119 @@
+"""The same collective on every rank: who came last, how long the others waited, how uneven the work before it was.
+
+A collective is the n-th communication kernel of its name on its rank. All ranks leave a collective at about the same
+time, since none can end before the last has come, so what lies between a rank's start and the last start is waiting.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import Capture, role_codes
+from moe_eplb.analysis.intervals import coverage, intervals, union
+from moe_eplb.core.events import Role
+
+__all__ = ["Collectives", "Straggling", "match_collectives", "straggling"]
+
+_COMMUNICATION = role_codes((Role.COMM, Role.COMM_WAIT, Role.EPLB_ALLREDUCE))
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """Collectives that all ranks took part in, by the first rank's order.
+
+    Attributes:
+        ranks: Ranks [R].
+        rows: Row in `Capture.gpu` [N, R] of each collective on each rank.
+        unmatched: Communication kernels for which some rank has no partner.
+    """
+
+    ranks: list[int]
+    rows: NDArray[np.int64]
+    unmatched: int
+
+
+@dataclass(frozen=True)
+class Straggling:
+    """What each rank did to each collective; times in ns.
+
+    Attributes:
+        name: Name of each collective [N].
+        late: How much later than the first rank each rank started [N, R].
+        waited: How long each rank waited for the last one to start, at most until its own end [N, R].
+        imbalance: Largest / mean compute of the ranks since the collective before it [N]; NaN-free, 1 without compute.
+        last: Which rank [N] came last.
+    """
+
+    ranks: list[int]
+    name: list[str]
+    late: NDArray[np.int64]
+    waited: NDArray[np.int64]
+    imbalance: NDArray[np.float64]
+    last: NDArray[np.int64]
+    unmatched: int
+
+    def late_histogram(self) -> dict[int, int]:
+        """How often each rank came last."""
+        return {rank: int((self.last == rank).sum()) for rank in self.ranks}
+
+
+def match_collectives(capture: Capture, roles: NDArray[np.uint8]) -> Collectives:
+    """Pair the communication kernels of all ranks by name and order.
+
+    A name that ranks launched unequally often is left out: which of them belong together cannot be known.
+    """
+    ranks = np.unique(capture.gpu["rank"]).tolist()
+    of_rank = [_by_name(capture, roles, rank) for rank in ranks]
+    rows: list[NDArray[np.int64]] = []
+    unmatched = 0
+    for name in dict.fromkeys(name for named in of_rank for name in named):
+        each = [named.get(name, np.empty(0, np.int64)) for named in of_rank]
+        if len(ranks) > 1 and len({len(one) for one in each}) == 1:
+            rows.append(np.stack(each, axis=1))
+        else:
+            unmatched += sum(map(len, each))
+    found = np.concatenate(rows) if rows else np.empty((0, len(ranks)), np.int64)
+    return Collectives(ranks, found[np.argsort(capture.gpu["start"][found[:, 0]], kind="stable")], unmatched)
+
+
+def straggling(capture: Capture, roles: NDArray[np.uint8]) -> Straggling:
+    """Stragglers and imbalance of every collective, on clocks that are taken to be aligned."""
+    found = match_collectives(capture, roles)
+    starts, ends = capture.gpu["start"][found.rows], capture.gpu["end"][found.rows]
+    count = len(found.rows)
+    first, last = (starts.min(axis=1), starts.max(axis=1)) if count else (np.empty(0, np.int64),) * 2
+    return Straggling(
+        ranks=found.ranks, name=[capture.names[n] for n in capture.gpu["name"][found.rows[:, 0]]],
+        late=starts - first[:, np.newaxis], waited=np.minimum(last[:, np.newaxis], ends) - starts,
+        imbalance=_imbalance(capture, roles, found), unmatched=found.unmatched,
+        last=np.array(found.ranks, np.int64)[starts.argmax(axis=1)] if count else np.empty(0, np.int64),
+    )  # fmt: skip
+
+
+def _by_name(capture: Capture, roles: NDArray[np.uint8], rank: int) -> dict[str, NDArray[np.int64]]:
+    """Rows of a rank's communication kernels by name without its numbers, in order of start."""
+    gpu = capture.gpu
+    rows = np.flatnonzero((gpu["rank"] == rank) & np.isin(roles, _COMMUNICATION) & (gpu["kind"] != c.UPDATER_WORK))
+    rows = rows[np.argsort(gpu["start"][rows], kind="stable")]
+    stems: dict[str, list[NDArray[np.int64]]] = {}
+    for number in np.unique(gpu["name"][rows]).tolist():
+        stem = _NUMBER.sub("#", capture.names[number])
+        stems.setdefault(stem, []).append(rows[gpu["name"][rows] == number])
+    return {stem: np.sort(np.concatenate(parts)) for stem, parts in stems.items()}
+
+
+def _imbalance(capture: Capture, roles: NDArray[np.uint8], found: Collectives) -> NDArray[np.float64]:
+    gpu, compute = capture.gpu, np.isin(roles, role_codes((Role.COMPUTE,)))
+    work = np.zeros(found.rows.shape, np.float64)
+    for column, rank in enumerate(found.ranks):
+        mine = gpu[compute & (gpu["rank"] == rank)]
+        busy = coverage(union(intervals(mine["start"], mine["end"])), gpu["start"][found.rows[:, column]])
+        work[:, column] = np.diff(busy, prepend=0)
+    mean = work.mean(axis=1) if work.size else np.empty(0)
+    return np.where(mean > 0, work.max(axis=1, initial=0) / np.where(mean > 0, mean, 1), 1.0)

@@ -1,0 +1,118 @@
+"""What a GPU event had to wait for: its launch, the event before it on its stream, and events of other streams.
+
+A wait of a stream for an event holds back what is launched on that stream afterwards until everything is done that was
+launched on the other stream before the event was recorded there. Only sources that record waits tell of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.grouping import distinct_rows
+from moe_eplb.analysis.ranges import Launches, match_pairs
+
+__all__ = ["Dependencies"]
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Edges between GPU events of a capture in order, see `Capture.in_order`; UNKNOWN where there is none."""
+
+    capture: Capture
+
+    @property
+    def waits_recorded(self) -> bool:
+        """Whether the source tells which stream waited for which event of which stream."""
+        syncs = self.capture.syncs
+        return bool(((syncs["kind"] == c.SYNC_WAIT) & (syncs["on_stream"] >= 0)).any())
+
+    @cached_property
+    def call(self) -> Indices:
+        """Row of the launching call of each event [N]."""
+        return Launches(self.capture).call
+
+    @cached_property
+    def launch_start(self) -> Indices:
+        """When the launching call of each event [N] began; UNKNOWN where no call is known."""
+        return self._of_call("start")
+
+    @cached_property
+    def launch_end(self) -> Indices:
+        """When it had ended."""
+        return self._of_call("end")
+
+    @cached_property
+    def previous(self) -> Indices:
+        """Row of the event before each event [N] on its stream."""
+        gpu = self.capture.gpu
+        order = np.lexsort((np.arange(len(gpu)), gpu["start"], self._lane))
+        same = np.zeros(len(gpu), np.bool_)
+        same[1:] = self._lane[order][1:] == self._lane[order][:-1]
+        found = np.full(len(gpu), c.UNKNOWN, np.int64)
+        found[order[1:]] = np.where(same[1:], order[:-1], c.UNKNOWN)
+        return found
+
+    @cached_property
+    def waits(self) -> Indices:
+        """Pairs [W, 2] of an event and one that it waited for on another stream; the last of each wait is enough."""
+        syncs = self.capture.syncs
+        syncs = syncs[(syncs["kind"] == c.SYNC_WAIT) & (syncs["on_stream"] >= 0)]
+        asked = self._call_start(syncs["process"], syncs["correlation"], syncs["start"])
+        recorded = self._call_start(syncs["process"], syncs["on_correlation"], np.full(len(syncs), c.UNKNOWN))
+        held = self._next_launched(syncs["process"], syncs["stream"], asked)
+        on = self._last_launched(syncs["process"], syncs["on_stream"], recorded)
+        known = (held >= 0) & (on >= 0) & (recorded >= 0)
+        return distinct_rows([held[known], on[known]])[0]
+
+    @cached_property
+    def _lane(self) -> Indices:
+        """A number for each event's process, device and stream."""
+        gpu = self.capture.gpu
+        return distinct_rows([gpu["process"], gpu["device"], gpu["stream"]])[1]
+
+    @cached_property
+    def _by_launch(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
+        """Launch times in order and rows of the events of each process and stream, those with a known launch."""
+        gpu = self.capture.gpu
+        rows = np.flatnonzero(self.launch_start != c.UNKNOWN)
+        rows = rows[
+            np.lexsort((gpu["start"][rows], self.launch_start[rows], gpu["stream"][rows], gpu["process"][rows]))
+        ]
+        distinct, group = distinct_rows([gpu["process"][rows], gpu["stream"][rows]])
+        edges = np.searchsorted(group, np.arange(len(distinct) + 1)).tolist()
+        pieces = zip(distinct.tolist(), edges[:-1], edges[1:], strict=True)
+        return {(p, s): (self.launch_start[rows[a:b]], rows[a:b]) for (p, s), a, b in pieces}
+
+    def _next_launched(self, process: Indices, stream: Indices, moments: Indices) -> Indices:
+        """Row of the first event launched on a stream at or after each moment."""
+        return self._launched(process, stream, moments, shift=0)
+
+    def _last_launched(self, process: Indices, stream: Indices, moments: Indices) -> Indices:
+        """Row of the last event launched on a stream before each moment."""
+        return self._launched(process, stream, moments, shift=-1)
+
+    def _launched(self, process: Indices, stream: Indices, moments: Indices, shift: int) -> Indices:
+        found = np.full(len(moments), c.UNKNOWN, np.int64)
+        for (of_process, of_stream), (times, rows) in self._by_launch.items():
+            asked = np.flatnonzero((process == of_process) & (stream == of_stream))
+            at = np.searchsorted(times, moments[asked], side="left") + shift
+            known = (at >= 0) & (at < len(rows))
+            found[asked[known]] = rows[at[known]]
+        return found
+
+    def _call_start(self, process: Indices, correlation: Indices, otherwise: Indices) -> Indices:
+        calls = self.capture.calls
+        row = match_pairs(process, correlation, calls["process"], calls["correlation"])
+        return np.where((row >= 0) & (correlation > 0), calls["start"][row] if len(calls) else row, otherwise)
+
+    def _of_call(self, column: str) -> Indices:
+        calls = self.capture.calls
+        return np.where(self.call >= 0, calls[column][self.call] if len(calls) else self.call, c.UNKNOWN)

@@ -1,0 +1,116 @@
+"""The longest stretches of work that nothing hides, what ran in them and inside which ranges it was launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import Capture, Table, role_codes
+from moe_eplb.analysis.grouping import distinct_rows
+from moe_eplb.analysis.intervals import EMPTY, Intervals, intervals, subtract, union
+from moe_eplb.analysis.overlap import Pair
+from moe_eplb.analysis.ranges import Launches, RangeIndex
+from moe_eplb.analysis.work import main_streams
+
+__all__ = ["Stretch", "largest_exposed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A time without a break in which work of a pair's B ran and none of its C.
+
+    Attributes:
+        work: Names of B's events in it with their ns inside, longest first.
+        ranges: Texts of the host ranges around the launch of its first event, outermost first; empty if not known.
+    """
+
+    rank: int
+    device: int
+    start: int
+    end: int
+    iteration: int
+    layer: int
+    work: tuple[tuple[str, int], ...]
+    ranges: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        """Its ns."""
+        return self.end - self.start
+
+
+def largest_exposed(capture: Capture, pair: Pair, most: int = 10) -> list[Stretch]:
+    """The longest exposed stretches of a pair over all GPUs, longest first; a capture with roles is needed."""
+    found: list[tuple[int, int, int, NDArray[np.int64]]] = []
+    for (rank, device), main in _gpus(capture).items():
+        rows = np.flatnonzero((capture.gpu["rank"] == rank) & (capture.gpu["device"] == device))
+        work, behind = _of_pair(capture.gpu[rows], pair, main)
+        times = _exposed(capture.gpu[rows], work, behind, pair)
+        longest = times[np.argsort(times[:, 0] - times[:, 1], kind="stable")][:most]
+        found += [(start - end, start, end, rows[work]) for start, end in longest.tolist()]
+    chosen = sorted(found, key=lambda one: one[:3])[:most]
+    index = RangeIndex(capture.ranges), RangeIndex(capture.ranges, any_thread=True)
+    return [_stretch(capture, start, end, rows, index) for _, start, end, rows in chosen]
+
+
+def _gpus(capture: Capture) -> dict[tuple[int, int], int]:
+    mains = main_streams(capture)
+    gpu = capture.gpu
+    keys = distinct_rows([gpu["rank"], gpu["device"]])[0].tolist()
+    return {(rank, device): mains.get((rank, device), c.UNKNOWN) for rank, device in keys}
+
+
+def _of_pair(gpu: Table, pair: Pair, main: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    updater = gpu["kind"] == c.UPDATER_WORK
+    work = np.isin(gpu["role"], role_codes(pair.hidden))
+    behind = np.isin(gpu["role"], role_codes(pair.behind)) & ~updater
+    return work if pair.updater else work & ~updater, behind if pair.other_streams else behind & (gpu["stream"] == main)
+
+
+def _exposed(gpu: Table, work: NDArray[np.bool_], behind: NDArray[np.bool_], pair: Pair) -> Intervals:
+    if not pair.other_streams:
+        return subtract(_union(gpu[work]), _union(gpu[behind]))
+    parts = [EMPTY]
+    for stream in np.unique(gpu["stream"][work]).tolist():
+        mine = gpu["stream"] == stream
+        parts.append(subtract(_union(gpu[work & mine]), _union(gpu[behind & ~mine])))
+    return union(np.concatenate(parts))
+
+
+def _union(events: Table) -> Intervals:
+    return union(intervals(events["start"], events["end"]))
+
+
+def _stretch(
+    capture: Capture, start: int, end: int, rows: NDArray[np.int64], index: tuple[RangeIndex, RangeIndex]
+) -> Stretch:
+    gpu = capture.gpu
+    inside = rows[(gpu["start"][rows] < end) & (gpu["end"][rows] > start)]
+    lengths: dict[str, int] = {}
+    for row in inside.tolist():
+        name = capture.names[gpu["name"][row]]
+        lengths[name] = lengths.get(name, 0) + int(min(gpu["end"][row], end) - max(gpu["start"][row], start))
+    first = gpu[inside[0]]
+    return Stretch(
+        rank=int(first["rank"]), device=int(first["device"]), start=start, end=end, iteration=int(first["iteration"]),
+        layer=int(first["layer"]), work=tuple(sorted(lengths.items(), key=lambda item: (-item[1], item[0]))),
+        ranges=_ranges(capture, inside[:1], index),
+    )  # fmt: skip
+
+
+def _ranges(capture: Capture, row: NDArray[np.int64], index: tuple[RangeIndex, RangeIndex]) -> tuple[str, ...]:
+    """Ranges around one event's launch, of its own thread if there are any; for graph nodes those of the capture."""
+    one = Capture(capture.source, capture.form, capture.names, capture.gpu[row], capture.calls, nodes=capture.nodes)
+    launches = Launches(one)
+    for by, made in ((launches.node, capture.nodes), (launches.call, capture.calls)):
+        if by[0] < 0:
+            continue
+        asked = made[by]
+        for finder in index:
+            around = int(finder.around(asked["process"], asked["start"], asked["thread"])[0])
+            if around >= 0:
+                return tuple(capture.names[capture.ranges["text"][r]] for r in finder.path(around))
+    return ()

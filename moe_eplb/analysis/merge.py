@@ -1,0 +1,161 @@
+"""Traces of several ranks as one, on one clock.
+
+Clocks are aligned by offsets that the caller knows; else, when every file says what its wall clock was, by that; else
+by collectives that all ranks took part in: no rank leaves one before the last has come, so the ranks' ends lie close
+together and the median of their differences is the offset. How far it can be off is kept and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import Capture, Names, Table
+from moe_eplb.analysis.collectives import match_collectives
+from moe_eplb.core.errors import TraceError
+
+__all__ = ["Alignment", "align", "merge"]
+
+_CERTAIN_NS = 100_000
+"""A clock that may be off by more than this is reported as uncertain."""
+_FEW = 3
+_TEXTS = {"gpu": ("name",), "calls": ("name",), "ranges": ("text", "domain", "category")}
+_UNTIMED = {"nodes"}
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What is added to a file's times. `uncertain_ns` is how far that may be off, None when nobody knows."""
+
+    source: str
+    offset: int
+    method: str
+    uncertain_ns: int | None
+
+    @property
+    def certain(self) -> bool:
+        """Whether times of this file may be compared with those of others."""
+        return self.uncertain_ns is not None and self.uncertain_ns <= _CERTAIN_NS
+
+    def __str__(self) -> str:
+        doubt = "of unknown accuracy" if self.uncertain_ns is None else f"give or take {self.uncertain_ns} ns"
+        return f"{self.source}: clock moved by {self.offset} ns, {self.method}, {doubt}"
+
+
+def merge(captures: Sequence[Capture], offsets: Sequence[int] = ()) -> Capture:
+    """One capture of all ranks; what is uncertain about its clocks stands in its notes.
+
+    Files that do not state their rank are numbered in the order given. Processes are told apart by file.
+
+    Args:
+        captures: At least one.
+        offsets: ns to add to each file's times, where they are known.
+
+    Raises:
+        TraceError: E066 two files hold the same rank, or there are more or fewer offsets than files.
+    """
+    numbered = _distinct_ranks(captures)
+    alignments = align(numbered, offsets)
+    names = Names()
+    moved = [
+        _moved(capture, names, alignment.offset, number)
+        for number, (capture, alignment) in enumerate(zip(numbered, alignments, strict=True))
+    ]
+    tables = {name: np.concatenate([part[name] for part in moved]) for name in moved[0]}
+    doubts = [str(a) for a in alignments[1:] if not a.certain] if len(alignments) > 1 else []
+    return replace(
+        numbered[0], source=" ".join(one.source for one in numbered), names=tuple(names),
+        form=", ".join(dict.fromkeys(one.form for one in numbered)),
+        streams={key: name for one in numbered for key, name in one.streams.items()},
+        incomplete="; ".join(dict.fromkeys(one.incomplete for one in numbered if one.incomplete)),
+        notes=(*dict.fromkeys(note for one in numbered for note in one.notes), *doubts),
+        utc=None if numbered[0].utc is None else numbered[0].utc - alignments[0].offset,
+    ).with_tables(tables).in_order()  # fmt: skip
+
+
+def align(captures: Sequence[Capture], offsets: Sequence[int] = ()) -> list[Alignment]:
+    """What to add to each file's times so that all are on the clock of the first.
+
+    Wall clocks are only as good as their synchronisation between hosts, which no trace tells.
+    """
+    sources = [one.source for one in captures]
+    if offsets and len(offsets) != len(captures):
+        why = f"{len(offsets)} offsets for {len(captures)} files"
+        raise TraceError("E066", "traces cannot be merged", why=why, hint="give one offset in ns for each file")
+    if offsets:
+        return [Alignment(s, int(o), "as was given", 0) for s, o in zip(sources, offsets, strict=True)]
+    clocks = [one.utc for one in captures]
+    coarse = [utc - clocks[0] if utc is not None and clocks[0] is not None else None for utc in clocks]
+    first = Alignment(sources[0], 0, "it is the first", 0)
+    return [first, *(_one(captures[0], one, offset) for one, offset in zip(captures[1:], coarse[1:], strict=True))]
+
+
+def _one(first: Capture, other: Capture, by_clock: int | None) -> Alignment:
+    differences = _end_differences(first, other)
+    if len(differences) < _FEW:
+        if by_clock is None:
+            return Alignment(other.source, 0, f"nothing to align by: {len(differences)} common collectives", None)
+        return Alignment(other.source, by_clock, "by wall clock", None)
+    offset = int(np.median(differences))
+    spread = int(np.percentile(np.abs(differences - offset), 75))
+    return Alignment(other.source, offset, f"by {len(differences)} common collectives", spread)
+
+
+def _end_differences(first: Capture, other: Capture) -> NDArray[np.int64]:
+    """End on the first minus end on the other, for each collective that both have."""
+    from moe_eplb.analysis.roles import classify  # roles need ranges, which need captures
+
+    names = Names()
+    parts = [_moved(one, names, 0, number) for number, one in enumerate((first, other))]
+    tables = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    both = replace(first, names=tuple(names), streams=first.streams | other.streams).with_tables(tables)
+    found = match_collectives(both, classify(both))
+    ends = both.gpu["end"][found.rows]
+    return ends[:, 0] - ends[:, 1] if ends.shape[1] == 2 else np.empty(0, np.int64)
+
+
+def _distinct_ranks(captures: Sequence[Capture]) -> list[Capture]:
+    if len(captures) > 1 and all(one.rank_source == "counted" and len(one.ranks) == 1 for one in captures):
+        return [_with_rank(one, rank) for rank, one in enumerate(captures)]
+    seen: dict[int, str] = {}
+    for one in captures:
+        for rank in one.ranks:
+            if rank in seen:
+                why = f"rank {rank} is in {seen[rank]} and in {one.source}"
+                raise TraceError("E066", "traces cannot be merged", why=why, hint="give each rank's trace once")
+            seen[rank] = one.source
+    return list(captures)
+
+
+def _with_rank(capture: Capture, rank: int) -> Capture:
+    tables: dict[str, Table] = {}
+    for name, table in capture.tables().items():
+        if "rank" in (table.dtype.names or ()):
+            table = table.copy()
+            table["rank"] = rank
+        tables[name] = table
+    streams = {(rank, device, stream): name for (_, device, stream), name in capture.streams.items()}
+    return replace(capture, streams=streams).with_tables(tables)
+
+
+def _moved(capture: Capture, names: Names, offset: int, number: int) -> dict[str, Table]:
+    """The tables with times moved, texts renumbered, and processes that no other file has."""
+    renumbered = np.array([*names.numbers(capture.names), c.UNKNOWN], np.int64)  # the last is what UNKNOWN leads to
+    processes = np.unique(np.concatenate([table["process"] for table in capture.tables().values()]))
+    tables: dict[str, Table] = {}
+    for name, table in capture.tables().items():
+        table = table.copy()
+        open_ended = table["end"] == c.UNKNOWN if name == "ranges" else None
+        for column in ("start",) if name in _UNTIMED else ("start", "end"):
+            table[column] += offset
+        if open_ended is not None:
+            table["end"][open_ended] = c.UNKNOWN
+        for column in _TEXTS.get(name, ()):
+            table[column] = renumbered[table[column]]
+        table["process"] = np.searchsorted(processes, table["process"]) + (number << 20)
+        tables[name] = table
+    return tables

@@ -1,0 +1,211 @@
+"""What each GPU event is, and to which iteration and layer it belongs.
+
+A role comes from the source itself where it says so, else from the innermost range around the launch that has a role
+(by NVTX domain), else from the declared name of the stream, else from the event's name. A name that tells of waiting
+makes waiting of communication and of the balancer's work wherever their role comes from. What is left is unknown, is
+listed, and never counts as compute.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture, Table, role_codes
+from moe_eplb.analysis.ranges import Launches
+from moe_eplb.analysis.role_table import DomainRule, RoleTable, load_role_table
+from moe_eplb.core.events import KINDS, Role, by_name
+
+__all__ = ["RoleCodes", "RoleTime", "classify", "located", "prepare", "role_times", "unknown_names"]
+
+RoleCodes = NDArray[np.uint8]
+_WAITING = (Role.COMM_WAIT, Role.EPLB_WAIT)
+_COUNTED = -2
+
+
+@dataclass(frozen=True, slots=True)
+class RoleTime:
+    """GPU events of one name and role."""
+
+    name: str
+    role: Role
+    events: int
+    total_ns: int
+
+
+def prepare(capture: Capture, table: RoleTable | None = None, tables: Sequence[Path] = ()) -> Capture:
+    """A capture whose GPU events have roles, iterations and layers, as far as they can be told."""
+    table = table or load_role_table(tables)
+    gpu = located(capture, table).gpu.copy()
+    gpu["role"] = classify(capture, table)
+    return replace(capture, gpu=gpu)
+
+
+def classify(capture: Capture, table: RoleTable | None = None) -> RoleCodes:
+    """The code of each GPU event's role [N], see `moe_eplb.analysis.capture.ROLES`."""
+    table = table or load_role_table()
+    said = capture.gpu["role"]
+    by_event_name = _by_name(capture, table)
+    found = _on_streams(capture, table, by_event_name)
+    by_range = _by_range(capture, table)
+    found = np.where(by_range != c.UNSET_ROLE, _waits(by_range, by_event_name), found)
+    chosen: RoleCodes = np.where(said != c.UNSET_ROLE, said, found).astype(np.uint8)
+    return chosen
+
+
+def located(capture: Capture, table: RoleTable) -> Capture:
+    """A capture whose GPU events know their iteration and layer, from ranges that name them.
+
+    Iterations come from what was open at the launch; layers too, but for graph replays from the capture, where there is
+    one range around each layer and not one around them all.
+    """
+    gpu, launches = capture.gpu.copy(), Launches(capture)
+    if (gpu["iteration"] == c.UNKNOWN).all():
+        rows, numbers = _iteration_ranges(capture, table)
+        gpu["iteration"] = _number_around(launches, capture.ranges[rows], numbers, at_capture=False)
+    if (gpu["layer"] == c.UNKNOWN).all():
+        rows, numbers = _layer_ranges(capture, table)
+        captured = _number_around(launches, capture.ranges[rows], numbers, at_capture=True)
+        launched = _number_around(launches, capture.ranges[rows], numbers, at_capture=False)
+        gpu["layer"] = np.where(captured != c.UNKNOWN, captured, launched)
+    return replace(capture, gpu=gpu)
+
+
+def role_times(capture: Capture, roles: RoleCodes) -> list[RoleTime]:
+    """Events by name and role, longest first."""
+    gpu = capture.gpu
+    packed, inverse = np.unique(gpu["name"].astype(np.int64) * 256 + roles, return_inverse=True)
+    totals = np.zeros(len(packed), np.int64)
+    np.add.at(totals, inverse, gpu["end"] - gpu["start"])
+    counts = np.bincount(inverse, minlength=len(packed))
+    rows = zip(packed.tolist(), counts.tolist(), totals.tolist(), strict=True)
+    times = [RoleTime(capture.names[key // 256], ROLES[key % 256], count, total) for key, count, total in rows]
+    return sorted(times, key=lambda time: (-time.total_ns, time.name))
+
+
+def unknown_names(capture: Capture, roles: RoleCodes) -> list[RoleTime]:
+    """What no rule knows, longest first; a table of the user's can name it."""
+    return [time for time in role_times(capture, roles) if time.role is Role.UNKNOWN]
+
+
+def _by_name(capture: Capture, table: RoleTable) -> RoleCodes:
+    used, inverse = np.unique(capture.gpu["name"], return_inverse=True)
+    codes = [ROLE_CODE[table.by_name(capture.names[name])] for name in used.tolist()]
+    return np.array(codes, np.uint8)[inverse.reshape(-1)]
+
+
+def _on_streams(capture: Capture, table: RoleTable, codes: RoleCodes) -> RoleCodes:
+    """Roles by name, as they are meant on streams with a declared name."""
+    gpu, found = capture.gpu, codes.copy()
+    for (rank, device, stream), name in capture.streams.items():
+        rule = next((rule for rule in table.streams if rule.name.search(name)), None)
+        if rule is None:
+            continue
+        meaning = np.array([ROLE_CODE[rule.roles.get(role, role)] for role in ROLES], np.uint8)
+        here = (gpu["rank"] == rank) & (gpu["device"] == device) & (gpu["stream"] == stream)
+        found[here] = meaning[codes[here]]
+    return found
+
+
+def _by_range(capture: Capture, table: RoleTable) -> RoleCodes:
+    """Roles by the innermost range that has one, at capture for graph nodes; UNSET_ROLE where there is none."""
+    with_role = _range_roles(capture, table)
+    rows = np.flatnonzero(with_role != c.UNSET_ROLE)
+    found = np.full(len(capture.gpu), c.UNSET_ROLE, np.uint8)
+    if not len(rows):
+        return found
+    launches = Launches(capture)
+    for at_capture in (False, True):  # what was said at capture is closer to the kernel and replaces the rest
+        around = launches.around(capture.ranges[rows], at_capture=at_capture)
+        found = np.where(around >= 0, with_role[rows][around], found)
+    return found
+
+
+def _range_roles(capture: Capture, table: RoleTable) -> RoleCodes:
+    keys = capture.ranges["domain"].astype(np.int64) << 32 | capture.ranges["text"].astype(np.int64)
+    distinct, inverse = np.unique(keys, return_inverse=True)
+    codes = [_range_role(capture, table.domains, key >> 32, key & 0xFFFFFFFF) for key in distinct.tolist()]
+    found: RoleCodes = np.array(codes, np.uint8)[inverse.reshape(-1)]
+    return found
+
+
+def _range_role(capture: Capture, rules: Iterable[DomainRule], domain: int, text: int) -> int:
+    names = capture.names[domain] if domain >= 0 else "", capture.names[text]
+    for rule in rules:
+        if rule.domain.search(names[0]) and rule.text.search(names[1]):
+            kind = by_name(names[1].partition("/")[0])
+            role = rule.role or (KINDS[kind].role if kind is not None else Role.OTHER)
+            return c.UNSET_ROLE if role is Role.OTHER and rule.role is None else ROLE_CODE[role]
+    return c.UNSET_ROLE
+
+
+def _waits(codes: RoleCodes, by_event_name: RoleCodes) -> RoleCodes:
+    """A range tells for whom work is done, only its name that it is waiting."""
+    waiting = np.isin(by_event_name, role_codes(_WAITING))
+    communicates = codes == ROLE_CODE[Role.COMM]
+    balances = np.isin(codes, role_codes(role for role in ROLES if role.startswith("eplb_")))
+    found: RoleCodes = codes.copy()
+    found[waiting & communicates] = ROLE_CODE[Role.COMM_WAIT]
+    found[waiting & balances] = ROLE_CODE[Role.EPLB_WAIT]
+    return found
+
+
+def _iteration_ranges(capture: Capture, table: RoleTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of ranges that are an iteration, and their numbers; ours say it in their payload."""
+    ranges, numbers = capture.ranges, _numbers(capture, table.iterations)
+    ours = (ranges["payload"] >= 0) & (_is_ours(capture))
+    numbers = np.where(ours, np.minimum(ranges["payload"], 1 << 30), numbers)
+    for rank in capture.ranks:
+        for text in np.unique(ranges["text"][(numbers == _COUNTED) & (ranges["rank"] == rank)]).tolist():
+            mine = np.flatnonzero((numbers == _COUNTED) & (ranges["rank"] == rank) & (ranges["text"] == text))
+            numbers[mine] = np.arange(len(mine))
+    rows = np.flatnonzero(numbers >= 0)
+    return rows, numbers[rows]
+
+
+def _layer_ranges(capture: Capture, table: RoleTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    numbers = _numbers(capture, table.layers)
+    ours = _is_ours(capture)
+    for text in np.unique(capture.ranges["text"][ours]).tolist():
+        _, slash, layer = capture.names[text].partition("/")
+        if slash and layer.isascii() and layer.isdigit() and len(layer) < 9:
+            numbers[ours & (capture.ranges["text"] == text)] = int(layer)
+    rows = np.flatnonzero(numbers >= 0)
+    return rows, numbers[rows]
+
+
+def _numbers(capture: Capture, patterns: Iterable[re.Pattern[str]]) -> NDArray[np.int64]:
+    """The number that each range's text names, `_COUNTED` if it matches without one, UNKNOWN if it does not match."""
+    texts, inverse = np.unique(capture.ranges["text"], return_inverse=True)
+    found = [_number(capture.names[text], patterns) for text in texts.tolist()]
+    return np.array(found, np.int64)[inverse.reshape(-1)]
+
+
+def _number(text: str, patterns: Iterable[re.Pattern[str]]) -> int:
+    for pattern in patterns:
+        match = pattern.search(text)
+        if match and not pattern.groups:
+            return _COUNTED
+        if match and match[1].isascii() and match[1].isdigit() and len(match[1]) < 10:
+            return int(match[1])
+    return c.UNKNOWN
+
+
+def _number_around(
+    launches: Launches, ranges: Table, numbers: NDArray[np.int64], *, at_capture: bool
+) -> NDArray[np.int64]:
+    around = launches.around(ranges, at_capture=at_capture)
+    return np.where(around >= 0, numbers[around] if len(numbers) else around, c.UNKNOWN)
+
+
+def _is_ours(capture: Capture) -> NDArray[np.bool_]:
+    if "moe_eplb" not in capture.names:
+        return np.zeros(len(capture.ranges), np.bool_)
+    ours: NDArray[np.bool_] = capture.ranges["domain"] == capture.names.index("moe_eplb")
+    return ours

@@ -1,0 +1,83 @@
+"""What the balancer costs the main stream: how long it stood still because of the balancer.
+
+Idle time of the main stream counts when it ends at an event for which the stream had to wait, when that event stands
+behind balancer work of another stream, and from when everything else was ready: the event before it on the main stream
+had ended and it had been launched. Balancer waits that spin on the main stream count as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture, role_codes
+from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.grouping import distinct_rows
+from moe_eplb.analysis.intervals import Intervals, grouped_length, intervals
+from moe_eplb.analysis.work import main_streams
+from moe_eplb.core.events import Role
+
+__all__ = ["Stall", "main_stall"]
+
+_BALANCER = role_codes(role for role in ROLES if role.startswith("eplb_"))
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Main-stream time lost to the balancer, ns by (rank, iteration)."""
+
+    idle: dict[tuple[int, int], int]
+    spin: dict[tuple[int, int], int]
+
+    @property
+    def total(self) -> int:
+        """The sum over ranks and iterations."""
+        return sum(self.idle.values()) + sum(self.spin.values())
+
+
+def main_stall(capture: Capture) -> Stall | None:
+    """The stall of every rank and iteration; None when the source does not record which stream waited for which.
+
+    Args:
+        capture: One with roles.
+    """
+    dependencies = Dependencies(capture)
+    if not dependencies.waits_recorded:
+        return None
+    gpu = capture.gpu
+    on_main = _on_main(capture)
+    held, on = dependencies.waits.T
+    mine = on_main[held] & ~on_main[on] & np.isin(gpu["role"][on], _BALANCER)
+    held, on = held[mine], on[mine]
+    before = dependencies.previous[held]
+    ended = np.where(before >= 0, gpu["end"][before], gpu["start"][held])
+    ready = np.maximum(ended, dependencies.launch_end[held])
+    late = (gpu["end"][on] > ready) & (gpu["start"][held] > ready)
+    spins = np.flatnonzero(on_main & (gpu["role"] == ROLE_CODE[Role.EPLB_WAIT]))
+    return Stall(
+        idle=_by_iteration(capture, held[late], intervals(ready[late], gpu["start"][held[late]])),
+        spin=_by_iteration(capture, *_lasting(capture, spins)),
+    )
+
+
+def _on_main(capture: Capture) -> NDArray[np.bool_]:
+    gpu = capture.gpu
+    on_main: NDArray[np.bool_] = np.zeros(len(gpu), np.bool_)
+    for (rank, device), stream in main_streams(capture).items():
+        on_main |= (gpu["rank"] == rank) & (gpu["device"] == device) & (gpu["stream"] == stream)
+    on_main &= gpu["kind"] != c.UPDATER_WORK
+    return on_main
+
+
+def _lasting(capture: Capture, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], Intervals]:
+    rows = rows[capture.gpu["end"][rows] > capture.gpu["start"][rows]]
+    return rows, intervals(capture.gpu["start"][rows], capture.gpu["end"][rows])
+
+
+def _by_iteration(capture: Capture, rows: NDArray[np.int64], times: Intervals) -> dict[tuple[int, int], int]:
+    distinct, group = distinct_rows([capture.gpu["rank"][rows], capture.gpu["iteration"][rows]])
+    lengths = grouped_length(times, group, len(distinct))
+    return {(key[0], key[1]): ns for key, ns in zip(distinct.tolist(), lengths.tolist(), strict=True)}

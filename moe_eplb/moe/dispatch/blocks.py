@@ -1,0 +1,37 @@
+"""Rows of all ranks in blocks of one size, so that no size depends on what the rows hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe_eplb.moe.dispatch.collectives import Ranks
+from moe_eplb.moe.dispatch.packing import RowFormat
+
+__all__ = ["Gathered", "gather_block", "gather_riders"]
+
+
+class Gathered(NamedTuple):
+    """Rows [R * B, ...] of all ranks; those that fill up a block have integers -1, and anything else."""
+
+    hidden: Tensor
+    scales: Tensor
+    integers: tuple[Tensor, ...]
+
+
+def gather_block(
+    ranks: Ranks, row: RowFormat, block: int, x: Tensor, scales: Tensor, integers: Sequence[Tensor]
+) -> Gathered:
+    """Every rank's block of B >= T rows: hidden states [T, D], scales float32 [T, K], any columns int32 [T, K]."""
+    if ranks.size == 1 and block == x.shape[0]:
+        return Gathered(x, scales, tuple(integers))
+    columns = row.unpack(ranks.all_gather(row.pack_block(block, x, scales, *integers)))
+    parts = columns.integers.tensor_split(len(integers), dim=1)
+    return Gathered(columns.hidden, columns.scales, parts)
+
+
+def gather_riders(ranks: Ranks, riders: Tensor | None) -> Tensor | None:
+    """int64 [R, V] of all ranks' riders [V]; a rank on its own and a forward without riders send nothing."""
+    return None if riders is None else ranks.all_gather(riders.unsqueeze(0))

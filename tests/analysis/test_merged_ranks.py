@@ -1,0 +1,118 @@
+"""Several ranks as one trace: clocks, ranks, stragglers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.collectives import straggling
+from moe_eplb.analysis.merge import align, merge
+from moe_eplb.analysis.readers.any import read_capture, read_captures
+from moe_eplb.analysis.roles import prepare
+from moe_eplb.core.errors import TraceError
+from moe_eplb.core.events import Role
+from tests.analysis.captures import MakeCapture
+from tests.analysis.profiler_traces import expert_parallel
+
+NCCL = "ncclDevKernel_AllReduce"
+
+
+def _rank(rank: int, starts: list[int], ends: list[int], clock: int = 0) -> Capture:
+    """A rank with one collective after another; before each it computes from the end of the one before."""
+    made = MakeCapture()
+    before = clock
+    for start, end in zip(starts, ends, strict=True):
+        made.gpu(Role.COMPUTE, before, clock + start, 7, rank=rank)
+        made.gpu(Role.COMM, clock + start, clock + end, 20, NCCL, rank=rank)
+        before = clock + end
+    return replace(made.done(), source=f"rank {rank}")
+
+
+def test_clocks_are_aligned_by_common_collectives() -> None:
+    ends = [200, 400, 600, 800]
+    first = _rank(0, [100, 300, 500, 700], ends)
+    other = _rank(1, [150, 350, 510, 790], [end + extra for end, extra in zip(ends, (0, 2, -2, 0), strict=True)], 10**9)
+    _, alignment = align([first, other])
+    assert (alignment.offset, alignment.certain) == (-(10**9), True)
+    assert alignment.uncertain_ns is not None
+    assert alignment.uncertain_ns <= 2
+    merged = merge([first, other])
+    assert merged.notes == ()
+    assert merged.ranks == [0, 1]
+    assert merged.gpu["start"][merged.gpu["rank"] == 1].tolist() == [0, 150, 200, 350, 402, 510, 598, 790]
+
+
+def test_given_offsets_are_taken_as_they_are() -> None:
+    captures = [_rank(0, [10], [20]), _rank(1, [10], [20])]
+    merged = merge(captures, [0, 1000])
+    assert merged.gpu["start"].tolist() == [0, 10, 1000, 1010]
+    with pytest.raises(TraceError, match="E066"):
+        merge(captures, [1, 2, 3])
+
+
+def test_wall_clocks_where_there_is_nothing_in_common() -> None:
+    first, other = (replace(_rank(rank, [10], [20]), utc=10**18 + rank * 500) for rank in (0, 1))
+    _, alignment = align([first, other])
+    assert (alignment.offset, alignment.uncertain_ns) == (500, None)
+    merged = merge([first, other])
+    assert merged.gpu["start"].tolist() == [0, 10, 500, 510]
+    assert merged.notes == ("rank 1: clock moved by 500 ns, by wall clock, of unknown accuracy",)
+
+
+def test_no_clock_in_common_is_said() -> None:
+    merged = merge([_rank(0, [10], [20]), _rank(1, [10], [20])])
+    assert merged.notes == (
+        "rank 1: clock moved by 0 ns, nothing to align by: 1 common collectives, of unknown accuracy",
+    )
+
+
+def test_clocks_that_collectives_do_not_agree_on_are_uncertain() -> None:
+    first = _rank(0, [100, 10**6, 2 * 10**6], [200, 10**6 + 100, 2 * 10**6 + 100])
+    other = _rank(1, [100, 500_000, 3 * 10**6], [200, 500_100, 3 * 10**6 + 100])
+    assert not align([first, other])[1].certain
+    assert "give or take" in merge([first, other]).notes[0]
+
+
+def test_one_rank_twice_is_an_error() -> None:
+    with pytest.raises(TraceError, match="rank 0 is in rank 0 and in rank 0"):
+        merge([_rank(0, [1], [2]), _rank(0, [1], [2])])
+
+
+def test_files_that_do_not_state_their_rank_are_numbered() -> None:
+    captures = [replace(_rank(0, [1], [2]), rank_source="counted", source=name) for name in ("a", "b", "c")]
+    assert merge(captures).ranks == [0, 1, 2]
+
+
+def test_texts_ranges_and_launches_of_merged_files_stay_together(tmp_path: Path) -> None:
+    paths = [expert_parallel(rank, seed=rank).write(tmp_path / f"{rank}.json.gz") for rank in (0, 1)]
+    alone = [prepare(read_capture(path)) for path in paths]
+    merged = prepare(read_captures(paths))
+    for rank, one in enumerate(alone):
+        mine = merged.gpu[merged.gpu["rank"] == rank]
+        assert [merged.names[n] for n in mine["name"]] == [one.names[n] for n in one.gpu["name"]]
+        for column in ("role", "layer", "iteration", "stream"):
+            assert mine[column].tolist() == one.gpu[column].tolist(), column
+        assert np.diff(mine["start"]).tolist() == np.diff(one.gpu["start"]).tolist()
+
+
+def test_who_came_last_and_how_long_the_others_waited() -> None:
+    first = _rank(0, [100, 300, 600], [200, 400, 700])
+    other = _rank(1, [150, 290, 699], [200, 400, 700])
+    merged = merge([first, other], [0, 0])
+    found = straggling(merged, merged.gpu["role"])
+    assert found.late.tolist() == [[0, 50], [10, 0], [0, 99]]
+    assert found.waited.tolist() == [[50, 0], [0, 10], [99, 0]]
+    assert found.last.tolist() == [1, 0, 1]
+    assert found.late_histogram() == {0: 1, 1: 2}
+    assert found.imbalance.tolist() == pytest.approx([150 / 125, 100 / 95, 299 / 249.5])
+    assert (found.unmatched, found.name) == (0, [NCCL] * 3)
+
+
+def test_collectives_without_a_partner_are_counted_and_not_guessed() -> None:
+    merged = merge([_rank(0, [10, 30], [20, 40]), _rank(1, [10], [20])], [0, 0])
+    found = straggling(merged, merged.gpu["role"])
+    assert (found.unmatched, len(found.name), found.imbalance.tolist()) == (3, 0, [])

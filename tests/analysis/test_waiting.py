@@ -1,0 +1,245 @@
+"""Idle GPUs, stalls of the main stream and the critical path: parts that sum to the whole, by the edges that hold."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.critical_path import HOST, LATENCY, UNEXPLAINED, critical_path, iteration_paths
+from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.idle import Cause, gpu_idle
+from moe_eplb.analysis.readers.any import read_capture
+from moe_eplb.analysis.roles import prepare
+from moe_eplb.analysis.stall import main_stall
+from moe_eplb.core.events import Role
+from tests.analysis.captures import MakeCapture
+from tests.analysis.profiler_traces import expert_parallel
+
+MAIN, BALANCER = 7, 20
+
+
+def _nonzero(causes: dict[Cause, int]) -> dict[str, int]:
+    return {cause.value: ns for cause, ns in causes.items() if ns}
+
+
+def test_a_gap_is_charged_by_what_ends_it() -> None:
+    made = MakeCapture()
+    made.launched(Role.COMPUTE, 0, 10, 20)
+    made.launched(Role.COMPUTE, 50, 60, 70, iteration=4)  # launched 30 ns late, 2 ns of launch, 8 ns until it ran
+    made.gpu(Role.COMPUTE, 75, 80)  # nobody knows who launched it
+    made.span(c.OVERHEAD, 25, 35)
+    made.span(c.CALLED_WORK, 30, 40)
+    (idle,) = gpu_idle(made.done())
+    assert (idle.span, idle.idle) == (70, 45)
+    assert _nonzero(idle.causes) == {
+        "host": 15, "profiler_overhead": 10, "called_work": 5, "launch": 2, "latency": 8, "unknown": 5,
+    }  # fmt: skip
+    assert sum(idle.iterations[4].values()) == 40
+    assert idle.gaps.tolist() == [[20, 60], [70, 75]]
+
+
+def test_time_after_a_launch_that_had_to_wait_is_a_wait() -> None:
+    made = MakeCapture()
+    made.launched(Role.EPLB_MIGRATE, 0, 10, 40, BALANCER)
+    made.wait(MAIN, BALANCER, at=4)
+    made.launched(Role.COMPUTE, 8, 50, 60)
+    (idle,) = gpu_idle(made.done())
+    assert _nonzero(idle.causes) == {"event_wait": 10}
+
+
+_SPAN = st.tuples(st.integers(0, 200), st.integers(0, 30))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(_SPAN, st.integers(0, 60), st.sampled_from([7, 20]), st.booleans()), min_size=1, max_size=10),
+    st.lists(st.tuples(_SPAN, st.booleans()), max_size=5),
+)
+def test_idle_parts_are_disjoint_and_sum_to_the_idle_time(
+    events: list[tuple[tuple[int, int], int, int, bool]], spans: list[tuple[tuple[int, int], bool]]
+) -> None:
+    made = MakeCapture()
+    for number, ((start, length), before, stream, known) in enumerate(events):
+        if known:
+            made.launched(Role.COMPUTE, start - before, start, start + length, stream, iteration=number % 3)
+        else:
+            made.gpu(Role.COMPUTE, start, start + length, stream, iteration=number % 3)
+    for (start, length), overhead in spans:
+        made.span(c.OVERHEAD if overhead else c.CALLED_WORK, start, start + length)
+    busy = {t for (start, length), *_ in events for t in range(start, start + length)}
+    (idle,) = gpu_idle(made.done())
+    assert idle.idle == (max(busy) + 1 - min(busy) - len(busy) if busy else 0)
+    assert sum(idle.causes.values()) == idle.idle
+    assert min(idle.causes.values()) >= 0
+    assert sum(sum(causes.values()) for causes in idle.iterations.values()) == idle.idle
+
+
+# -- stalls --------------------------------------------------------------------------------------------------------
+
+
+def _stalled(migrated_until: int) -> Capture:
+    """Main computes until 100; then what it launched at 50 waits for a migration, and runs from 150 at the earliest."""
+    made = MakeCapture()
+    made.stream(MAIN, "Main")
+    made.launched(Role.COMPUTE, 0, 10, 100, iteration=2)
+    made.launched(Role.EPLB_MIGRATE, 20, 30, migrated_until, BALANCER, iteration=2)
+    made.wait(MAIN, BALANCER, at=40)
+    made.launched(Role.COMPUTE, 50, max(150, migrated_until + 5), 200, iteration=2)
+    return made.done()
+
+
+def test_a_late_balancer_stalls_the_main_stream() -> None:
+    stall = main_stall(_stalled(migrated_until=145))
+    assert stall is not None
+    assert (stall.idle, stall.spin, stall.total) == ({(0, 2): 50}, {}, 50)
+
+
+def test_a_balancer_that_was_done_in_time_does_not() -> None:
+    stall = main_stall(_stalled(migrated_until=100))
+    assert stall is not None
+    assert stall.total == 0
+
+
+def test_what_the_host_launched_late_is_not_the_balancers_fault() -> None:
+    made = MakeCapture()
+    made.stream(MAIN, "Main")
+    made.launched(Role.COMPUTE, 0, 10, 20)
+    made.launched(Role.EPLB_MIGRATE, 20, 30, 90, BALANCER)
+    made.wait(MAIN, BALANCER, at=40)
+    made.launched(Role.COMPUTE, 78, 100, 110)
+    stall = main_stall(made.done())
+    assert stall is not None
+    assert stall.idle == {(0, -1): 20}
+
+
+def test_waiting_for_other_work_is_no_stall_of_the_balancer() -> None:
+    made = MakeCapture()
+    made.stream(MAIN, "Main")
+    made.launched(Role.COMM, 0, 10, 90, 21)
+    made.wait(MAIN, 21, at=12)
+    made.launched(Role.COMPUTE, 20, 95, 99)
+    stall = main_stall(made.done())
+    assert stall is not None
+    assert stall.total == 0
+
+
+def test_spinning_on_the_main_stream_is_stall_as_a_whole() -> None:
+    made = MakeCapture()
+    made.stream(MAIN, "Main")
+    made.launched(Role.EPLB_STATISTIC, 0, 5, 6, BALANCER)
+    made.wait(MAIN, BALANCER, at=8)
+    made.launched(Role.EPLB_WAIT, 15, 20, 45, iteration=1)
+    stall = main_stall(made.done())
+    assert stall is not None
+    assert (stall.idle, stall.spin) == ({}, {(0, 1): 25})
+
+
+def test_a_source_without_waits_leaves_the_stall_unknown() -> None:
+    made = MakeCapture()
+    made.launched(Role.COMPUTE, 0, 10, 100)
+    made.launched(Role.EPLB_MIGRATE, 20, 30, 140, BALANCER)
+    made.launched(Role.COMPUTE, 50, 150, 200)
+    assert main_stall(made.done()) is None
+
+
+# -- critical path -------------------------------------------------------------------------------------------------
+
+
+def test_a_path_leads_over_every_kind_of_edge() -> None:
+    capture = _stalled(migrated_until=145)
+    path = critical_path(capture, last=len(capture.gpu) - 1, begin=0)
+    assert [(p.start, p.end, p.what) for p in path.parts] == [
+        (0, 22, HOST), (22, 30, LATENCY), (30, 145, "eplb_migrate"), (145, 150, LATENCY), (150, 200, "compute"),
+    ]  # fmt: skip
+    assert path.balancer_share == pytest.approx(115 / 200)
+    assert path.waits_known
+    in_time = _stalled(migrated_until=100)
+    assert critical_path(in_time, len(in_time.gpu) - 1, 0).by_what().get("eplb_migrate", 0) <= 70
+
+
+def test_a_launch_leads_back_to_the_call_that_blocked_its_thread() -> None:
+    made = MakeCapture()
+    made.launched(Role.COMPUTE, 0, 10, 60)
+    made.call(5, 65, 90, "cudaStreamSynchronize")
+    made.launched(Role.COMPUTE, 80, 85, 95)
+    capture = made.done()
+    path = critical_path(capture, 1, begin=0)
+    assert [(p.start, p.end, p.what) for p in path.parts] == [
+        (0, 2, HOST), (2, 10, LATENCY), (10, 60, "compute"), (60, 82, HOST), (82, 85, LATENCY), (85, 95, "compute"),
+    ]  # fmt: skip
+
+
+def test_an_event_that_nothing_explains() -> None:
+    made = MakeCapture()
+    made.gpu(Role.COMPUTE, 50, 60)
+    path = critical_path(made.done(), 0, begin=20)
+    assert path.by_what() == {"compute": 10, UNEXPLAINED: 30}
+    assert not path.waits_known
+
+
+def test_paths_of_a_training_step_tile_it(tmp_path: Path) -> None:
+    capture = prepare(read_capture(expert_parallel().write(tmp_path / "t.json")))
+    paths = iteration_paths(capture)
+    assert sorted(paths) == [(0, 0), (0, 1)]
+    for (_, iteration), path in paths.items():
+        events = capture.gpu[capture.gpu["iteration"] == iteration]
+        edges = [(part.start, part.end) for part in path.parts]
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(edges))
+        assert path.length == path.parts[-1].end - path.parts[0].start
+        assert path.parts[-1].end == events["end"].max()
+        assert path.balancer_share == 0
+        # Every layer's dispatch and combine wait for what is computed and the other way round: a chain of all.
+        assert path.by_what()["comm"] > 0.3 * path.length
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 100), st.integers(0, 30), st.integers(0, 20), st.sampled_from([7, 20, 21]), st.booleans(),
+            st.booleans(),
+        ),
+        min_size=1, max_size=12,
+    ),
+    st.integers(-10, 60),
+)  # fmt: skip
+def test_any_path_ends_and_tiles_its_window(rows: list[tuple[int, int, int, int, bool, bool]], begin: int) -> None:
+    made = MakeCapture()
+    for launch, before, length, stream, known, blocked in rows:
+        start = launch + before
+        if known:
+            made.launched(Role.COMPUTE, launch, start, start + length, stream)
+            made.wait(20 if stream == 7 else 7, stream, at=launch + 2)
+        else:
+            made.gpu(Role.EPLB_STATISTIC, start, start + length, stream)
+        if blocked:
+            made.call(launch, start + length, 10_000 + launch, "cudaDeviceSynchronize")
+    capture = made.done()
+    for row in range(len(capture.gpu)):
+        end = int(capture.gpu["end"][row])
+        path = critical_path(capture, row, min(begin, end))
+        assert path.length == end - min(begin, end)
+        edges = [edge for part in path.parts for edge in (part.start, part.end)]
+        assert edges == sorted(edges)
+        assert edges[1:-1:2] == edges[2::2]
+
+
+def test_waits_are_edges_between_the_right_events() -> None:
+    made = MakeCapture()
+    made.launched(Role.COMPUTE, 0, 10, 20, 7)
+    made.launched(Role.COMPUTE, 3, 20, 30, 7)
+    made.wait(20, 7, at=6)
+    made.launched(Role.COMPUTE, 10, 40, 50, 7)
+    made.launched(Role.COMM, 13, 31, 45, 20)
+    made.launched(Role.COMM, 16, 45, 46, 20)
+    dependencies = Dependencies(made.done())
+    starts = dependencies.capture.gpu["start"]
+    assert [(int(starts[a]), int(starts[b])) for a, b in dependencies.waits.tolist()] == [(31, 20)]
+    previous = {int(starts[row]): int(starts[p]) for row, p in enumerate(dependencies.previous.tolist()) if p >= 0}
+    assert previous == {20: 10, 40: 20, 45: 31}

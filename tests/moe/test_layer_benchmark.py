@@ -1,0 +1,47 @@
+"""The GPU benchmark of the layer: its composition computes what the layer does, and its figures are what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.gpu import moe_layer
+from benchmarks.gpu.layer_cases import CASES, Case, gemms_alone, group, make_inputs, make_layer, obvious
+from moe_eplb.core.events import NullSink
+from moe_eplb.device import get_device
+
+SMALL = Case("small", 40, 6, 16, 8, 2, 1.5, 0.5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_composition_computes_what_the_layer_computes(dtype: torch.dtype, tolerance: float) -> None:
+    layer = make_layer(SMALL, get_device("cpu", NullSink()), dtype)
+    inputs = make_inputs(SMALL, 0, torch.device("cpu"), dtype)
+    weights = (layer.experts.weight("w3_w1"), layer.experts.weight("w2"))
+    wanted, got = obvious(inputs, SMALL.top_k, *weights).float(), layer(*inputs, [SMALL.tokens]).float()
+    assert float((got - wanted).norm() / wanted.norm()) <= tolerance
+    assert wanted.norm() > 1
+    up_gate, down = gemms_alone(group(inputs, SMALL.top_k, *weights), *weights)
+    assert (up_gate.shape, down.shape) == ((80, 16), (80, 16))
+
+
+def test_a_case_reaches_what_is_asked_of_it_or_not() -> None:
+    figures = moe_layer.summary(SMALL, {"obvious": [4.0, 3.0, 9.0], "layer": [2.0, 2.0, 1.0], "gemms": [1.0, 1.5, 1.0]})
+    assert figures["median_ms"] == {"obvious": 4.0, "layer": 2.0, "gemms": 1.0}
+    assert (figures["speedup"], figures["gemm_share"], figures["reached"]) == (2.0, 0.5, True)
+    assert figures["tflops"]["layer"] == pytest.approx(6 * 80 * 16 * 8 / 2e-3 / 1e12)
+    slow = moe_layer.summary(SMALL, {"obvious": [4.0], "layer": [2.1], "gemms": [1.0]})
+    assert not slow["reached"]
+    nothing_asked = moe_layer.summary(CASES[1], {"obvious": [1.0], "layer": [9.0], "gemms": [1.0]})
+    assert nothing_asked["reached"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = CliRunner().invoke(moe_layer.main, ["--out", str(tmp_path / "found.json")])
+    assert done.exit_code == 2
+    assert "no GPU" in done.output
+    assert not (tmp_path / "found.json").exists()
