@@ -53,8 +53,8 @@ def main_stall(capture: Capture) -> Stall | None:
     mine = on_main[held] & ~on_main[on] & np.isin(gpu["role"][on], _BALANCER)
     held, on = held[mine], on[mine]
     before = dependencies.previous[held]
-    ended = np.where(before >= 0, gpu["end"][before], gpu["start"][held])
-    ready = np.maximum(ended, dependencies.launch_end[held])
+    launched = dependencies.launch_end[held]
+    ready = np.where(before >= 0, np.maximum(gpu["end"][before], launched), launched)
     late = (gpu["end"][on] > ready) & (gpu["start"][held] > ready)
     spins = np.flatnonzero(on_main & (gpu["role"] == ROLE_CODE[Role.EPLB_WAIT]))
     return Stall(

@@ -68,6 +68,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ('{"traceEvents": [{"ph": "M"}]', "E061"),
         ('{"traceEvents": [{"ph": "M"}], "x"}', "E062"),
         ('{"traceEvents": [{"ph": "M"},]}', "E062"),
+        ('{"traceEvents": [,{"ph": "M"}]}', "E062"),
+        ('{"traceEvents": [{"ph": "M"},,{"ph": "M"}]}', "E062"),
         ('{"traceEvents": [{"ph": "M"}{"ph": "M"}]}', "E062"),
         ('[{"ph": "M"}] and more', "E062"),
         ('{"traceEvents": [1, 2]}', "E062"),

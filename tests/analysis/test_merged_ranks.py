@@ -54,6 +54,17 @@ def test_given_offsets_are_taken_as_they_are() -> None:
         merge(captures, [1, 2, 3])
 
 
+def test_ranges_that_were_never_closed_stay_open() -> None:
+    made = MakeCapture()
+    made.range("open", 5, -1)
+    made.range("closed", 6, 9)
+    made.gpu(Role.COMPUTE, 0, 1)
+    merged = merge([made.done(), _rank(1, [10], [20])], [1000, 0])
+    assert list(zip(merged.ranges["start"].tolist(), merged.ranges["end"].tolist(), strict=True)) == [
+        (1005, -1), (1006, 1009),
+    ]  # fmt: skip
+
+
 def test_wall_clocks_where_there_is_nothing_in_common() -> None:
     first, other = (replace(_rank(rank, [10], [20]), utc=10**18 + rank * 500) for rank in (0, 1))
     _, alignment = align([first, other])

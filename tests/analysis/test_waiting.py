@@ -183,6 +183,14 @@ def test_an_event_that_nothing_explains() -> None:
     assert not path.waits_known
 
 
+def test_events_without_length_at_one_moment_end_the_walk() -> None:
+    made = MakeCapture()
+    made.call(40, 50, 90, "cudaDeviceSynchronize")
+    made.launched(Role.COMPUTE, 50, 50, 50)
+    path = critical_path(made.done(), 0, begin=10)
+    assert path.by_what() == {HOST: 40}
+
+
 def test_paths_of_a_training_step_tile_it(tmp_path: Path) -> None:
     capture = prepare(read_capture(expert_parallel().write(tmp_path / "t.json")))
     paths = iteration_paths(capture)

@@ -17,6 +17,7 @@ import pytest
 from moe_eplb.core.errors import RunFailed, TraceError, UsageError
 from moe_eplb.recording import children, nsys, nsys_tool, profilers
 from moe_eplb.recording.nsys_tool import Nsys
+from tests.support.as_a_terminal import restore_defaults
 
 FAKE = Path(__file__).with_name("fake_nsys.py")
 SECRET = b"a-secret-of-the-environment"
@@ -259,7 +260,7 @@ try:
 except signals.Terminated as ended:
     sys.exit(ended.exit_code)
 """
-    process = subprocess.Popen(_program(outer), cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(_program(outer), cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=restore_defaults)
     try:
         for _ in range(500):
             if pid.exists() and pid.read_text():

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.as_a_terminal import restore_defaults
+
 ROOT = Path(__file__).parents[2]
 PROMPT_S = 3.0
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -75,13 +77,6 @@ def session_members(leader: int) -> list[int]:
 
 def segments_of(pids: list[int]) -> list[str]:
     return [name for name in os.listdir("/dev/shm") for pid in pids if f"-{pid}-" in name]
-
-
-def restore_defaults() -> None:
-    """In a child: as a terminal starts programs, even where these tests run with signals ignored (``nohup``, ``&``)."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def tell(arguments: list[str], sent: signal.Signals, when: str | float, folder: Path, *, group: bool = False) -> Told:

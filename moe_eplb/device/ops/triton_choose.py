@@ -79,7 +79,7 @@ def _histogram(ids, counts, entries, experts, block: tl.constexpr, nbins: tl.con
     expert = tl.where((expert >= 0) & (expert < experts), expert, nbins - 1).to(tl.int32)
     found = tl.histogram(expert, nbins)
     bins = tl.arange(0, nbins)
-    tl.atomic_add(counts + bins, found, mask=(bins < experts) & (found > 0))
+    tl.atomic_add(counts + bins, found, mask=(bins < experts) & (found > 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["entries", "offset", "invalid"])
@@ -99,11 +99,12 @@ def _route(
         while here < first:
             other_at = here + tl.arange(0, others)
             other = tl.load(ids + other_at, mask=other_at < first, other=-2)
-            # Compared as they are loaded: a number that does not fit int32 is no expert.
-            seen += tl.sum((expert[:, None] == other[None, :]).to(tl.int32), axis=1)
+            # Compared as they are loaded: a number that does not fit int32 is no expert. A thread keeps the column of
+            # its own entry, so that it adds up alone.
+            seen += tl.sum((other[:, None] == expert[None, :]).to(tl.int32), axis=0)
             here += others
-        same = (expert[:, None] == expert[None, :]) & (at[None, :] < at[:, None])
-        seen += tl.sum(same.to(tl.int32), axis=1)
+        same = (expert[:, None] == expert[None, :]) & (at[:, None] < at[None, :])
+        seen += tl.sum(same.to(tl.int32), axis=0)
     replica = (seen + first // block + offset) % replicas
     place = tl.load(start + expert, mask=inside, other=0) + replica
     slot = tl.load(slots + place, mask=inside & (place >= 0) & (place < num_slots), other=invalid)
@@ -116,6 +117,12 @@ def _order(value):
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(value != value, 0x7FFFFFFF, ordered)
+
+
+@triton.jit
+def _value(ordered):
+    """What `_order` was given, but for the sign of 0 and the bits of NaN."""
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -141,7 +148,7 @@ def _top_k(
         best = tl.max(left, axis=1)
         winner = tl.min(tl.where(left == best[:, None], expert[None, :], width), axis=1)
         won = expert[None, :] == winner[:, None]
-        value = tl.sum(tl.where(won, merit, 0.0), axis=1)
+        value = _value(best)
         chosen_ids = tl.where((column == turn)[None, :], winner[:, None], chosen_ids)
         chosen = tl.where((column == turn)[None, :], value[:, None], chosen)
         left = tl.where(won, -0x80000000, left)

@@ -165,9 +165,10 @@ def _place(
     index = tl.arange(0, block)
     at = program * block + index
     cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
-    # No two keys are equal, so that one comparison ranks by cell and then by arrival.
+    # No two keys are equal, so that one comparison ranks by cell and then by arrival. A thread keeps the column of its
+    # own entry, so that it adds up alone.
     key = tl.where(inside, cell * block + index, 0x7FFFFFFF)
-    rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), axis=1)
+    rank = tl.sum((key[:, None] < key[None, :]).to(tl.int32), axis=0)
     begin = tl.load(first + cell * blocks + program, mask=inside, other=0)
     tl.store(position + at, tl.where(inside, begin + rank, -1), mask=at < entries)
 
