@@ -33,7 +33,13 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, name="moe_eplb-parent-watch", daemon=True).start()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=_STORE_TIMEOUT)
+    try:
+        # By descriptor: where the path is gone, torch looks for it for minutes and lets no other thread run meanwhile.
+        opened = os.open(store, os.O_RDWR | os.O_CREAT, 0o600)
+    except FileNotFoundError:
+        return  # the parent has given up already
+    method = f"file:///proc/self/fd/{opened}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=_STORE_TIMEOUT)
     groups = GroupsBySize()
     while (job := _next_job(pipe)) is not None:
         pipe.send(_answer(job, rank, groups, pipe))
