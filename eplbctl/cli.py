@@ -14,7 +14,19 @@ from moe_eplb.core.errors import EXIT_MEANING, EplbError, ExitCode, RunFailed, U
 
 __all__ = ["COMMANDS", "cli", "invoke"]
 
-COMMANDS = ("run", "verify", "report", "bench", "scenario", "protocol", "doctor", "shm", "completion")
+COMMANDS = (
+    "run",
+    "verify",
+    "report",
+    "compare",
+    "trace",
+    "bench",
+    "scenario",
+    "protocol",
+    "doctor",
+    "shm",
+    "completion",
+)
 """The commands in the order in which a new user meets them; each is a module of `eplbctl.commands`."""
 
 

@@ -13,7 +13,9 @@ import click
 from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
-__all__ = ["PATH", "Destination", "format_option", "output_options", "overrides_option", "recorder_option"]
+__all__ = [
+    "PATH", "Destination", "format_option", "output_options", "overrides_option", "recorder_option", "trace_options",
+]  # fmt: skip
 
 Function = Callable[..., Any]
 
@@ -44,6 +46,12 @@ class Destination:
             write_file(self.path, text + "\n")
         else:
             say(text)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write what is no text; UsageError E083 without a file to write it to."""
+        if self.path is None:
+            raise UsageError("E083", "this form is no text for a terminal", hint="name a file for it: -o PATH")
+        write_file(self.path, data)
 
 
 def output_options(function: Function) -> Function:
@@ -79,3 +87,38 @@ def recorder_option(function: Function) -> Function:
     choice = click.Choice(("builtin", "torch", "nsys"))
     text = "Short for --set record.recorder=NAME: the torch profiler, or Nsight Systems, beside our own event log."
     return click.option("--recorder", type=choice, help=text)(function)
+
+
+def trace_options(function: Function) -> Function:
+    """Add the options that say how traces are read and what of them is asked for; the command gets a `Question`."""
+
+    @click.option("--iterations", metavar="RANGES", help="Only these iterations, such as 3 or 0-7,12 or 5-.")
+    @click.option("--rank", metavar="RANGES", help="Only these ranks.")
+    @click.option("--layer", metavar="RANGES", help="Only these layers.")
+    @click.option(
+        "--roles", "role_tables", multiple=True, type=PATH, help="YAML that says what kernels are. Repeatable."
+    )
+    @click.option(
+        "--call-names",
+        "call_tables",
+        multiple=True,
+        type=PATH,
+        help="YAML that says which ranges are calls. Repeatable.",
+    )
+    @click.option(
+        "--offset", "offsets", multiple=True, type=int, help="ns to add to each trace's times, in their order."
+    )
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any, iterations: str | None, rank: str | None, layer: str | None, role_tables: tuple[Path, ...],
+        call_tables: tuple[Path, ...], offsets: tuple[int, ...], **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        from moe_eplb.analysis.report import Question
+        from moe_eplb.analysis.selection import Selection, parse_numbers
+
+        named = {"ranks": ("--rank", rank), "iterations": ("--iterations", iterations), "layers": ("--layer", layer)}
+        wanted = {name: parse_numbers(text, option) for name, (option, text) in named.items() if text is not None}
+        asked = Question(Selection(**wanted), role_tables, call_tables, offsets)
+        return function(*args, question=asked, **kwargs)
+
+    return wrapper

@@ -18,7 +18,7 @@ import click
 from eplbctl.signals import held
 from moe_eplb.core.errors import RunFailed, UsageError
 
-__all__ = ["require_room", "require_writable", "say", "write_file"]
+__all__ = ["place_file", "require_room", "require_writable", "say", "write_file"]
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -67,9 +67,9 @@ def require_room(folder: Path) -> None:
         raise UsageError("E015", f"{folder} cannot be a folder for runs", why=_why(error)) from error
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file, or leave what was there; RunFailed E183 when it cannot be written."""
-    data = text.encode("utf-8", "backslashreplace")
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     try:
         mode = _mode(path)
         if mode is None or stat.S_ISREG(mode):
@@ -78,6 +78,25 @@ def write_file(path: Path, text: str) -> None:
             _write(_open_special(path), data)
     except (OSError, RuntimeError) as error:
         raise RunFailed("E183", "the output could not be written", why=_why(error)) from error
+
+
+def place_file(made: Path, path: Path) -> None:
+    """Move a finished file of the same file system to its place; RunFailed E183 when that cannot be done."""
+    try:
+        mode = _mode(path)
+        if mode is not None and not stat.S_ISREG(mode):
+            _write(_open_special(path), made.read_bytes())
+            return
+        made.chmod(stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
+        made.replace(_real(path))
+    except (OSError, RuntimeError) as error:
+        raise RunFailed("E183", "the output could not be written", why=_why(error)) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _replace(path: Path, data: bytes, mode: int | None) -> None:

@@ -34,9 +34,9 @@ def json_text(outcomes: Sequence[Outcome], *, not_run: int) -> str:
     return json.dumps({"schema": 1, "exit_code": int(code), "not_run": not_run, "results": results}, indent=2)
 
 
-def junit(outcomes: Sequence[Outcome]) -> str:
+def junit(outcomes: Sequence[Outcome], by: str = "eplbctl verify") -> str:
     """A test suite a scenario and a test case a check. Unknown is an error, because it is no success."""
-    root = ElementTree.Element("testsuites", name="eplbctl verify")
+    root = ElementTree.Element("testsuites", name=by)
     for outcome in outcomes:
         suite = ElementTree.SubElement(root, "testsuite", name=outcome.name, time=f"{outcome.seconds:.3f}")
         for check in outcome.verdict.checks:
@@ -51,11 +51,11 @@ def junit(outcomes: Sequence[Outcome]) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
 
 
-def github(outcomes: Sequence[Outcome]) -> str:
+def github(outcomes: Sequence[Outcome], by: str = "eplbctl verify", noun: str = "scenarios") -> str:
     """Workflow commands that GitHub shows as annotations on the scenario's file, and a closing notice."""
     lines = [line for outcome in outcomes for line in _annotations(outcome)]
     valid = sum(outcome.word == "valid" for outcome in outcomes)
-    lines.append(f"::notice title=eplbctl verify::{valid} of {len(outcomes)} scenarios are valid")
+    lines.append(f"::notice title={by}::{valid} of {len(outcomes)} {noun} are valid")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eplbctl.render.report import balance_and_moves
+from eplbctl.render.run_tables import balance_and_moves
 from eplbctl.render.text import check_table
 
 if TYPE_CHECKING:

@@ -96,9 +96,13 @@ _TABLES = {"gpu": GPU, "calls": CALL, "ranges": RANGE, "syncs": SYNC, "nodes": N
 class Names(dict[str, int]):
     """Texts and their numbers; looking up a new one gives it the next number."""
 
+    characters = 0
+    """Of all texts together."""
+
     def __missing__(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"a name is {type(text).__name__}, not text")
+        self.characters += len(text)
         number = self[text] = len(self)
         return number
 

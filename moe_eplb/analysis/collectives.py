@@ -78,7 +78,9 @@ def match_collectives(capture: Capture, roles: NDArray[np.uint8]) -> Collectives
             rows.append(np.stack(each, axis=1))
         else:
             unmatched += sum(map(len, each))
-    found = np.concatenate(rows) if rows else np.empty((0, len(ranks)), np.int64)
+    if not rows:
+        return Collectives(ranks, np.empty((0, max(len(ranks), 1)), np.int64), unmatched)
+    found = np.concatenate(rows)
     return Collectives(ranks, found[np.argsort(capture.gpu["start"][found[:, 0]], kind="stable")], unmatched)
 
 

@@ -21,15 +21,18 @@ from moe_eplb.core.protocol import (
     violation,
 )
 
-__all__ = ["Replay", "Violation", "replay"]
+__all__ = ["DYNAMIC", "FIRST", "LAST", "NEIGHBOURS", "Machine", "Replay", "Violation", "replay"]
 
 _ITERATION_CALLS: dict[Kind, IterCall] = {
     Kind.START_ITER: "start_iter",
     Kind.END_ITER: "end_iter",
     Kind.ABORT_ITER: "abort_iter",
 }
-_FIRST, _LAST, _DYNAMIC = 1, 2, 4
-_NEIGHBOURS = 3
+_CALLS = tuple(Call)
+FIRST, LAST, DYNAMIC = 1, 2, 4
+"""Flags of a stage call."""
+NEIGHBOURS = 3
+"""How many calls to show on either side of an illegal one."""
 
 _Row: TypeAlias = tuple[int, int, int, int]
 """Kind, layer, iteration and flags of one call."""
@@ -71,7 +74,7 @@ def replay(trace: Trace, dynamic_layers: int) -> Replay:
     outcome = Replay()
     recorded = trace.records.host.where(trace.records.host.kind <= Kind.ABORT_ITER)
     for rank, records in recorded.by_rank():
-        machine = _Machine(dynamic_layers)
+        machine = Machine(dynamic_layers)
         outcome.calls[rank] = int((records.kind <= Kind.DONE_SET_CPU_STAGE).sum())
         found = _first_violation(rank, records, machine)
         if found is not None:
@@ -81,52 +84,63 @@ def replay(trace: Trace, dynamic_layers: int) -> Replay:
     return outcome
 
 
-class _Machine:
-    """The state of one rank's balancer, as its calls so far have made it."""
+class Machine:
+    """The state of one rank's balancer, as its calls so far have made it.
 
-    def __init__(self, dynamic_layers: int) -> None:
+    Args:
+        dynamic_layers: Layers that every iteration must run.
+        next_iteration: The first iteration that is seen.
+    """
+
+    def __init__(self, dynamic_layers: int, next_iteration: int = 0) -> None:
         self._dynamic_layers = dynamic_layers
         self._layers: dict[int, LayerState] = {}
-        self.iterations = IterState(next_iteration=0, in_iter=False)
+        self.iterations = IterState(next_iteration=next_iteration, in_iter=False)
 
-    def iteration_call(self, kind: Kind, iteration: int) -> None:
-        """Make a call of the iteration; `Illegal` where the rules forbid it."""
-        unfinished = tuple(layer for layer, state in sorted(self._layers.items()) if state.phase is not Phase.IDLE)
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """Layers that have begun and were not handed over."""
+        return tuple(layer for layer, state in sorted(self._layers.items()) if state.phase is not Phase.IDLE)
+
+    def call(self, kind: int, layer: int, iteration: int, flags: int, *, replays: bool = False) -> None:
+        """Make a call; `Illegal` where the rules forbid it.
+
+        Args:
+            replays: An iteration ends that replayed a graph, so that no layer of it was called.
+        """
+        if kind <= Kind.DONE_SET_CPU_STAGE:
+            self._stage_call(_CALLS[kind], layer, flags)
+        else:
+            self._iteration_call(Kind(kind), iteration, 0 if replays else self._dynamic_layers)
+
+    def _iteration_call(self, kind: Kind, iteration: int, layers: int) -> None:
         self.iterations = iter_step(
-            self.iterations,
-            _ITERATION_CALLS[kind],
-            layers=self._dynamic_layers,
-            iteration=iteration,
-            unfinished=unfinished,
+            self.iterations, _ITERATION_CALLS[kind], layers=layers, iteration=iteration, unfinished=self.unfinished
         )
         if kind is Kind.ABORT_ITER:
             self._layers.clear()
 
-    def stage_call(self, call: Call, layer: int, flags: int) -> None:
-        """Make a stage call with the flags of its record; `Illegal` where the rules forbid it."""
-        dynamic = bool(flags & _DYNAMIC)
+    def _stage_call(self, call: Call, layer: int, flags: int) -> None:
+        dynamic = bool(flags & DYNAMIC)
         if call is Call.START_WAIT_GPU_STAGE and dynamic:
             self.iterations = iter_step(self.iterations, "layer", layers=self._dynamic_layers, layer=layer)
         state = self._layers.get(layer, INITIAL)
-        first, last = bool(flags & _FIRST), bool(flags & _LAST)
+        first, last = bool(flags & FIRST), bool(flags & LAST)
         self._layers[layer] = step(state, call, dynamic=dynamic, first=first, last=last)
 
 
-def _first_violation(rank: int, records: Records, machine: _Machine) -> Violation | None:
+def _first_violation(rank: int, records: Records, machine: Machine) -> Violation | None:
     columns = (records.kind, records.layer, records.iteration, records.a)
     rows = list(zip(*(column.tolist() for column in columns), strict=True))
     for index, (kind, layer, iteration, flags) in enumerate(rows):
         try:
-            if kind <= Kind.DONE_SET_CPU_STAGE:
-                machine.stage_call(Call(kind), layer, flags)
-            else:
-                machine.iteration_call(Kind(kind), iteration)
+            machine.call(kind, layer, iteration, flags)
         except Illegal as illegal:
             error = violation(layer, iteration, illegal)
             return Violation(
                 rank, int(records.seq[index]), error.code, error.what, error.why, error.hint,
-                before=_names(rows[max(0, index - _NEIGHBOURS) : index]),
-                after=_names(rows[index + 1 : index + 1 + _NEIGHBOURS]),
+                before=_names(rows[max(0, index - NEIGHBOURS) : index]),
+                after=_names(rows[index + 1 : index + 1 + NEIGHBOURS]),
             )  # fmt: skip
     return None
 

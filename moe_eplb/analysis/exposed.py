@@ -15,7 +15,7 @@ from moe_eplb.analysis.overlap import Pair
 from moe_eplb.analysis.ranges import Launches, RangeIndex
 from moe_eplb.analysis.work import main_streams
 
-__all__ = ["Stretch", "largest_exposed"]
+__all__ = ["Stretch", "exposed_times", "largest_exposed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +42,37 @@ class Stretch:
         return self.end - self.start
 
 
-def largest_exposed(capture: Capture, pair: Pair, most: int = 10) -> list[Stretch]:
-    """The longest exposed stretches of a pair over all GPUs, longest first; a capture with roles is needed."""
+def largest_exposed(
+    capture: Capture, pair: Pair, most: int = 10, only: NDArray[np.bool_] | None = None
+) -> list[Stretch]:
+    """The longest exposed stretches of a pair over all GPUs, longest first; a capture with roles is needed.
+
+    Args:
+        only: Mask [N] of the GPU events that may be B; what hides them is always taken from all.
+    """
     found: list[tuple[int, int, int, NDArray[np.int64]]] = []
     for (rank, device), main in _gpus(capture).items():
         rows = np.flatnonzero((capture.gpu["rank"] == rank) & (capture.gpu["device"] == device))
         work, behind = _of_pair(capture.gpu[rows], pair, main)
+        work = work if only is None else work & only[rows]
         times = _exposed(capture.gpu[rows], work, behind, pair)
         longest = times[np.argsort(times[:, 0] - times[:, 1], kind="stable")][:most]
         found += [(start - end, start, end, rows[work]) for start, end in longest.tolist()]
     chosen = sorted(found, key=lambda one: one[:3])[:most]
     index = RangeIndex(capture.ranges), RangeIndex(capture.ranges, any_thread=True)
     return [_stretch(capture, start, end, rows, index) for _, start, end, rows in chosen]
+
+
+def exposed_times(
+    capture: Capture, pair: Pair, only: NDArray[np.bool_] | None = None
+) -> dict[tuple[int, int], Intervals]:
+    """Every exposed stretch of a pair by (rank, device), as unions; the arguments are those of `largest_exposed`."""
+    found = {}
+    for (rank, device), main in _gpus(capture).items():
+        rows = np.flatnonzero((capture.gpu["rank"] == rank) & (capture.gpu["device"] == device))
+        work, behind = _of_pair(capture.gpu[rows], pair, main)
+        found[rank, device] = _exposed(capture.gpu[rows], work if only is None else work & only[rows], behind, pair)
+    return found
 
 
 def _gpus(capture: Capture) -> dict[tuple[int, int], int]:

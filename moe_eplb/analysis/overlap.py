@@ -102,10 +102,14 @@ class Overlap:
         return [worst[iteration] for iteration in sorted(worst)]
 
 
-def measure(source: Records | Work, pair: Pair) -> Overlap:
-    """Measure a pair on all finished device work (and the updater's, where the pair includes it)."""
+def measure(source: Records | Work, pair: Pair, only: NDArray[np.bool_] | None = None) -> Overlap:
+    """Measure a pair on all finished device work (and the updater's, where the pair includes it).
+
+    Args:
+        only: Mask [N] of what may be B; what hides it is always taken from everything.
+    """
     whole = work_of_records(source) if isinstance(source, Records) else source
-    wanted = whole.of(*pair.hidden)
+    wanted = whole.of(*pair.hidden) if only is None else whole.of(*pair.hidden) & only
     work = whole.where(wanted if pair.updater else wanted & ~whole.updater)
     behind = whole.where(whole.of(*pair.behind) & ~whole.updater)
     pairs = work.within(whole)

@@ -85,7 +85,7 @@ def load_role_table(paths: Sequence[Path] = ()) -> RoleTable:
 @cache
 def _built_in() -> RoleTable:
     text = resources.files("moe_eplb.analysis").joinpath(_BUILT_IN).read_text(encoding="utf-8")
-    return _Parser(yaml_source.load(text, _BUILT_IN)).table()
+    return _Parser(yaml_source.load_shipped(text, _BUILT_IN)).table()
 
 
 class _Parser:

@@ -15,12 +15,11 @@ from moe_eplb.analysis.balance import (
     routed_counts,
 )
 from moe_eplb.analysis.moves import LayerMoves, layer_moves
-from moe_eplb.analysis.overlap import PAIRS, measure
 from moe_eplb.analysis.run_folder import RunFolder
-from moe_eplb.analysis.trace import OPEN, Records, Trace
+from moe_eplb.analysis.trace import OPEN, Records
 from moe_eplb.core.events import HOST, KINDS, STREAMS, UPDATER
 
-__all__ = ["BalanceRow", "OverlapRow", "Report", "StageRow", "make_report"]
+__all__ = ["BalanceRow", "Report", "StageRow", "make_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +45,12 @@ class BalanceRow:
 
 
 @dataclass(frozen=True, slots=True)
-class OverlapRow:
-    """One pair over the whole run; `overlap` is None when there was nothing to hide."""
-
-    name: str
-    total_ms: float
-    hidden_ms: float
-    exposed_ms: float
-    overlap: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """All tables of a run. `violation` describes the first illegal call, empty when there is none."""
 
     stages: tuple[StageRow, ...]
     moves: tuple[LayerMoves, ...]
     balance: tuple[BalanceRow, ...]
-    overlap: tuple[OverlapRow, ...]
     violation: str
     incomplete: str
 
@@ -75,7 +62,6 @@ def make_report(folder: RunFolder) -> Report:
         stages=_stage_rows(trace.records) if trace else (),
         moves=tuple(layer_moves(folder)),
         balance=_balance_rows(folder),
-        overlap=_overlap_rows(trace) if trace else (),
         violation=_first_violation(folder),
         incomplete=trace.incomplete() if trace else "the run left no trace",
     )
@@ -110,14 +96,6 @@ def _balance_rows(folder: RunFolder) -> tuple[BalanceRow, ...]:
         if layer in first and of_layer:
             stayed = [predicted_rank_loads(here, first[layer]["slots"], len(folder.ranks)) for here in of_layer]
             rows.append(BalanceRow(layer, mean_over_max(np.array(stayed)), mean_over_max(measured)))
-    return tuple(rows)
-
-
-def _overlap_rows(trace: Trace) -> tuple[OverlapRow, ...]:
-    rows = []
-    for name, pair in PAIRS.items():
-        whole = measure(trace.records, pair).whole
-        rows.append(OverlapRow(name, whole.total / 1e6, whole.hidden / 1e6, whole.exposed / 1e6, whole.overlap))
     return tuple(rows)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sqlite3
+import math
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits
+from moe_eplb.analysis.readers.sqlite_tables import Database, open_database
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.events import HOST, KINDS, UPDATER, Kind, Role
 
@@ -75,16 +75,20 @@ class Records:
 
 @dataclass(frozen=True)
 class RankState:
-    """How complete a rank's log is. `overhead_ns` is the cost of one record, None if it was not measured."""
+    """How complete a rank's log is. `overhead_ns` is the cost of one record, None if it was not measured.
+
+    `missing`: how many of the records that were exported are not in the file any more.
+    """
 
     dropped: int
     closed: bool
     overhead_ns: float | None
+    missing: int = 0
 
     @property
     def complete(self) -> bool:
         """Whether everything that happened was recorded."""
-        return self.closed and not self.dropped
+        return self.closed and not self.dropped and not self.missing
 
 
 @dataclass(frozen=True)
@@ -98,30 +102,29 @@ class Trace:
 
     def incomplete(self) -> str:
         """Which logs are cut off or dropped records, in words; empty when none."""
-        parts = [
-            f"rank {rank}: " + (f"{state.dropped} records dropped" if state.dropped else "log not closed")
-            for rank, state in sorted(self.ranks.items())
-            if not state.complete
-        ]
+        parts = [f"rank {rank}: {_loss(state)}" for rank, state in sorted(self.ranks.items()) if not state.complete]
         return "; ".join(parts)
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: Path, limits: Limits = DEFAULT_LIMITS) -> Trace:
     """Read a trace that `moe_eplb.recording.export` wrote.
 
     Raises:
-        TraceError: the file is missing, truncated, no database, or holds no table of ours.
+        TraceError: E055 there is no file, E056 it is cut off, damaged, no database, or holds no table of ours, E064 it
+            is too large.
     """
     if not path.is_file():
         raise TraceError("E055", "there is no trace", where=str(path))
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            capture = dict(connection.execute("SELECT name, value FROM META_DATA_CAPTURE"))
-            records = _read_records(connection)
-            ranks = {rank: _rank_state(capture, rank) for rank in map(int, capture["EPLB_RANKS"].split())}
-    except sqlite3.Error as error:
+        with open_database(path, limits) as database:
+            capture = database.pairs("META_DATA_CAPTURE")
+            records = _read_records(database)
+        ranks = {rank: _rank_state(capture, rank, records) for rank in map(int, capture["EPLB_RANKS"].split())}
+    except TraceError as error:
+        if error.code == "E064":
+            raise
         raise TraceError(
-            "E056", "a trace cannot be read", why=str(error), where=str(path),
+            "E056", "a trace cannot be read", why=f"{error.what}: {error.why}", where=str(path),
             hint="the file is damaged, or another tool wrote it without the table EPLB_RECORD",
         ) from error  # fmt: skip
     except (KeyError, ValueError) as error:
@@ -129,21 +132,31 @@ def read_trace(path: Path) -> Trace:
     return Trace(path, records, ranks, capture)
 
 
-def _read_records(connection: sqlite3.Connection) -> Records:
-    columns = ", ".join(_COLUMNS).replace("end", f"COALESCE(end, {OPEN})")
-    rows: list[tuple[Any, ...]] = connection.execute(f"SELECT {columns} FROM EPLB_RECORD ORDER BY rank, seq").fetchall()
-    table = np.array(rows, dtype=np.int64).reshape(len(rows), len(_COLUMNS))
-    start, end = table[:, _COLUMNS.index("start")], table[:, _COLUMNS.index("end")]
+def _read_records(database: Database) -> Records:
+    if not database.has("EPLB_RECORD"):
+        raise ValueError("there is no table EPLB_RECORD")
+    table = database.integers("EPLB_RECORD", tuple(name for name in _COLUMNS if name != "end"), {"end": OPEN})
+    start, end = table["start"], table["end"]
     if np.any((end < start) & (end != OPEN)):
         raise ValueError(f"{int(((end < start) & (end != OPEN)).sum())} records end before they start")
-    return Records(*(np.ascontiguousarray(column) for column in table.T))
+    order = np.lexsort((table["seq"], table["rank"]))
+    return Records(*(table[name][order] for name in _COLUMNS))
 
 
-def _rank_state(capture: dict[str, str], rank: int) -> RankState:
-    prefix = f"EPLB_RANK_{rank}_"
+def _loss(state: RankState) -> str:
+    if state.missing:
+        return f"of its records {state.missing} are not in the trace"
+    return f"{state.dropped} records dropped" if state.dropped else "log not closed"
+
+
+def _rank_state(capture: dict[str, str], rank: int, records: Records) -> RankState:
+    prefix, there = f"EPLB_RANK_{rank}_", int((records.rank == rank).sum())
     overhead = capture[prefix + "OVERHEAD_NS_PER_RECORD"]
+    if overhead != "unknown" and not math.isfinite(float(overhead)):
+        raise ValueError(f"a record costs {overhead} ns")
     return RankState(
         dropped=int(capture[prefix + "DROPPED"]),
         closed=capture[prefix + "CLOSED"] == "1",
         overhead_ns=None if overhead == "unknown" else float(overhead),
+        missing=max(0, int(capture.get(prefix + "RECORDS", there)) - there),
     )

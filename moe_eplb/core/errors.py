@@ -92,7 +92,7 @@ class ScenarioError(EplbError):
 
 
 class TraceError(EplbError):
-    """A run folder or a trace cannot be read (codes E050 to E069)."""
+    """A run folder or a trace cannot be read or judged (codes E050 to E079)."""
 
     exit_code = ExitCode.USAGE
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Compared", "compare"]
+__all__ = ["Compared", "Difference", "compare", "paired_difference"]
 
 _RESAMPLED = 2000
 
@@ -47,3 +47,23 @@ def compare(samples_ms: Sequence[Sequence[Sequence[float]]], *, seed: int = 0) -
         p50, p99 = np.percentile(every, (50, 99))
         compared.append(Compared(len(every), float(p50), float(p99), float(np.median(ratios)), float(low), float(high)))
     return compared
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Median of the differences of pairs, and its 95 % interval, in the unit of the samples."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Difference:
+    """How much larger the second of each pair is than the first; at least one pair.
+
+    The interval is a percentile bootstrap over pairs (Efron 1979).
+    """
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(differences), (_RESAMPLED, len(differences)))
+    low, high = np.percentile(np.median(differences[drawn], axis=1), (2.5, 97.5))
+    return Difference(float(np.median(differences)), float(low), float(high))

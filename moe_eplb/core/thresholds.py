@@ -105,12 +105,12 @@ class Threshold:
         return float(known.max() if self.op[0] == "<" else known.min()), True
 
 
-def parse(metric: str, text: str) -> Threshold:
-    """One threshold; E035 when the text does not parse, E036 when there is no such metric."""
-    info = METRICS.get(metric)
+def parse(metric: str, text: str, metrics: Mapping[str, Metric] = METRICS) -> Threshold:
+    """One threshold on one of some metrics; E035 when the text does not parse, E036 when there is no such metric."""
+    info = metrics.get(metric)
     if info is None:
-        near = difflib.get_close_matches(metric, METRICS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(METRICS)}"
+        near = difflib.get_close_matches(metric, metrics, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(metrics)}"
         raise ScenarioError("E036", f"there is no metric {metric!r}", hint=hint)
     match = _GRAMMAR.fullmatch(text)
     if match is None:

@@ -16,7 +16,7 @@ import yaml
 from moe_eplb.core.errors import ScenarioError
 from moe_eplb.core.input_file import read_input
 
-__all__ = ["Document", "Loc", "dump", "load", "read_text"]
+__all__ = ["Document", "Loc", "dump", "load", "load_shipped", "read_text"]
 
 Loc: TypeAlias = tuple[str | int, ...]  # the way to a value: keys of mappings and indices of lists
 
@@ -102,6 +102,14 @@ def load(text: str, name: str) -> Document:
     document = Document(None, name)
     data = _Builder(document).build(node, (), 0)
     return Document(data, name, document.keys, document.values)
+
+
+def load_shipped(text: str, name: str) -> Document:
+    """The same for a file that comes with this package, ten times as fast: by libyaml if there is one, without places.
+
+    A test holds the two against each other on every such file.
+    """
+    return Document(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), name)
 
 
 def read_text(path: Path) -> str:

@@ -19,7 +19,7 @@ from moe_eplb.recording.redact_json import redact_json
 from moe_eplb.recording.redact_sqlite import redact_sqlite
 from moe_eplb.recording.redact_text import local_scrubber
 
-__all__ = ["redact"]
+__all__ = ["redact", "redact_run"]
 
 _SQLITE = b"SQLite format 3\0"
 _GZIP = b"\x1f\x8b"
@@ -53,6 +53,19 @@ def redact(path: Path) -> list[str]:
             "E068", "a capture cannot be redacted, so it must not be published", why=str(error), where=str(path)
         ) from error
     return removed
+
+
+def redact_run(folder: Path) -> list[str]:
+    """The same for a run folder: its traces, and in its other files what tells where and by whom it was run.
+
+    ``scenario.yaml`` stays as it was run, or nobody could judge the run any more; it may name files.
+
+    Raises:
+        TraceError: E068 a file of it is damaged or cannot be replaced.
+    """
+    found = [*sorted(folder.glob("*.sqlite")), *sorted(folder.glob("kineto.rank*.json.gz"))]
+    found += [path for name in ("meta.json", "verdict.json") if (path := folder / name).is_file()]
+    return [f"{path.name}: {what}" for path in found for what in redact(path)]
 
 
 def _redact(plain: Path, path: Path) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PID", "PROCESS", "THREAD", "NsysFile", "three_steps_and_two_replays"]
+__all__ = ["PID", "PROCESS", "THREAD", "WORKER", "NsysFile", "export_of_everything", "three_steps_and_two_replays"]
 
 PID = 801
 PROCESS = (1 << 48) + (PID << 24)
@@ -122,3 +122,52 @@ def three_steps_and_two_replays() -> NsysFile:
         file.kernel("gemm<1>", at, at + 700, 20 + replay, graphNodeId=9)
         file.kernel("fill<3>", at + 800, at + 1_100, 20 + replay, graphNodeId=10)
     return file
+
+
+def export_of_everything() -> NsysFile:
+    """Two ranks with a row in every table that is read: copies, waits, named streams, overhead, callbacks, stages."""
+    file = three_steps_and_two_replays()
+    file.add("TARGET_INFO_SESSION_START_TIME", utcEpochNs=1_795_397_297_233_041_759)
+    file.add("DIAGNOSTIC_EVENT", timestamp=0, severity=2, text="Some events were dropped.")
+    file.add("PROFILER_OVERHEAD", start=12_000, end=12_050, globalTid=THREAD, nameId=file.string("flush"))
+    file.add("CUDA_HOST_CALLBACK", start=17_000, end=17_200, globalTid=WORKER)
+    file.domain("moe_eplb", 2)
+    file.add("NVTX_EVENTS", start=0, eventType=33, category=7, text="flags 7", globalTid=THREAD, domainId=2)
+    for rank, process in enumerate((PROCESS, PROCESS + (1 << 24))):
+        file.range(f"rank={rank}", 100, 200, thread=process + 1)
+        file.add("TARGET_INFO_NVTX_CUDA_STREAM", streamId=9, processId=PID + rank, name="MoeBalancer")
+        for step in (0, 1):
+            _balanced_layer(file, 40_000 + step * 4_000, process, 100 + step * 50, step)
+    return file
+
+
+def _balanced_layer(file: NsysFile, at: int, process: int, correlation: int, step: int) -> None:
+    """A layer of one step with the balancer's stages, a reduction that the main stream waits for, and an all-reduce."""
+    thread, place = process + 1, {"deviceId": 0, "globalPid": process}
+    stages = (
+        ("start_wait_gpu_stage", 9, 300), ("done_wait_gpu_stage", 7, 20), ("update_statistic_with_local_ids", 9, 150),
+        ("route", 7, 100), ("start_set_cpu_stage", 9, 60), ("done_set_cpu_stage", 7, 20),
+    )  # fmt: skip
+    file.range("layer 0", at, at + 3_000, thread)
+    file.range(f"iteration {step}", at, at + 3_900, thread)
+    for number, (stage, stream, length) in enumerate(stages):
+        begun = at + 50 + number * 400
+        more = {"domainId": 2, "category": 7, "int64Value": step}
+        file.range(f"{stage}/0", begun, begun + 100, thread, **more)
+        file.call(begun + 10, begun + 30, correlation + number, thread)
+        file.kernel(f"_{stage}", begun + 120, begun + 120 + length, correlation + number, stream, globalPid=process)
+    sync = {"globalPid": process, "eventId": 4, "eventSyncId": correlation}
+    file.call(at + 2_500, at + 2_510, correlation + 10, thread, "cudaEventRecord")
+    file.call(at + 2_520, at + 2_530, correlation + 11, thread, "cudaStreamWaitEvent")
+    file.add("CUPTI_ACTIVITY_KIND_CUDA_EVENT", streamId=9, correlationId=correlation + 10, **sync)
+    wait = {"start": at + 2_520, "end": at + 2_530, "streamId": 7, "correlationId": correlation + 11, "syncType": 2}
+    file.add("CUPTI_ACTIVITY_KIND_SYNCHRONIZATION", **wait, **sync)
+    file.call(at + 2_540, at + 2_560, correlation + 12, thread)
+    file.kernel("ncclDevKernel_AllReduce<8>", at + 2_700, at + 2_900, correlation + 12, globalPid=process)
+    copy = {"start": at + 2_600, "end": at + 2_680, "streamId": 9, "correlationId": correlation + 13, "bytes": 64}
+    file.call(at + 2_570, at + 2_580, correlation + 13, thread, "cudaMemcpyAsync")
+    file.add("CUPTI_ACTIVITY_KIND_MEMCPY", **copy, **place, copyKind=10)
+    fill = {"start": at + 2_950, "end": at + 2_960, "streamId": 7, "correlationId": correlation + 14, "bytes": 8}
+    file.call(at + 2_590, at + 2_595, correlation + 14, thread, "cudaMemsetAsync")
+    file.add("CUPTI_ACTIVITY_KIND_MEMSET", **fill, **place)
+    file.call(at + 3_000, at + 3_200, correlation + 15, thread, "cudaDeviceSynchronize")

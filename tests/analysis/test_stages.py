@@ -22,9 +22,6 @@ def test_report_of_a_good_run(tmp_path: Path) -> None:
     assert stages["start_wait_gpu_stage", "MoeBalancer"].p50_us == 0.06
     assert stages["stage_weights", "updater"].calls == 6
     assert [(row.commits, row.moved_slots, row.bytes) for row in report.moves] == [(2, 5, 960), (1, 2, 384)]
-    overlap = {row.name: row for row in report.overlap}
-    assert overlap["reduction"].overlap == 0.6
-    assert overlap["reduction"].exposed_ms == pytest.approx(16 * 40e-6)
     assert [row.layer for row in report.balance] == [0, 1]
     assert all(0 < value <= 1 for row in report.balance for value in (row.static_start, row.now))
     assert (report.violation, report.incomplete) == ("", "")
@@ -43,7 +40,7 @@ def test_a_report_without_a_trace_has_no_times(tmp_path: Path) -> None:
     good_run().write(tmp_path)
     (tmp_path / "trace.sqlite").unlink()
     report = make_report(load(tmp_path))
-    assert (report.stages, report.overlap) == ((), ())
+    assert report.stages == ()
     assert report.incomplete == "the run left no trace"
     assert len(report.moves) == 2
 

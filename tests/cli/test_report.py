@@ -1,52 +1,63 @@
-"""``eplbctl report``: the same tables for people and programs."""
+"""``eplbctl report`` and ``eplbctl compare``: the same tables for people and programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import junitparser
 import pytest
 
 from eplbctl.render import report as render
+from eplbctl.render.run_tables import balance_and_moves
+from moe_eplb.analysis import stages
+from moe_eplb.analysis.metrics import Measures
 from moe_eplb.analysis.moves import LayerMoves
-from moe_eplb.analysis.stages import BalanceRow, OverlapRow, Report, StageRow
+from moe_eplb.analysis.report import Report
+from moe_eplb.analysis.stages import BalanceRow, StageRow
 
 from .conftest import Call, FakeSession, Write
 
-REPORT = Report(
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = ROOT / "traces" / "good" / "two_ranks_gathered"
+
+RUN = stages.Report(
     stages=(StageRow("route", "main", 12, 1.25, 2.5, 3.0, 0.5),),
     moves=(LayerMoves(layer=3, slots=24, commits=2, moved_slots=5, bytes=12345, net_slots=4, cross_rank_net_slots=1),),
     balance=(BalanceRow(3, 0.5, 0.875),),
-    overlap=(OverlapRow("balancer", 2.0, 1.5, 0.5, 0.75), OverlapRow("communication", 0.0, 0.0, 0.0, None)),
     violation="error[E101]: layer 0 route",
     incomplete="rank 1 dropped 3 records",
 )
+REPORT = Report("quickstart", RUN, None, None, Measures())
 
 
-def test_text_has_every_table() -> None:
+def test_text_has_every_table_of_a_run() -> None:
     text = render.text(REPORT)
-    assert _cells(text) >= {"route", "12", "1.2", "12,345", "4 of 24", "0.500", "0.875", "75.0%", "-"}
+    assert _cells(text) >= {"route", "12", "1.2", "12,345", "4 of 24", "0.500", "0.875"}
     assert "First violation of the call order: error[E101]: layer 0 route" in text
     assert "Incomplete: rank 1 dropped 3 records" in text
 
 
 def test_markdown_has_the_same_cells() -> None:
-    markdown = render.markdown(REPORT, "quickstart: one")
-    assert markdown.startswith("# quickstart: one\n\n## Stages, all ranks\n\n| kind")
+    markdown = render.markdown(REPORT)
+    assert markdown.startswith("# quickstart\n\n## Stages, all ranks\n\n| kind")
     assert _cells(markdown.replace("|", " ")) >= _cells(render.text(REPORT)) - {"---"} - _rules(render.text(REPORT))
 
 
 def test_json_is_the_report() -> None:
     data = json.loads(render.json_text(REPORT))
-    assert data.pop("schema") == 1
-    assert data == json.loads(json.dumps(dataclasses.asdict(REPORT)))
+    assert (data.pop("schema"), data.pop("name"), data.pop("trace")) == (1, "quickstart", None)
+    assert data == json.loads(json.dumps(dataclasses.asdict(RUN)))
 
 
 def test_tables_without_rows_are_left_out() -> None:
-    empty = dataclasses.replace(REPORT, stages=(), moves=(), balance=(), overlap=(), violation="", incomplete="")
-    assert render.text(empty) == "First violation of the call order: none"
-    assert render.balance_and_moves(empty) == ""
+    empty = dataclasses.replace(RUN, stages=(), moves=(), balance=(), violation="", incomplete="")
+    assert render.text(dataclasses.replace(REPORT, run=empty)) == "First violation of the call order: none"
+    assert balance_and_moves(empty) == ""
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "json"])
@@ -72,6 +83,165 @@ def test_evidence_that_does_not_add_up_is_bad_input(call: Call, write: Write, se
     answer = call("report", "one")
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("error[E058] one: ")
+
+
+def test_a_real_run_is_reported_with_its_trace(call: Call) -> None:
+    answer = call("report", str(GOOD))
+    assert answer.code == 0, answer.err
+    titles = ("Stages, all ranks", "Moves", "Balancedness", "Checks", "Overlap", "Device time by role", "Idle time")
+    for title in titles:
+        assert re.search(f"^{title}", answer.out, re.MULTILINE), title
+    assert "2 ranks, 2 devices, 4 iterations, 2 layers" in answer.out
+    assert "Stall of the main streams: unknown" in answer.out
+
+
+def test_json_of_a_real_run(call: Call) -> None:
+    data = json.loads(call("report", str(GOOD), "--format", "json").out)
+    trace = data["trace"]
+    assert trace["ranks"] == [0, 1]
+    whole = trace["overlap"]["statistic"]["whole"]
+    assert whole["hidden_ns"] + whole["exposed_ns"] == whole["total_ns"] > 0
+    assert sum(part["total_ns"] for part in trace["overlap"]["statistic"]["ranks"]) == whole["total_ns"]
+    assert trace["overlap"]["reduction"]["whole"]["overlap"] is None
+    assert trace["stall"] is None
+    assert trace["metrics"]["stall.p50_us"] is None
+    assert trace["metrics"]["balancedness.min"] > 0
+    assert "NaN" not in json.dumps(trace)
+
+
+@pytest.mark.parametrize("option", [("--iterations", "1-2"), ("--rank", "1"), ("--layer", "0")])
+def test_a_part_of_a_trace(call: Call, option: tuple[str, str]) -> None:
+    whole = json.loads(call("report", str(GOOD), "--format", "json").out)["trace"]
+    part = json.loads(call("report", str(GOOD), "--format", "json", *option).out)["trace"]
+    assert 0 < part["events"] < whole["events"]
+    assert part["selection"]
+    name = {"--iterations": "iterations", "--rank": "ranks", "--layer": "layers"}[option[0]]
+    key = name.removesuffix("s")
+    for row in part["overlap"]["balancer"][name]:
+        assert row in whole["overlap"]["balancer"][name], key
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [("exposed.max_us > 1e9", 0), ("exposed.max_us > 0.001", 1), ("stall.p50_us > 1e9", 3), ("moves.slots < 1", 0)],
+)
+def test_conditions_decide_the_exit_code(call: Call, condition: str, code: int) -> None:
+    answer = call("report", str(GOOD), "--fail-if", condition)
+    assert answer.code == code
+    assert f"limit {condition.split()[0]}" in answer.out
+
+
+def test_the_worst_of_several_conditions_counts(call: Call) -> None:
+    limits = ("--fail-if", "exposed.max_us > 0.001", "--fail-if", "stall.p50_us > 1")
+    assert call("report", str(GOOD), *limits).code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        ((), 2, "Missing argument"),
+        (("nowhere.sqlite",), 2, "E060"),
+        ((str(GOOD), "--fail-if", "exposed > 3"), 2, "E081"),
+        ((str(GOOD), "--iterations", "x"), 2, "E080"),
+        ((str(GOOD), "--roles", "nowhere.yaml"), 2, "nowhere.yaml"),
+        ((str(GOOD), "--format", "png"), 2, "E083"),
+        ((str(GOOD), str(GOOD)), 2, "E066"),
+        ((str(GOOD), "--top", "-1"), 2, "--top"),
+        ((str(GOOD / "scenario.yaml"),), 2, "E060"),
+    ],
+)
+def test_wrong_input(call: Call, arguments: tuple[str, ...], code: int, what: str) -> None:
+    answer = call("report", *arguments)
+    assert answer.code == code
+    assert what in answer.err
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+
+
+def test_junit_and_github(call: Call, tmp_path: Path) -> None:
+    limits = ("--fail-if", "exposed.max_us > 0.001", "--fail-if", "stall.p50_us > 1", "--fail-if", "moves.slots < 1")
+    junit = call("report", str(GOOD), *limits, "--format", "junit")
+    suites = junitparser.JUnitXml.fromstring(junit.out)
+    (suite,) = suites
+    found = {case.name: [type(result).__name__ for result in case.result] for case in suite}
+    assert found["limit exposed.max_us"] == ["Failure"]
+    assert found["limit stall.p50_us"] == ["Error"]
+    assert found["limit moves.slots"] == []
+    github = call("report", str(GOOD), *limits, "--format", "github").out
+    assert "::error file=" in github
+    assert "title=tiny%3A limit exposed.max_us is invalid" in github
+
+
+def test_html_and_perfetto_are_written_to_files(call: Call, tmp_path: Path) -> None:
+    assert call("report", str(GOOD), "--format", "html", "-o", str(tmp_path / "r.html")).code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>")
+    assert "tiny" in page
+    assert call("report", str(GOOD), "--format", "perfetto", "-o", str(tmp_path / "r.json")).code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["traceEvents"]
+
+
+def test_one_trace_is_the_same_as_itself(call: Call) -> None:
+    answer = call("compare", str(GOOD), str(GOOD), "--min-iterations", "4")
+    assert answer.code == 0, answer.err
+    assert "exposed" in answer.out
+    assert "worse" not in answer.out
+
+
+def test_too_few_iterations_are_unknown(call: Call) -> None:
+    answer = call("compare", str(GOOD), str(GOOD))
+    assert answer.code == 3
+    assert "too few iterations" in answer.out
+
+
+def test_compare_as_files_for_programs(call: Call) -> None:
+    few = (str(GOOD), str(GOOD), "--min-iterations", "4", "--gate", "exposed", "--gate", "step")
+    data = json.loads(call("compare", *few, "--format", "json").out)
+    assert [check["name"] for check in data["checks"]] == ["compare step", "compare exposed"]
+    assert {row["layer"] for row in data["compared"]} == {-1, 0, 1}
+    assert call("compare", *few, "--format", "markdown").out.startswith("# ")
+    (suite,) = junitparser.JUnitXml.fromstring(call("compare", *few, "--format", "junit").out)
+    assert len(list(suite)) == 2
+    assert "::notice title=eplbctl compare::1 of 1" in call("compare", *few, "--format", "github").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((str(GOOD),), "Missing argument"),
+        ((str(GOOD), "nowhere"), "nowhere"),
+        ((str(GOOD), str(GOOD), "--gate", "speed"), "E082"),
+        ((str(GOOD), str(GOOD), "--tolerance", "-1"), "--tolerance"),
+        ((str(GOOD), str(GOOD), "--min-iterations", "1"), "--min-iterations"),
+    ],
+)
+def test_wrong_input_of_compare(call: Call, arguments: tuple[str, ...], what: str) -> None:
+    answer = call("compare", *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert what in answer.err
+
+
+def test_reporting_needs_no_torch_and_starts_quickly() -> None:
+    program = (
+        "import sys, resource\n"
+        "from eplbctl.cli import invoke\n"
+        f"code = invoke(['report', {str(GOOD)!r}])\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, file=sys.stderr)\n"
+        "heavy = {'torch', 'triton', 'pandas', 'transformers', 'matplotlib', 'nvtx'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+        )
+        for _ in range(3)
+    ]
+    lines = [run.stderr.splitlines() for run in done]
+    assert {line[-1] for line in lines} == {"[]"}
+    # Processor time: another program on the machine does not lengthen it.
+    assert min(float(line[-2]) for line in lines) < 0.5
 
 
 def _cells(text: str) -> set[str]:

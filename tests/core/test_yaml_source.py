@@ -106,3 +106,12 @@ def test_no_text_leads_to_anything_but_data_or_a_scenario_error(text: str) -> No
     except ScenarioError:
         return
     assert document.where(()).startswith("f:")
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "moe_eplb").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_files_of_the_package_read_the_same_fast_and_slow(path: Path) -> None:
+    text = path.read_text()
+    assert yaml_source.load_shipped(text, path.name).data == yaml_source.load(text, path.name).data

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.core.verdict import CheckResult, Status
+
+if TYPE_CHECKING:  # captures are judged without what reads run folders
+    from moe_eplb.analysis.run_folder import RunFolder
 
 __all__ = ["Findings"]
 

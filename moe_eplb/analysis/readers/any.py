@@ -17,13 +17,15 @@ from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits, too_large
 from moe_eplb.analysis.readers.nsys import read_nsys
 from moe_eplb.analysis.readers.nsys_report import read_nsys_report
 from moe_eplb.analysis.readers.records import read_records
+from moe_eplb.analysis.readers.sound import require_sound
 from moe_eplb.analysis.readers.sqlite_tables import MAGIC, open_database
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.input_file import open_input
 
-__all__ = ["read_capture", "read_captures"]
+__all__ = ["RUN_TRACE", "read_capture", "read_captures"]
 
 RUN_TRACE = "trace.sqlite"
+"""Name of the trace in a run folder."""
 _LOOK = 4096
 
 
@@ -46,6 +48,7 @@ def read_capture(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
     if not len(found.gpu) and not len(found.ranges):
         why = f"no GPU events and no ranges ({found.form})"
         raise TraceError("E063", "a trace is empty", why=why, where=str(path))
+    require_sound(found, limits)
     return found
 
 
@@ -74,7 +77,7 @@ def _read(path: Path, limits: Limits) -> Capture:
 def _read_sqlite(path: Path, limits: Limits) -> Capture:
     with open_database(path, limits) as database:
         ours = database.has("EPLB_RECORD")
-    return read_records(path) if ours else read_nsys(path, limits)
+    return read_records(path, limits) if ours else read_nsys(path, limits)
 
 
 def _read_packed(path: Path, limits: Limits) -> Capture:

@@ -40,6 +40,10 @@ _CALLS = ("cuda_runtime", "cuda_driver")
 _RANGES = {"user_annotation": c.PUSH_POP, "cpu_op": c.OPERATOR}
 _SYNCS = {"Stream Wait Event": c.SYNC_WAIT, "Event Sync": c.SYNC_EVENT, "Stream Sync": c.SYNC_STREAM}
 _OTHER_SYNC = 4
+_KEPT_TEXT = 4096
+"""Characters of a name that are kept."""
+_SHOWN, _CATEGORIES = 40, 20
+"""Characters of a category, and how many categories, that are told of."""
 _SILENT = {"gpu_user_annotation", "Trace", "python_function"}
 """Slices that say nothing which others do not say: copies of ranges on the GPU's lanes, and the trace's own name."""
 
@@ -67,6 +71,10 @@ def read_chrome(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
             raise TraceError("E062", "a trace has damaged values", why=why, where=str(path)) from error
         if tables.count > limits.events:
             raise too_large(path, f"more than {limits.events} events", f"{tables.count} were read")
+        if tables.names.characters > limits.kept_text:
+            raise too_large(
+                path, f"more than {limits.kept_text} characters of names", f"{tables.count} events were read"
+            )
     if not tables.count:
         raise TraceError("E063", "a trace is empty", why="it has no events", where=str(path))
     return _capture(path, text.about, tables)
@@ -155,14 +163,15 @@ class _Tables:
         groups: dict[str, list[Event]] = defaultdict(list)
         for event in events:
             groups[event.get("cat", "") if event["ph"] == "X" else ""].append(event)
-        unread = Counter(event.get("cat", "without category") for event in groups.pop("", ()) if event["ph"] in "XBE")
+        others = (event.get("cat", "without category") for event in groups.pop("", ()) if event["ph"] in "XBE")
+        unread = Counter(category[:_SHOWN] for category in others)
         parts = []
         for category, members in groups.items():
             read = self._reader(category)
             if read is not None:
                 parts.append((read[0], read[1](category, members)))
             elif category not in _SILENT:
-                unread[category] += len(members)
+                unread[category[:_SHOWN]] += len(members)
         for table, part in parts:
             self.parts[table].append(part)
         self.count += len(events)
@@ -188,7 +197,7 @@ class _Tables:
             c.GPU, len(events), **self._times(events), name=self._named(events), kind=_GPU_KINDS[category],
             stream=_given_or(said, "stream", events, "tid"), device=_given_or(said, "device", events, "pid"),
             correlation=_given(said, "correlation"), graph_node=_positive(_given(said, "graph node id")),
-            bytes=np.maximum(_given(said, "bytes"), 0),
+            bytes=np.maximum(_given(said, "bytes"), 0), **_ours(said),
         )  # fmt: skip
 
     def _calls(self, category: str, events: list[Event]) -> Table:
@@ -225,14 +234,17 @@ class _Tables:
 
     def _named(self, events: list[Event]) -> NDArray[np.int64]:
         names = self.names
-        return _whole([names[event["name"]] for event in events])
+        return _whole([names[event["name"][:_KEPT_TEXT]] for event in events])
 
     def _on_threads(self, events: list[Event]) -> NDArray[np.int64]:
         threads = list(map(itemgetter("tid"), events))
         if set(map(type, threads)) <= {int}:
             return _whole(threads)
         return _whole(
-            [t if type(t) is int else self._threads.setdefault(str(t), -2 - len(self._threads)) for t in threads]
+            [
+                t if type(t) is int else self._threads.setdefault(str(t)[:_SHOWN], -2 - len(self._threads))
+                for t in threads
+            ]
         )
 
 
@@ -250,6 +262,16 @@ def _given_or(said: list[Event], key: str, events: list[Event], other: str) -> N
     return _whole([args[key] if key in args else event[other] for args, event in pairs])
 
 
+def _ours(said: list[Event]) -> dict[str, NDArray[np.int64]]:
+    """What a converted trace says of its events itself."""
+    if not any("eplb role" in args or "eplb layer" in args or "eplb iteration" in args for args in said):
+        return {}
+    roles = _whole([args.get("eplb role", c.UNSET_ROLE) for args in said])
+    if ((roles != c.UNSET_ROLE) & ((roles < 0) | (roles >= len(c.ROLES)))).any():
+        raise ValueError("a role that does not exist")
+    return {"role": roles, "layer": _given(said, "eplb layer"), "iteration": _given(said, "eplb iteration")}
+
+
 def _positive(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(values > 0, values, c.UNKNOWN)
 
@@ -261,15 +283,20 @@ def _capture(path: Path, about: Event, tables: _Tables) -> Capture:
     known = type(rank) is int and 0 <= rank < 1 << 31
     for table in read.values():
         table["process"] = table["rank"] = rank if known else 0
-    notes = [f"{count} events of category {name[:40]} are not read" for name, count in sorted(tables.unread.items())]
+    unread = sorted(tables.unread.items())
+    notes = [f"{count} events of category {name} are not read" for name, count in unread[:_CATEGORIES]]
+    if len(unread) > _CATEGORIES:
+        more = sum(count for _, count in unread[_CATEGORIES:])
+        notes.append(f"{more} events of {len(unread) - _CATEGORIES} other categories are not read")
     first = min((int(table["start"].min()) for table in read.values() if len(table)), default=0)
     base = about.get("baseTimeNanoseconds")
     utc = 0 if first > _EPOCH_NS else base if type(base) is int and base > 0 else None
     notes += [] if known else ["the trace does not state its rank"]
+    incomplete = about.get("eplb_incomplete")
     return Capture(
         source=str(path), form="PyTorch profiler", names=tuple(tables.names), gpu=read["gpu"], calls=read["calls"],
         ranges=read["ranges"], syncs=read["syncs"], spans=read["spans"], utc=utc, notes=tuple(notes),
-        rank_source="stated" if known else "counted",
+        incomplete=incomplete if isinstance(incomplete, str) else "", rank_source="stated" if known else "counted",
     ).in_order()  # fmt: skip
 
 

@@ -19,12 +19,16 @@ class Limits:
         text_bytes: Bytes of a JSON file once unpacked.
         piece_bytes: Bytes of the largest single event, and of what stands before or after the events.
         seconds: Longest time that one SQL statement, or a program that converts a file, may take.
+        kept_text: Characters of all names together.
+        lanes: Streams of all GPUs together, ranks, and processes that use a GPU.
     """
 
     events: int = 20_000_000
     text_bytes: int = 16 << 30
     piece_bytes: int = 8 << 20
     seconds: float = 600.0
+    kept_text: int = 1 << 29
+    lanes: int = 4096
 
 
 DEFAULT_LIMITS = Limits()

@@ -37,6 +37,9 @@ _COPIES = {
     9: "HtoH",
     10: "PtoP",
 }
+_OURS = {"eplbRole": c.UNSET_ROLE, "eplbLayer": c.UNKNOWN, "eplbIteration": c.UNKNOWN}
+"""Columns of exports that were converted from a format in which the source says these itself."""
+_RANK_KEY = re.compile(r"EPLB_RANK_OF_PROCESS_(\d{1,19})")
 _RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
 _WARNING, _VERBOSE = 2, 4
 _LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
@@ -45,7 +48,8 @@ _LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all
 def read_nsys(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
     """Read an export.
 
-    A process is a rank: the one that its first range named ``rank=N`` states, else processes are counted.
+    A process is a rank: the one that a converted export or its first range named ``rank=N`` states, else processes are
+    counted.
 
     Raises:
         TraceError: the file is missing, cut off, damaged, empty, too large, or of another schema.
@@ -105,7 +109,10 @@ class _Export:
 
     def _activity(self, table: str, required: tuple[str, ...], optional: dict[str, int]) -> Columns:
         always = ("start", "end", "deviceId", "streamId", *required)
-        columns = self._database.integers(table, always, {"correlationId": 0, "globalPid": 0} | optional)
+        columns = self._database.integers(table, always, {"correlationId": 0, "globalPid": 0} | _OURS | optional)
+        roles = columns["eplbRole"]
+        if ((roles != c.UNSET_ROLE) & ((roles < 0) | (roles >= len(c.ROLES)))).any():
+            raise ValueError(f"{table}: a role that does not exist")
         return in_time(columns, table)
 
     def _events(self, columns: Columns, kind: int, names: NDArray[Any]) -> Table:
@@ -114,6 +121,7 @@ class _Export:
             c.GPU, len(names), start=columns["start"], end=columns["end"], stream=columns["streamId"],
             correlation=columns["correlationId"], graph_node=np.where(node > 0, node, c.UNKNOWN),
             bytes=columns.get("bytes"), process=columns["globalPid"], name=names, device=columns["deviceId"], kind=kind,
+            role=columns["eplbRole"], layer=columns["eplbLayer"], iteration=columns["eplbIteration"],
         )  # fmt: skip
 
     # -- host side -------------------------------------------------------------------------------------------------
@@ -172,10 +180,20 @@ class _Export:
     def _ranks(self, gpu: Table, ranges: Table) -> tuple[dict[int, int], bool]:
         """The rank of each process that used a GPU, or of every process if none did; whether all of them state it."""
         used = np.unique(gpu["process"] if len(gpu) else ranges["process"]).tolist()
-        stated = {process: rank for process in used if (rank := self._stated_rank(process, ranges)) is not None}
+        written = self._written_ranks()
+        stated = {
+            process: rank
+            for process in used
+            if (rank := written.get(process, self._stated_rank(process, ranges))) is not None
+        }
         if len(set(stated.values())) == len(used):
-            return stated, bool(used)
+            return written | stated, bool(used)
         return {process: rank for rank, process in enumerate(used)}, False
+
+    def _written_ranks(self) -> dict[int, int]:
+        pairs = self._database.pairs("META_DATA_CAPTURE")
+        found = ((_RANK_KEY.fullmatch(name), value) for name, value in pairs.items())
+        return {int(match[1]): int(value) for match, value in found if match and re.fullmatch(r"[0-9]{1,6}", value)}
 
     def _stated_rank(self, process: int, ranges: Table) -> int | None:
         mine, texts = ranges[ranges["process"] == process], list(self._strings.pool)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,12 @@ from moe_eplb.core.input_file import open_input
 __all__ = ["MAGIC", "Database", "open_database"]
 
 MAGIC = b"SQLite format 3\0"
-_MAX_TEXT = 64 << 20
+_MAX_TEXT = 16 << 20
 _KEPT_TEXT = 4096
 """Characters of a name that are kept; a template's full name may be longer and says nothing new."""
+_KEPT_VALUE = 1 << 16
 _BATCH = 1_000
-_STEPS = 100_000
+_STEPS = 2_000
 """Virtual-machine steps of SQLite between two looks at the clock."""
 
 
@@ -81,7 +83,7 @@ class Database:
             return {}
         query = f'SELECT "{key}", substr("{text}", 1, {_KEPT_TEXT}) FROM {table} WHERE {where} AND "{text}" IS NOT NULL'
         found: dict[int, str] = {}
-        for rows in self._batches(query, table):
+        for rows in self._texts(query, table):
             for number, value in rows:
                 if not isinstance(number, int) or not isinstance(value, str):
                     why = f"{table}.{text} holds {type(value).__name__} under {number!r:.40}"
@@ -90,10 +92,11 @@ class Database:
         return found
 
     def pairs(self, table: str) -> dict[str, str]:
-        """A table of names and values; a name that stands there twice has its last value."""
+        """A table of names and values of at most 65536 characters; one that stands there twice has its last value."""
         if not self.has(table, "name", "value"):
             return {}
-        batches = self._batches(f"SELECT name, substr(value, 1, {_KEPT_TEXT}) FROM {table}", table)
+        query = f"SELECT substr(name, 1, {_KEPT_TEXT}), substr(value, 1, {_KEPT_VALUE}) FROM {table}"
+        batches = self._texts(query, table)
         return {str(name): "" if value is None else str(value) for rows in batches for name, value in rows}
 
     def _declared(self, table: str) -> set[str]:
@@ -104,13 +107,22 @@ class Database:
         numbers = array("q")  # takes whole numbers only, where numpy would cut fractions off
         try:
             for rows in self._batches(query, table):
-                numbers.extend(chain.from_iterable(rows))  # type: ignore[arg-type]  # it looks at every value
+                numbers.extend(chain.from_iterable(rows))
         except (TypeError, OverflowError) as error:
             why = f"{table}: {error}"
             raise TraceError("E062", "a trace has damaged values", why=why, where=str(self.path)) from error
         return np.frombuffer(numbers, np.int64) if numbers else np.empty(0, np.int64)
 
-    def _batches(self, query: str, table: str) -> Iterator[list[tuple[object, ...]]]:
+    def _texts(self, query: str, table: str) -> Iterator[list[tuple[Any, ...]]]:
+        """Batches of rows that end in a text; a column may be an expression, so its size says nothing of the file's."""
+        kept = 0
+        for rows in self._batches(query, table):
+            kept += sum(len(text) for *_, text in rows if isinstance(text, str | bytes))
+            if kept > self._limits.kept_text:
+                raise too_large(self.path, f"more than {self._limits.kept_text} characters of text", table)
+            yield rows
+
+    def _batches(self, query: str, table: str) -> Iterator[list[tuple[Any, ...]]]:
         deadline = time.monotonic() + self._limits.seconds
         self._connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
         cursor = self._connection.execute(query)
@@ -137,6 +149,7 @@ def open_database(path: Path, limits: Limits) -> Iterator[Database]:
         raise _damaged(path, error) from error
     try:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_TEXT)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA cell_size_check = ON")
         connection.execute("PRAGMA query_only = ON")

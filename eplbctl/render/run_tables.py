@@ -1,0 +1,56 @@
+"""The tables of `moe_eplb.analysis.stages`: what a run spent its time on, what moved, and what it brought."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from eplbctl.render.tables import Table, text
+
+if TYPE_CHECKING:
+    from moe_eplb.analysis.stages import Report
+
+__all__ = ["balance_and_moves", "remarks", "tables"]
+
+
+def tables(report: Report) -> Iterator[Table]:
+    """All tables, also those without rows."""
+    yield _stages(report)
+    yield _moves(report)
+    yield _balance(report)
+
+
+def remarks(report: Report) -> Iterator[str]:
+    """The first violation of the call order, and what is missing."""
+    yield f"First violation of the call order: {report.violation or 'none'}"
+    if report.incomplete:
+        yield f"Incomplete: {report.incomplete}"
+
+
+def balance_and_moves(report: Report) -> str:
+    """The two tables that a run ends with; empty for a run that routed nothing."""
+    return "\n\n".join(text((_balance(report), _moves(report))))
+
+
+def _stages(report: Report) -> Table:
+    headers = ("kind", "stream", "calls", "p50 us", "p95 us", "p99 us", "total ms")
+    rows = [
+        (s.name, s.stream, s.calls, f"{s.p50_us:.1f}", f"{s.p95_us:.1f}", f"{s.p99_us:.1f}", f"{s.total_ms:.2f}")
+        for s in report.stages
+    ]
+    return Table("Stages, all ranks", headers, rows)
+
+
+def _moves(report: Report) -> Table:
+    headers = ("layer", "commits", "slots moved", "bytes", "slots changed at the end", "of them to another rank")
+    rows = [
+        (m.layer, m.commits, m.moved_slots, f"{m.bytes:,}", f"{m.net_slots} of {m.slots}", m.cross_rank_net_slots)
+        for m in report.moves
+    ]
+    return Table("Moves", headers, rows)
+
+
+def _balance(report: Report) -> Table:
+    headers = ("layer", "first placement", "measured")
+    rows = [(row.layer, f"{row.static_start:.3f}", f"{row.now:.3f}") for row in report.balance]
+    return Table("Balancedness (mean rank load / max rank load)", headers, rows)

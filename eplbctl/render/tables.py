@@ -1,0 +1,48 @@
+"""Tables with titles, as plain text or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from eplbctl.render.text import table
+
+__all__ = ["Table", "markdown", "text"]
+
+
+class Table(NamedTuple):
+    """A table that has something to say only if it has rows; `note` stands below it."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+
+def text(tables: Iterable[Table]) -> list[str]:
+    """Every table that has rows, with its title above it."""
+    return [_with_note(f"{t.title}\n{table(t.headers, t.rows)}", t) for t in tables if t.rows]
+
+
+def markdown(tables: Iterable[Table]) -> list[str]:
+    """The same under headings of the second level."""
+    return [
+        _with_note(f"## {t.title}\n\n{table(t.headers, _escaped(t.rows), style='github')}", t, gap="\n\n")
+        for t in tables
+        if t.rows
+    ]
+
+
+def _with_note(text: str, of: Table, gap: str = "\n") -> str:
+    return f"{text}{gap}{of.note}" if of.note else text
+
+
+def _escaped(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Names of kernels hold characters that would end a cell or begin an element."""
+    return [[_inert(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+
+
+def _inert(cell: str) -> str:
+    for character in "\\`*_{}[]<>|":
+        cell = cell.replace(character, f"\\{character}")
+    return cell.replace("\n", " ")

@@ -1,0 +1,166 @@
+"""Which GPU events are which work of which stage: a stage is one layer of one iteration on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_eplb.analysis import capture as c
+from moe_eplb.analysis.call_names import CallNames
+from moe_eplb.analysis.capture import Capture, Table
+from moe_eplb.analysis.conformance import DYNAMIC
+from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.grouping import distinct_rows
+from moe_eplb.analysis.order_check_calls import Found
+from moe_eplb.analysis.order_check_flags import within_iterations
+from moe_eplb.analysis.ranges import RangeIndex
+from moe_eplb.core.events import Kind, by_name
+
+__all__ = ["StageWork", "stage_work"]
+
+Indices = NDArray[np.int64]
+_NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """What was put on streams for each stage with dynamic routing.
+
+    Attributes:
+        stages: The call that begins each stage [S], of type `CALLED`.
+        kind: Kind of each GPU event [N], UNKNOWN for what no call, no range of ours and no table knows.
+        stage: Row of its stage [N], or UNKNOWN.
+        launched: When each event was asked for [N]; its start where no call is known.
+        ends: When each stage's done_set_cpu_stage returned [S]; the end of time if it did not.
+        holds: When each stage's done_wait_gpu_stage was called [S], likewise.
+        releases: When its start_set_cpu_stage was called [S], likewise.
+    """
+
+    stages: Table
+    kind: Indices
+    stage: Indices
+    launched: Indices
+    ends: Indices
+    holds: Indices
+    releases: Indices
+
+    def where(self, stage: int) -> str:
+        """A stage in words."""
+        rank, layer, iteration = (int(self.stages[name][stage]) for name in ("rank", "layer", "iteration"))
+        return f"rank {rank}, layer {layer}, iteration {iteration}"
+
+    def of(self, *kinds: Kind) -> Indices:
+        """Rows of the GPU events of some kinds that belong to a stage."""
+        return np.flatnonzero((self.stage >= 0) & np.isin(self.kind, kinds))
+
+
+def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: CallNames, *, ours: bool) -> StageWork:
+    """The stages and their work.
+
+    In our own traces every event says what it is of. Elsewhere it is of the range around its launch, or of the kind
+    that the table gives its name, and belongs to the stage that was under way at its launch.
+
+    Args:
+        flags: Flags of the calls.
+        ours: The capture is our own trace.
+    """
+    calls = found.calls
+    stages = calls[_begins(calls, flags)]
+    held, released, ended = (
+        _first_call(calls, stages, kind)
+        for kind in (Kind.DONE_WAIT_GPU_STAGE, Kind.START_SET_CPU_STAGE, Kind.DONE_SET_CPU_STAGE)
+    )
+    holds, releases, ends = _moment(calls, held, "end"), _moment(calls, released, "start"), _moment(calls, ended, "end")
+    known = Dependencies(capture).launch_start
+    launched = np.where(known == c.UNKNOWN, capture.gpu["start"], known)
+    if ours:
+        kind, stage = _said_kinds(capture), _said_stages(capture, stages)
+    else:
+        kind = _kinds(capture, found.work, names)
+        stage = np.where(known == c.UNKNOWN, c.UNKNOWN, _stage_at(capture, stages, ends, launched))
+    return StageWork(stages, kind, stage, launched, ends, holds, releases)
+
+
+def _begins(calls: Table, flags: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which calls begin a stage: not those that are illegal because the stage is under way, or no iteration is."""
+    starts = (calls["kind"] == Kind.START_WAIT_GPU_STAGE) & (flags & DYNAMIC > 0)
+    if (calls["kind"] == Kind.START_ITER).any():
+        starts &= within_iterations(calls)
+    under_way: set[tuple[int, int]] = set()
+    columns = (calls[name].tolist() for name in ("rank", "layer", "kind"))
+    for index, (rank, layer, kind) in enumerate(zip(*columns, strict=True)):
+        if starts[index]:
+            starts[index] = (rank, layer) not in under_way
+            under_way.add((rank, layer))
+        elif kind == Kind.DONE_SET_CPU_STAGE:
+            under_way.discard((rank, layer))
+        elif kind >= Kind.START_ITER:
+            under_way = {one for one in under_way if one[0] != rank}
+    begins: NDArray[np.bool_] = starts
+    return begins
+
+
+def _first_call(calls: Table, stages: Table, kind: Kind) -> Indices:
+    """Row of the first call of a kind that each stage has after it began and before its layer begins again."""
+    rows = np.flatnonzero(calls["kind"] == kind)
+    columns = [np.concatenate([stages[name], calls[name][rows]]) for name in ("rank", "layer")]
+    _, group = distinct_rows(columns)
+    starts = np.concatenate([stages["start"], calls["start"][rows]])
+    order = np.lexsort((starts, group))
+    is_stage = order < len(stages)
+    found = np.full(len(stages), c.UNKNOWN, np.int64)
+    following = order[1:][is_stage[:-1] & ~is_stage[1:] & (group[order][1:] == group[order][:-1])]
+    begun = order[:-1][is_stage[:-1] & ~is_stage[1:] & (group[order][1:] == group[order][:-1])]
+    found[begun] = rows[following - len(stages)]
+    return found
+
+
+def _moment(calls: Table, rows: Indices, column: str) -> Indices:
+    values = calls[column][rows] if len(calls) else rows
+    return np.where((rows >= 0) & (values != c.UNKNOWN), values, _NEVER)
+
+
+def _said_kinds(capture: Capture) -> Indices:
+    used, inverse = np.unique(capture.gpu["name"], return_inverse=True)
+    kinds = [by_name(capture.names[name]) for name in used.tolist()]
+    return np.array([c.UNKNOWN if kind is None else int(kind) for kind in kinds], np.int64)[inverse.reshape(-1)]
+
+
+def _said_stages(capture: Capture, stages: Table) -> Indices:
+    gpu, count = capture.gpu, len(stages)
+    columns = [np.concatenate([stages[name], gpu[name]]) for name in ("rank", "layer", "iteration")]
+    distinct, group = distinct_rows(columns)
+    of_group = np.full(len(distinct), c.UNKNOWN, np.int64)
+    of_group[group[:count]] = np.arange(count)
+    return of_group[group[count:]]
+
+
+def _kinds(capture: Capture, work: Table, names: CallNames) -> Indices:
+    """By the innermost range of known kind that the launching thread was in, else by name."""
+    used, inverse = np.unique(capture.gpu["name"], return_inverse=True)
+    named = [names.by_kernel(capture.names[name]) for name in used.tolist()]
+    kinds = np.array([c.UNKNOWN if kind is None else int(kind) for kind in named], np.int64)[inverse.reshape(-1)]
+    call = Dependencies(capture).call
+    asked = np.flatnonzero(call >= 0)
+    if not len(asked) or not len(work):
+        return kinds
+    calls = capture.calls[call[asked]]
+    around = RangeIndex(capture.ranges[work["row"]]).around(calls["process"], calls["start"], calls["thread"])
+    kinds[asked] = np.where(around >= 0, work["kind"][around], kinds[asked])
+    return kinds
+
+
+def _stage_at(capture: Capture, stages: Table, ends: Indices, launched: Indices) -> Indices:
+    """The stage of each event's process that had begun last before its launch and had not ended."""
+    found = np.full(len(launched), c.UNKNOWN, np.int64)
+    for process in np.unique(stages["process"]).tolist():
+        begun = np.flatnonzero(stages["process"] == process)
+        begun = begun[np.argsort(stages["start"][begun], kind="stable")]
+        mine = np.flatnonzero(capture.gpu["process"] == process)
+        at = np.searchsorted(stages["start"][begun], launched[mine], side="right") - 1
+        stage = np.where(at >= 0, begun[np.maximum(at, 0)], c.UNKNOWN)
+        under_way = (stage >= 0) & (launched[mine] <= ends[stage])
+        found[mine] = np.where(under_way, stage, c.UNKNOWN)
+    return found

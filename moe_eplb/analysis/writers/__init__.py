@@ -1,0 +1,1 @@
+"""Captures to files; each writer says what its format cannot hold."""

@@ -1,0 +1,207 @@
+"""``eplbctl trace``: what traces are; traces without private parts, in other formats, of several ranks as one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from eplbctl.render.inert import inert
+from moe_eplb.analysis.readers.any import read_capture
+
+from ..analysis.nsys_files import three_steps_and_two_replays
+from ..analysis.profiler_traces import expert_parallel
+from .conftest import Call
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = ROOT / "traces" / "good" / "two_ranks_gathered"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """An export of Nsight Systems that holds what must not leave the machine."""
+    file = three_steps_and_two_replays()
+    path = file.write(tmp_path / "export.sqlite")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE TARGET_INFO_SYSTEM_ENV (name TEXT, value TEXT)")
+        connection.execute("INSERT INTO TARGET_INFO_SYSTEM_ENV VALUES ('API_TOKEN', 'hunter2hunter2')")
+        connection.commit()
+    return path
+
+
+def _profiler(folder: Path, rank: int) -> Path:
+    path = expert_parallel().write(folder / f"rank{rank}.json")
+    data = json.loads(path.read_text())
+    data["distributedInfo"] = {"rank": rank}
+    path.write_text(json.dumps(data))
+    return path
+
+
+# -- info ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "json"])
+def test_info(call: Call, export: Path, form: str) -> None:
+    answer = call("trace", "info", str(export), str(GOOD), "--format", form)
+    assert answer.code == 0, answer.err
+    for part in ("nsys 3.20.3", "moe_eplb", "eplb/step", "MoeBalancer", "start_wait_gpu_stage"):
+        assert part in answer.out.replace("\\", "")
+
+
+def test_info_for_programs(call: Call) -> None:
+    (info,) = json.loads(call("trace", "info", str(GOOD), "--format", "json").out)["traces"]
+    assert (info["ranks"], info["rank_source"], info["layers"]) == ([0, 1], "stated", [0, 1])
+    assert info["counts"]["gpu"] == len(read_capture(GOOD).gpu)
+    assert info["alignment"] is None
+    assert info["waits_recorded"] is False
+
+
+def test_info_of_several_says_how_clocks_lie(call: Call, tmp_path: Path) -> None:
+    answer = call("trace", "info", *(str(_profiler(tmp_path, rank)) for rank in (0, 1)))
+    assert "clock moved by 0 ns" in answer.out
+
+
+def test_names_in_a_trace_cannot_drive_the_terminal(call: Call, tmp_path: Path) -> None:
+    file = three_steps_and_two_replays()
+    file.kernel("\x1b[2Jgone\u202e", 90_000, 90_010, 99)
+    out = call("trace", "info", str(file.write(tmp_path / "t.sqlite"))).out
+    out += call("report", str(tmp_path / "t.sqlite")).out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert inert("\x1b[2Jgone\u202e") in out
+
+
+# -- redact ----------------------------------------------------------------------------------------------------------
+
+
+def test_redacted_copies(call: Call, export: Path, tmp_path: Path) -> None:
+    before = export.read_bytes()
+    answer = call("trace", "redact", str(export), "-o", "public.sqlite")
+    assert answer.code == 0, answer.err
+    assert "TARGET_INFO_SYSTEM_ENV" in answer.out
+    assert "hunter2" not in answer.out
+    assert export.read_bytes() == before
+    assert b"hunter2" not in Path("public.sqlite").read_bytes()
+    assert len(read_capture(Path("public.sqlite")).gpu) == len(read_capture(export).gpu)
+    assert call("trace", "redact", "public.sqlite", "-o", "again.sqlite").out.strip() == "nothing had to be removed"
+
+
+def test_redacted_in_place(call: Call, export: Path) -> None:
+    assert call("trace", "redact", str(export), "--in-place").code == 0
+    assert b"hunter2" not in export.read_bytes()
+
+
+def test_a_redacted_run_folder_is_judged_as_before(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(GOOD, run)
+    meta = json.loads((run / "meta.json").read_text())
+    meta["argv"] = ["eplbctl", "run", "/home/somebody/secret/plans.yaml"]
+    (run / "meta.json").write_text(json.dumps(meta))
+    answer = call("trace", "redact", str(run), "-o", "public")
+    assert answer.code == 0, answer.err
+    assert "meta.json: " in answer.out
+    assert all(b"somebody" not in path.read_bytes() for path in Path("public").iterdir())
+    assert b"somebody" in (run / "meta.json").read_bytes()
+    assert call("verify", "public").code == 0
+    assert call("report", "public").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("nowhere.sqlite", "-o", "x"), "there is no trace"),
+        (("{export}",), "--in-place"),
+        (("{export}", "-o", "x", "--in-place"), "--in-place"),
+        (("{export}", "-o", "{export}", "--force"), "over itself"),
+        (("{export}", "-o", "taken"), "E002"),
+        (("report.nsys-rep", "-o", "x"), "nsys export"),
+        ((".", "-o", "x"), "no run folder"),
+        (("taken", "-o", "x"), "E068"),
+        (("{run}", "-o", "taken"), "E002"),
+    ],
+)
+def test_wrong_input_of_redact(call: Call, export: Path, arguments: tuple[str, ...], what: str) -> None:
+    Path("taken").write_text("nothing of the kind")
+    before = {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    answer = call("trace", "redact", *(word.format(export=export, run=GOOD) for word in arguments))
+    assert (answer.code, answer.out) == (2, "")
+    assert what in answer.err
+    assert {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+# -- convert and merge -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("t.sqlite", ()), ("t.json", ("--rank", "1")), ("t.json.gz", ("--rank", "1")), ("t", ("--to", "sqlite"))],
+)
+def test_converted(call: Call, name: str, more: tuple[str, ...]) -> None:
+    answer = call("trace", "convert", str(GOOD), "-o", name, *more)
+    assert (answer.code, answer.out) == (0, ""), answer.err
+    assert "updater" in answer.err
+    again = read_capture(Path(name))
+    assert again.ranks == ([1] if "--rank" in more else [0, 1])
+    assert call("report", name).code == 0
+    if name.endswith(".gz"):
+        assert json.loads(gzip.decompress(Path(name).read_bytes()))["distributedInfo"] == {"rank": 1}
+
+
+def test_a_converted_run_gives_the_same_overlap(call: Call) -> None:
+    call("trace", "convert", str(GOOD), "-o", "t.sqlite")
+    one, other = (json.loads(call("report", t, "--format", "json").out)["trace"] for t in (str(GOOD), "t.sqlite"))
+    for pair in ("balancer", "balancer_compute", "communication", "statistic", "handover", "reduction"):
+        assert one["overlap"][pair]["ranks"] == other["overlap"][pair]["ranks"], pair
+        assert one["overlap"][pair]["layers"] == other["overlap"][pair]["layers"], pair
+    status = {check["name"]: check["status"] for check in other["checks"]}
+    assert status["call_order"] == "valid"
+
+
+def test_merged_ranks(call: Call, tmp_path: Path) -> None:
+    parts = [str(_profiler(tmp_path, rank)) for rank in (0, 1)]
+    answer = call("trace", "merge", *parts, "-o", "job.sqlite", "--offset", "0", "--offset", "500")
+    assert answer.code == 0, answer.err
+    assert "clock moved by 500 ns, as was given" in answer.err
+    job = read_capture(Path("job.sqlite"))
+    assert job.ranks == [0, 1]
+    starts = [int(job.gpu["start"][job.gpu["rank"] == rank].min()) for rank in (0, 1)]
+    assert starts[1] - starts[0] == 500
+    assert call("report", "job.sqlite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("convert", "nowhere", "-o", "x.sqlite"), "E060"),
+        (("convert", "{good}", "-o", "x.txt"), "E077"),
+        (("convert", "{good}", "-o", "x.json"), "holds one rank"),
+        (("convert", "{good}", "-o", "x.json", "--rank", "7"), "no rank 7"),
+        (("convert", "{good}", "-o", "taken.sqlite"), "E002"),
+        (("convert", "{good}", "-o", "missing/x.sqlite"), "E004"),
+        (("convert", "{export}", "-o", "{export}", "--force"), "over itself"),
+        (("convert", "{good}"), "--output"),
+        (("merge", "{good}", "-o", "x.sqlite"), "E078"),
+        (("merge", "{good}", "{good}", "-o", "x.sqlite"), "E066"),
+        (("merge", "{good}", "{export}", "-o", "x.sqlite", "--offset", "1"), "E066"),
+        (("info",), "Missing argument"),
+        (("info", "taken.sqlite"), "E060"),
+        (("info", "{empty}"), "E060"),
+    ],
+)
+def test_wrong_input(call: Call, export: Path, tmp_path: Path, arguments: tuple[str, ...], what: str) -> None:
+    Path("taken.sqlite").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    places = {"good": GOOD, "export": export, "empty": tmp_path / "empty"}
+    answer = call("trace", *(word.format(**places) for word in arguments))
+    assert (answer.code, answer.out) == (2, ""), answer.err
+    assert what in answer.err
+    assert "Traceback" not in answer.err
+    assert Path("taken.sqlite").read_text() == "mine"
+    assert not Path("x.sqlite").exists()
+    assert not Path("x.json").exists()
+    assert not list(Path().glob(".eplbctl*"))
