@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
-from moe_eplb.analysis.capture import Capture, role_codes
+from moe_eplb.analysis.capture import Capture, Names, role_codes
+from moe_eplb.analysis.grouping import members
 from moe_eplb.analysis.intervals import coverage, intervals, union
 from moe_eplb.core.events import Role
 
@@ -103,11 +104,10 @@ def _by_name(capture: Capture, roles: NDArray[np.uint8], rank: int) -> dict[str,
     gpu = capture.gpu
     rows = np.flatnonzero((gpu["rank"] == rank) & np.isin(roles, _COMMUNICATION) & (gpu["kind"] != c.UPDATER_WORK))
     rows = rows[np.argsort(gpu["start"][rows], kind="stable")]
-    stems: dict[str, list[NDArray[np.int64]]] = {}
-    for number in np.unique(gpu["name"][rows]).tolist():
-        stem = _NUMBER.sub("#", capture.names[number])
-        stems.setdefault(stem, []).append(rows[gpu["name"][rows] == number])
-    return {stem: np.sort(np.concatenate(parts)) for stem, parts in stems.items()}
+    numbers, used = np.unique(gpu["name"][rows], return_inverse=True)
+    stems = Names()
+    of_name = np.array(stems.numbers(_NUMBER.sub("#", capture.names[number]) for number in numbers.tolist()), np.int64)
+    return {stem: np.sort(rows[mine]) for stem, mine in zip(stems, members(of_name[used], len(stems)), strict=True)}
 
 
 def _imbalance(capture: Capture, roles: NDArray[np.uint8], found: Collectives) -> NDArray[np.float64]:

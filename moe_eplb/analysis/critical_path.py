@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLES, Capture
 from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.grouping import distinct_rows, members
 
 __all__ = ["HOST", "LATENCY", "UNEXPLAINED", "CriticalPath", "Part", "critical_path", "iteration_paths"]
 
@@ -65,10 +66,11 @@ def iteration_paths(capture: Capture) -> dict[tuple[int, int], CriticalPath]:
     walker = _Walker(capture)
     gpu = capture.gpu
     on_device = (gpu["kind"] != c.UPDATER_WORK) & (gpu["iteration"] >= 0)
-    keys = np.unique(np.stack([gpu["rank"], gpu["iteration"]], axis=1)[on_device], axis=0).tolist()
+    counted = np.flatnonzero(on_device)
+    keys, group = distinct_rows([gpu["rank"][counted], gpu["iteration"][counted]])
     paths = {}
-    for rank, iteration in keys:
-        rows = np.flatnonzero(on_device & (gpu["rank"] == rank) & (gpu["iteration"] == iteration))
+    for (rank, iteration), mine in zip(keys.tolist(), members(group, len(keys)), strict=True):
+        rows = counted[mine]
         launched = walker.edges.launch_start[rows]
         first = min(int(gpu["start"][rows].min()), int(launched[launched >= 0].min(initial=1 << 62)))
         paths[rank, iteration] = walker.walk(int(rows[np.argmax(gpu["end"][rows])]), first)
@@ -144,10 +146,10 @@ class _Walker:
         numbers = [number for number, name in enumerate(names) if _BLOCKING in name]
         rows = np.flatnonzero(np.isin(calls["name"], numbers))
         found = {}
-        for key in {*zip(calls["process"][rows].tolist(), calls["thread"][rows].tolist(), strict=True)}:
-            mine = rows[(calls["process"][rows] == key[0]) & (calls["thread"][rows] == key[1])]
-            mine = mine[np.argsort(calls["end"][mine], kind="stable")]
-            found[key] = calls["end"][mine], mine
+        keys, group = distinct_rows([calls["process"][rows], calls["thread"][rows]])
+        for (process, thread), of_thread in zip(keys.tolist(), members(group, len(keys)), strict=True):
+            mine = rows[of_thread][np.argsort(calls["end"][rows[of_thread]], kind="stable")]
+            found[process, thread] = calls["end"][mine], mine
         return found
 
     @cached_property

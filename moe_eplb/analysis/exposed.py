@@ -58,9 +58,12 @@ def largest_exposed(
         times = _exposed(capture.gpu[rows], work, behind, pair)
         longest = times[np.argsort(times[:, 0] - times[:, 1], kind="stable")][:most]
         found += [(start - end, start, end, rows[work]) for start, end in longest.tolist()]
-    chosen = sorted(found, key=lambda one: one[:3])[:most]
-    index = RangeIndex(capture.ranges), RangeIndex(capture.ranges, any_thread=True)
-    return [_stretch(capture, start, end, rows, index) for _, start, end, rows in chosen]
+    chosen = [
+        (start, end, rows[(capture.gpu["start"][rows] < end) & (capture.gpu["end"][rows] > start)])
+        for _, start, end, rows in sorted(found, key=lambda one: one[:3])[:most]
+    ]
+    ranges = _ranges(capture, np.array([inside[0] for *_, inside in chosen], np.int64))
+    return [_stretch(capture, *one, around) for one, around in zip(chosen, ranges, strict=True)]
 
 
 def exposed_times(
@@ -103,11 +106,8 @@ def _union(events: Table) -> Intervals:
     return union(intervals(events["start"], events["end"]))
 
 
-def _stretch(
-    capture: Capture, start: int, end: int, rows: NDArray[np.int64], index: tuple[RangeIndex, RangeIndex]
-) -> Stretch:
+def _stretch(capture: Capture, start: int, end: int, inside: NDArray[np.int64], ranges: tuple[str, ...]) -> Stretch:
     gpu = capture.gpu
-    inside = rows[(gpu["start"][rows] < end) & (gpu["end"][rows] > start)]
     lengths: dict[str, int] = {}
     for row in inside.tolist():
         name = capture.names[gpu["name"][row]]
@@ -116,20 +116,25 @@ def _stretch(
     return Stretch(
         rank=int(first["rank"]), device=int(first["device"]), start=start, end=end, iteration=int(first["iteration"]),
         layer=int(first["layer"]), work=tuple(sorted(lengths.items(), key=lambda item: (-item[1], item[0]))),
-        ranges=_ranges(capture, inside[:1], index),
+        ranges=ranges,
     )  # fmt: skip
 
 
-def _ranges(capture: Capture, row: NDArray[np.int64], index: tuple[RangeIndex, RangeIndex]) -> tuple[str, ...]:
-    """Ranges around one event's launch, of its own thread if there are any; for graph nodes those of the capture."""
-    one = Capture(capture.source, capture.form, capture.names, capture.gpu[row], capture.calls, nodes=capture.nodes)
-    launches = Launches(one)
-    for by, made in ((launches.node, capture.nodes), (launches.call, capture.calls)):
-        if by[0] < 0:
-            continue
-        asked = made[by]
-        for finder in index:
-            around = int(finder.around(asked["process"], asked["start"], asked["thread"])[0])
-            if around >= 0:
-                return tuple(capture.names[capture.ranges["text"][r]] for r in finder.path(around))
-    return ()
+def _ranges(capture: Capture, rows: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    """Ranges around the launch of each of some events, see `Stretch`; for graph nodes those of the capture.
+
+    Ranges of the launching thread count before those of others.
+    """
+    few = Capture(capture.source, capture.form, capture.names, capture.gpu[rows], capture.calls, nodes=capture.nodes)
+    launches = Launches(few)
+    found: list[tuple[str, ...]] = [()] * len(rows)
+    for by, made in ((launches.call, capture.calls), (launches.node, capture.nodes)):  # the last that knows counts
+        asked = np.flatnonzero(by >= 0)
+        process, moment, thread = (made[name][by[asked]] for name in ("process", "start", "thread"))
+        for any_thread in (True, False):
+            index = RangeIndex(capture.ranges, any_thread)
+            around = index.around(process, moment, thread).tolist()
+            for event, row in zip(asked.tolist(), around, strict=True):
+                if row >= 0:
+                    found[event] = tuple(capture.names[capture.ranges["text"][r]] for r in index.path(row))
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["distinct_rows"]
+__all__ = ["distinct_rows", "members"]
 
 
 def distinct_rows(columns: Sequence[NDArray[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -23,3 +23,9 @@ def distinct_rows(columns: Sequence[NDArray[Any]]) -> tuple[NDArray[np.int64], N
     first = np.zeros(groups if count else 0, np.int64)
     first[group[::-1]] = np.arange(count)[::-1]
     return np.stack([column[first].astype(np.int64) for column in columns], axis=1), group
+
+
+def members(group: NDArray[np.int64], groups: int) -> list[NDArray[np.int64]]:
+    """The indices of each group's rows, in order, for the group number [N] of each row."""
+    order = np.argsort(group, kind="stable")
+    return np.split(order, np.searchsorted(group, np.arange(1, groups), sorter=order)) if groups else []

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.dependencies import Dependencies
-from moe_eplb.analysis.grouping import distinct_rows
+from moe_eplb.analysis.grouping import distinct_rows, members
 from moe_eplb.analysis.intervals import Intervals, coverage, intervals, subtract, union
 
 __all__ = ["Cause", "GpuIdle", "gpu_idle"]
@@ -61,14 +61,11 @@ def gpu_idle(capture: Capture) -> list[GpuIdle]:
     dependencies = Dependencies(capture)
     gpu = capture.gpu
     on_device = gpu["kind"] != c.UPDATER_WORK
-    keys = distinct_rows([gpu["rank"][on_device], gpu["device"][on_device]])[0].tolist()
+    counted = np.flatnonzero(on_device)
+    keys, group = distinct_rows([gpu["rank"][counted], gpu["device"][counted]])
     held = np.zeros(len(gpu), np.bool_)
     held[dependencies.waits[:, 0]] = True
-    found = []
-    for rank, device in keys:
-        rows = np.flatnonzero((gpu["rank"] == rank) & (gpu["device"] == device) & on_device)
-        found.append(_of_gpu(dependencies, rows, held))
-    return found
+    return [_of_gpu(dependencies, counted[mine], held) for mine in members(group, len(keys))]
 
 
 def _of_gpu(dependencies: Dependencies, rows: NDArray[np.int64], held: NDArray[np.bool_]) -> GpuIdle:
@@ -83,7 +80,7 @@ def _of_gpu(dependencies: Dependencies, rows: NDArray[np.int64], held: NDArray[n
     return GpuIdle(
         rank=int(gpu["rank"][0]), device=int(gpu["device"][0]), gaps=gaps, causes=_sums(parts),
         span=int(busy[-1, 1] - busy[0, 0]) if len(busy) else 0, idle=int((gaps[:, 1] - gaps[:, 0]).sum()),
-        iterations={int(i): _sums(parts, iteration == i) for i in np.unique(iteration).tolist()},
+        iterations=_by_iteration(parts, iteration),
     )  # fmt: skip
 
 
@@ -121,5 +118,13 @@ def _spans(capture: Capture, ending: NDArray[np.int64]) -> tuple[Intervals, Inte
     return overhead, subtract(called, overhead)
 
 
-def _sums(parts: dict[Cause, NDArray[np.int64]], mask: NDArray[np.bool_] | None = None) -> dict[Cause, int]:
-    return {cause: int((part if mask is None else part[mask]).sum()) for cause, part in parts.items()}
+def _sums(parts: dict[Cause, NDArray[np.int64]]) -> dict[Cause, int]:
+    return {cause: int(part.sum()) for cause, part in parts.items()}
+
+
+def _by_iteration(parts: dict[Cause, NDArray[np.int64]], iteration: NDArray[np.int32]) -> dict[int, dict[Cause, int]]:
+    numbers, group = np.unique(iteration, return_inverse=True)
+    sums = {cause: np.zeros(len(numbers), np.int64) for cause in parts}
+    for cause, part in parts.items():
+        np.add.at(sums[cause], group, part)
+    return {number: {cause: int(sums[cause][at]) for cause in parts} for at, number in enumerate(numbers.tolist())}

@@ -82,13 +82,15 @@ class HappensBefore:
     def _histories(self) -> _Histories:
         """For each lane how its clock grew: places and clocks."""
         histories: _Histories = {}
-        for merge in self._merges:
-            places, clocks = histories.setdefault(merge.lane, ([], []))
-            merged = dict(clocks[-1]) if clocks else {}
-            for lane, place in (*_at(histories, merge.on, merge.upto).items(), (merge.on, merge.upto)):
-                if lane != merge.lane and place > merged.get(lane, 0):
-                    merged[lane] = place
-            places.append(merge.at)
+        for at, lane, upto, on in self._merges:
+            places, clocks = histories.setdefault(lane, ([], []))
+            merged = clocks[-1].copy() if clocks else {}
+            for other, place in _at(histories, on, upto).items():
+                if place > merged.get(other, 0) and other != lane:
+                    merged[other] = place
+            if upto > merged.get(on, 0) and on != lane:
+                merged[on] = upto
+            places.append(at)
             clocks.append(merged)
         return histories
 
@@ -119,15 +121,7 @@ class HappensBefore:
         )
         places = np.empty(len(moments), np.int64)
         places[np.lexsort((numbers, moments))] = np.arange(1, len(moments) + 1)
-        return self._one_place_a_call(moments, numbers, np.where(moments == c.UNKNOWN, c.UNKNOWN, places))
-
-    @staticmethod
-    def _one_place_a_call(moments: Indices, numbers: Indices, places: Indices) -> Indices:
-        """Things of one call (a record that several wait for) share their place."""
-        _, call = distinct_rows([moments, numbers])
-        shared = np.full(int(call.max()) + 1 if len(call) else 0, np.iinfo(np.int64).max)
-        np.minimum.at(shared, call, places)
-        return shared[call] if len(call) else places
+        return np.where(moments == c.UNKNOWN, c.UNKNOWN, places)
 
     @cached_property
     def _merges(self) -> list[_Merge]:

@@ -46,7 +46,8 @@ class Found:
 
     Attributes:
         calls: Calls of the API of type `CALLED`, by rank and time.
-        work: All other ranges of known kinds and the calls once more, by rank and time: what kernels may lie in.
+        work: Ranges of the work on streams and the calls once more, by rank and time: what kernels may lie in.
+            Without those that lie in another one of their kind and so tell nothing new.
         counted: What had to be counted because nothing names it: ``layers``, ``iterations``.
     """
 
@@ -73,10 +74,11 @@ def find_calls(capture: Capture, names: CallNames) -> Found:
     What lies in another call or in a piece of its work is that work and no call: both may carry the same text.
     """
     found = _matched(capture, names)
-    made = _made(found)
-    calls = made[(made["kind"] <= _CALLS)]
+    outer = _outer(found)
+    calls = found[(outer == c.UNKNOWN) & (found["kind"] <= _CALLS)]
     counted = _count(calls)
-    work = found[(found["kind"] <= Kind.SHARED_EXPERT) & ~np.isin(found["kind"], _AROUND)]
+    same = (outer >= 0) & (found["kind"][outer] == found["kind"])
+    work = found[(found["kind"] <= Kind.SHARED_EXPERT) & ~np.isin(found["kind"], _AROUND) & ~same]
     return Found(calls, work, counted, found[found["kind"] == Kind.UNORDERED])
 
 
@@ -102,7 +104,7 @@ def _matched(capture: Capture, names: CallNames) -> Table:
             found["kind"][mine], whole[mine] = label.kind, label.rule.whole
             found["layer"][mine] = around.numbers("layer", label.rule.layer, label.layer, rows[mine])
             found["iteration"][mine] = around.numbers("iteration", label.rule.iteration, label.iteration, rows[mine])
-    return _sorted(np.concatenate([found, _ends(found[whole])]))
+    return _sorted(np.concatenate([found, _ends(found[whole])])) if whole.any() else found
 
 
 def _label(capture: Capture, names: CallNames, domain: int, text: int) -> _Label | None:
@@ -174,18 +176,19 @@ def _numbered(capture: Capture, patterns: Sequence[Any]) -> Indices:
     return np.array(found, np.int64)[inverse.reshape(-1)]
 
 
-def _made(found: Table) -> Table:
-    """What does not lie in a call, or in work, that began before it on its thread."""
-    order = np.lexsort((-found["end"], found["start"], found["thread"], found["process"]))
-    ordered = found[order]
-    closes = np.where(np.isin(ordered["kind"], _AROUND) | (ordered["end"] < 0), np.iinfo(np.int64).min, ordered["end"])
-    inside = np.zeros(len(found), np.bool_)
-    _, threads = distinct_rows([ordered["process"], ordered["thread"]])
-    for group in np.unique(threads).tolist():
+def _outer(found: Table) -> Indices:
+    """Row of the call or piece of work that each row lies in, of those the one that ends last, or UNKNOWN."""
+    start, end = found["start"], found["end"]
+    closes = np.where(np.isin(found["kind"], _AROUND) | (end < 0), np.iinfo(np.int64).min, end)
+    outer = np.full(len(found), c.UNKNOWN, np.int64)
+    distinct, threads = distinct_rows([found["process"], found["thread"]])
+    for group in range(len(distinct)):
         mine = np.flatnonzero(threads == group)
         latest = np.maximum.accumulate(closes[mine])
-        inside[order[mine[1:]]] = ordered["start"][mine[1:]] < latest[:-1]
-    return found[~inside]
+        grows = np.append(True, latest[1:] > latest[:-1])
+        around = mine[np.maximum.accumulate(np.where(grows, np.arange(len(mine)), 0))]
+        outer[mine[1:]] = np.where(start[mine[1:]] < latest[:-1], around[:-1], c.UNKNOWN)
+    return outer
 
 
 def _count(calls: Table) -> tuple[str, ...]:

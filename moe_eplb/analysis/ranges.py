@@ -7,6 +7,7 @@ a graph replay carry the replay's correlation; what was open when the graph was 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,12 +16,15 @@ from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table
+from moe_eplb.analysis.grouping import members
 from moe_eplb.analysis.intervals import intervals, length, union
 
 __all__ = ["Launches", "Projection", "RangeIndex", "match_pairs", "project"]
 
 Indices = NDArray[np.int64]
 _NEVER = np.iinfo(np.int64).max
+_FEW = 16
+"""Threads up to which looking through all questions for each is cheaper than putting them in order."""
 
 
 class RangeIndex:
@@ -56,15 +60,24 @@ class RangeIndex:
         return strides
 
     def around(self, process: Indices, moments: Indices, thread: Indices | None = None) -> Indices:
-        """For each moment the row of the innermost open range, or UNKNOWN."""
+        """For each moment the row of the innermost open range, or UNKNOWN; of any thread no `thread` is needed."""
         found = np.full(len(moments), c.UNKNOWN, np.int64)
-        for first, beyond in self._groups:
-            mine = process == self._process[first]
-            if not self._any_thread and thread is not None:
-                mine &= thread == self._thread[first]
-            asked = np.flatnonzero(mine)
+        of_thread = np.zeros(len(moments), np.int64) if self._any_thread or thread is None else thread
+        for first, beyond, asked in self._asked(process, of_thread):
             found[asked] = self._climb(first, beyond, moments[asked])
         return np.where(found >= 0, self._index[found] if len(self._index) else found, c.UNKNOWN)
+
+    def _asked(self, process: Indices, thread: Indices) -> Iterator[tuple[int, int, Indices]]:
+        """The bounds of each thread's ranges, and which questions are about it."""
+        firsts = np.array([first for first, _ in self._groups], np.int64)
+        if len(firsts) <= _FEW:
+            for first, beyond in self._groups:
+                yield first, beyond, np.flatnonzero((process == self._process[first]) & (thread == self._thread[first]))
+            return
+        group = match_pairs(process, thread, self._process[firsts], self._thread[firsts])
+        _, *questions = members(group + 1, len(firsts) + 1)
+        for (first, beyond), asked in zip(self._groups, questions, strict=True):
+            yield first, beyond, asked
 
     def path(self, row: int) -> list[int]:
         """The rows of the ranges around a row that enclose all of it, outermost first, the row itself last."""
@@ -156,7 +169,7 @@ def project(capture: Capture, *, any_thread: bool = False, at_capture: bool = Fa
     """Every named range projected onto the GPU: from its first event's start to its last event's end.
 
     By default as Nsight Systems' ``nvtx_gpu_proj_sum`` does it: a range holds what its own thread launched while it was
-    open. Ranges without GPU events are left out.
+    open; what is launched at the very moment of its end is not in it. Ranges without GPU events are left out.
 
     Args:
         capture: What was recorded.
@@ -173,7 +186,7 @@ def project(capture: Capture, *, any_thread: bool = False, at_capture: bool = Fa
     sums: dict[str, list[Projection]] = {}
     for one in capture.ranges[capture.ranges["kind"] != c.MARK]:
         end = _NEVER if one["end"] == c.UNKNOWN else int(one["end"])
-        first, beyond = np.searchsorted(moments, one["start"], "left"), np.searchsorted(moments, end, "right")
+        first, beyond = np.searchsorted(moments, one["start"], "left"), np.searchsorted(moments, end, "left")
         mine = owners["process"][first:beyond] == one["process"]
         if not any_thread:
             mine &= owners["thread"][first:beyond] == one["thread"]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture, Table, role_codes
+from moe_eplb.analysis.grouping import distinct_rows, members
 from moe_eplb.analysis.ranges import Launches
 from moe_eplb.analysis.role_table import DomainRule, RoleTable, load_role_table
 from moe_eplb.core.events import KINDS, Role, by_name
@@ -161,23 +162,27 @@ def _iteration_ranges(capture: Capture, table: RoleTable) -> tuple[NDArray[np.in
     ranges, numbers = capture.ranges, _numbers(capture, table.iterations)
     ours = (ranges["payload"] >= 0) & (_is_ours(capture))
     numbers = np.where(ours, np.minimum(ranges["payload"], 1 << 30), numbers)
-    for rank in capture.ranks:
-        for text in np.unique(ranges["text"][(numbers == _COUNTED) & (ranges["rank"] == rank)]).tolist():
-            mine = np.flatnonzero((numbers == _COUNTED) & (ranges["rank"] == rank) & (ranges["text"] == text))
-            numbers[mine] = np.arange(len(mine))
+    counted = np.flatnonzero(numbers == _COUNTED)
+    keys, group = distinct_rows([ranges["rank"][counted], ranges["text"][counted]])
+    for mine in members(group, len(keys)):
+        numbers[counted[mine]] = np.arange(len(mine))
     rows = np.flatnonzero(numbers >= 0)
     return rows, numbers[rows]
 
 
 def _layer_ranges(capture: Capture, table: RoleTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     numbers = _numbers(capture, table.layers)
-    ours = _is_ours(capture)
-    for text in np.unique(capture.ranges["text"][ours]).tolist():
-        _, slash, layer = capture.names[text].partition("/")
-        if slash and layer.isascii() and layer.isdigit() and len(layer) < 9:
-            numbers[ours & (capture.ranges["text"] == text)] = int(layer)
+    ours = np.flatnonzero(_is_ours(capture))
+    texts, used = np.unique(capture.ranges["text"][ours], return_inverse=True)
+    said = np.array([_layer_of_ours(capture.names[text]) for text in texts.tolist()], np.int64)[used.reshape(-1)]
+    numbers[ours] = np.where(said >= 0, said, numbers[ours])
     rows = np.flatnonzero(numbers >= 0)
     return rows, numbers[rows]
+
+
+def _layer_of_ours(text: str) -> int:
+    _, slash, layer = text.partition("/")
+    return int(layer) if slash and layer.isascii() and layer.isdigit() and len(layer) < 9 else c.UNKNOWN
 
 
 def _numbers(capture: Capture, patterns: Iterable[re.Pattern[str]]) -> NDArray[np.int64]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-import numpy as np
-
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.grouping import distinct_rows, members
 from moe_eplb.analysis.intervals import Intervals, clip, intervals, length, union
 
 __all__ = ["StreamPair", "stream_pairs"]
@@ -31,9 +30,10 @@ def stream_pairs(capture: Capture) -> tuple[StreamPair, ...]:
     """Every two streams of every GPU, those that ran together longest first."""
     gpu = capture.gpu[capture.gpu["kind"] != c.UPDATER_WORK]
     busy: dict[tuple[int, int], dict[int, Intervals]] = {}
-    for rank, device, stream in np.unique(gpu[["rank", "device", "stream"]]).tolist():
-        mine = gpu[(gpu["rank"] == rank) & (gpu["device"] == device) & (gpu["stream"] == stream)]
-        busy.setdefault((rank, device), {})[stream] = union(intervals(mine["start"], mine["end"]))
+    keys, group = distinct_rows([gpu["rank"], gpu["device"], gpu["stream"]])
+    for (rank, device, stream), mine in zip(keys.tolist(), members(group, len(keys)), strict=True):
+        of_stream = union(intervals(gpu["start"][mine], gpu["end"][mine]))
+        busy.setdefault((rank, device), {})[stream] = of_stream
     rows = []
     for (rank, device), streams in busy.items():
         for first, second in combinations(sorted(streams), 2):

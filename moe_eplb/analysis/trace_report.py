@@ -13,6 +13,7 @@ from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture
 from moe_eplb.analysis.collective_rows import CollectiveRow, collective_rows
 from moe_eplb.analysis.critical_path import iteration_paths
 from moe_eplb.analysis.exposed import Stretch, largest_exposed
+from moe_eplb.analysis.grouping import distinct_rows, members
 from moe_eplb.analysis.idle import Cause, gpu_idle
 from moe_eplb.analysis.intervals import intervals, length, union
 from moe_eplb.analysis.overlap import PAIRS, Hidden, Overlap, measure
@@ -156,7 +157,8 @@ def make_trace_report(
     collectives, unmatched = collective_rows(chosen)
     return TraceReport(
         source=capture.source, form=capture.form, ranks=tuple(r for r in capture.ranks if selection.has_rank(r)),
-        rank_source=capture.rank_source, gpus=len(np.unique(gpu[["rank", "device"]])), events=int(only.sum()),
+        rank_source=capture.rank_source, events=int(only.sum()),
+        gpus=len(distinct_rows([gpu["rank"], gpu["device"]])[0]),
         span_ns=int(chosen.gpu["end"].max() - chosen.gpu["start"].min()) if len(chosen.gpu) else 0,
         iterations=_numbers(chosen.gpu["iteration"]), layers=_numbers(chosen.gpu["layer"]), selection=str(selection),
         incomplete=capture.incomplete, notes=capture.notes, stream_names=_stream_names(capture),
@@ -195,8 +197,8 @@ def _role_rows(capture: Capture) -> tuple[RoleRow, ...]:
 
 
 def _by_gpu(gpu: c.Table) -> list[c.Table]:
-    keys = np.unique(gpu[["rank", "device"]]).tolist()
-    return [gpu[(gpu["rank"] == rank) & (gpu["device"] == device)] for rank, device in keys]
+    keys, group = distinct_rows([gpu["rank"], gpu["device"]])
+    return [gpu[rows] for rows in members(group, len(keys))]
 
 
 def _pairs(work: Work, selection: Selection, moved: tuple[int, ...]) -> dict[str, PairReport]:

@@ -71,7 +71,8 @@ def estimate(loads: Loads) -> Loads:
     sums = loads.sum(axis=2, keepdims=True)
     shares = np.divide(loads, sums, out=np.zeros_like(loads), where=sums > 0)
     errors = [_error(shares, decay) for decay in _DECAYS]
-    return _mean(shares, _DECAYS[int(np.argmin(errors))]) * sums[-1]
+    told: Loads = _mean(shares, _DECAYS[int(np.argmin(errors))]) * sums[-1]
+    return told
 
 
 def _mean(shares: Loads, decay: float) -> Loads:

@@ -136,7 +136,7 @@ def replay(
 
 
 def settings_to_try(policies: Iterable[str], windows: int) -> list[Setting]:
-    """A small grid: how often, from how much, and how many moves; what fewer windows than two plans allow is left out."""
+    """A small grid: how often, from how much, and how many moves; at least two plans each."""
     found = []
     for policy in policies:
         if policy == "static":

@@ -26,7 +26,7 @@ class MakeCapture:
     def gpu(self, role: Role | None, start: int, end: int, stream: int = 7, name: str = "kernel", **more: Any) -> None:
         """A GPU event of a role, or of none yet."""
         code = c.UNSET_ROLE if role is None else ROLE_CODE[role]
-        self._add("gpu", start, end, stream=stream, name=self._names[name], role=code, device=0, **more)
+        self._add("gpu", start, end, stream=stream, name=self._names[name], role=code, **{"device": 0} | more)
 
     def call(self, start: int, end: int, correlation: int, name: str = "cudaLaunchKernel", thread: int = 1) -> None:
         """A runtime call."""
@@ -55,9 +55,9 @@ class MakeCapture:
         """Overhead, or a function that a stream called."""
         self._add("spans", start, end, kind=kind, thread=1)
 
-    def stream(self, stream: int, name: str, rank: int = 0) -> None:
+    def stream(self, stream: int, name: str, rank: int = 0, device: int = 0) -> None:
         """Give a stream its name."""
-        self._streams[rank, 0, stream] = name
+        self._streams[rank, device, stream] = name
 
     def done(self) -> Capture:
         """The capture."""

@@ -273,7 +273,9 @@ def _gzip(chance: Random) -> bytes:
 
 def _bomb(chance: Random) -> bytes:
     """A few KB that unpack to some MB."""
-    start = chance.choice((b"", b"{", b'{"a": "', b'{"traceEvents": [', b'{"traceEvents": [{"ph": "', b"SQLite format 3\0"))
+    start = chance.choice(
+        (b"", b"{", b'{"a": "', b'{"traceEvents": [', b'{"traceEvents": [{"ph": "', b"SQLite format 3\0")
+    )
     filler = chance.choice((b" ", b"\0", b"[", b'"', b'{"ph":"M"},', b'{"a":'))
     packer = zlib.compressobj(9, wbits=31)
     return packer.compress(start + filler * (3_000_000 // len(filler))) + packer.flush()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ProfilerTrace",
     "expert_parallel",
     "nccl_beside_compute",
+    "unrelated_streams",
 ]
 
 MAIN_THREAD, BACKWARD_THREAD = 801, 845
@@ -38,6 +39,8 @@ COMBINE = "void deep_ep::intranode::combine<__nv_bfloat16, 8, 768>(__nv_bfloat16
 MOVING = (DISPATCH, COMBINE)
 LAYOUT = "void deep_ep::layout::get_dispatch_layout<256, 32, 8>(long const*, int*, int*, int*, bool*, int, int, int)"
 ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+SEND = "ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t(ncclWorkElem)"
 
 
 @dataclass
@@ -119,7 +122,7 @@ class ProfilerTrace:
 
 def expert_parallel(rank: int = 0, layers: int = 3, steps: int = 2, seed: int = 0) -> ProfilerTrace:
     """A few training steps: per layer and direction one dispatch and one combine with their notifications."""
-    trace, chance = ProfilerTrace(rank), random.Random(seed * 1000 + rank)
+    trace, chance = ProfilerTrace(rank), Random(seed * 1000 + rank)
     main, comm = Lane(MAIN), Lane(COMM)
     for step in range(steps):
         begun = trace.now
@@ -135,7 +138,7 @@ def expert_parallel(rank: int = 0, layers: int = 3, steps: int = 2, seed: int = 
     return trace
 
 
-def _layer(trace: ProfilerTrace, main: Lane, comm: Lane, thread: int, chance: random.Random) -> None:
+def _layer(trace: ProfilerTrace, main: Lane, comm: Lane, thread: int, chance: Random) -> None:
     trace.kernel(main, ATTENTION, chance.randint(30, 60), thread)
     trace.kernel(main, LAYOUT, 3, thread)
     ready = trace.wait(comm, main, thread)
@@ -153,7 +156,7 @@ def _layer(trace: ProfilerTrace, main: Lane, comm: Lane, thread: int, chance: ra
 
 def nccl_beside_compute(rank: int = 0, kernels: int = 200, seed: int = 0, streams: int = 1) -> ProfilerTrace:
     """NCCL on streams of its own beside compute on another, as every tool recognises it; nothing in step."""
-    trace, chance = ProfilerTrace(rank), random.Random(seed)
+    trace, chance = ProfilerTrace(rank), Random(seed)
     main, others = Lane(MAIN), [Lane(COMM + number) for number in range(streams)]
     for _ in range(kernels):
         if chance.random() < 0.3:
@@ -162,3 +165,33 @@ def nccl_beside_compute(rank: int = 0, kernels: int = 200, seed: int = 0, stream
             trace.kernel(main, chance.choice(COMPUTE), chance.randint(2, 25))
         trace.now += chance.randint(0, 20)
     return trace
+
+
+def unrelated_streams(rank: int, seed: int, fractional: bool) -> ProfilerTrace:
+    """Kernels at any times on streams of compute and streams of NCCL: overlapping, touching, nested, without length.
+
+    No rank's times have to do with another's. Copies and fills run among them. Fractional times have three decimals.
+    """
+    trace, chance = ProfilerTrace(rank), Random(f"{seed} {rank} {fractional}")
+    unit = 1000 if fractional else 1
+    edges = [2_000 * unit]
+    for _ in range(chance.randint(20, 150)):
+        near = chance.random() < 0.5
+        start = chance.choice(edges) if near else 2_000 * unit + chance.randrange(3_000 * unit)
+        length = chance.choice((0, 1, unit, chance.randrange(5 * unit), chance.randrange(40 * unit), 200 * unit))
+        edges += [start, start + length]
+        kind, name, stream = chance.choice(_UNRELATED)
+        trace.correlation += 1
+        place = {"device": rank, "context": 1, "stream": stream, "correlation": trace.correlation}
+        trace.slice("cuda_runtime", "cudaLaunchKernel", 1_000, 3, MAIN_THREAD, correlation=trace.correlation)
+        event = {"ph": "X", "cat": kind, "name": name, "pid": rank, "tid": stream}
+        times = {"ts": start / unit, "dur": length / unit} if fractional else {"ts": start, "dur": length}
+        trace.events.append(event | times | {"args": place})
+    return trace
+
+
+_UNRELATED = (
+    *(("kernel", name, stream) for name in COMPUTE for stream in (MAIN, MAIN + 1)),
+    *(("kernel", name, stream) for name in (ALL_REDUCE, GATHER, SEND) for stream in (COMM, COMM + 1)),
+    ("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", MAIN), ("gpu_memset", "Memset (Device)", COMM),
+)  # fmt: skip

@@ -22,10 +22,12 @@ SAMPLE = os.environ.get("EPLB_NSYS_SAMPLE", "")
 real_sample = pytest.mark.skipif(not SAMPLE, reason="EPLB_NSYS_SAMPLE names no export of a real capture")
 
 
-def _sums(capture: Capture) -> dict[str, tuple[int, int]]:
-    """Total ns and number of kernels by name."""
+def _sums(capture: Capture, replayed: bool | None = None) -> dict[str, tuple[int, int]]:
+    """Total ns and number of kernels by name; of all of them, of those of graph replays, or of the others."""
     total, count = Counter[str](), Counter[str]()
-    for row in capture.gpu[capture.gpu["kind"] == c.KERNEL]:
+    of_graph = capture.gpu["graph_node"] != c.UNKNOWN
+    chosen = np.ones_like(of_graph) if replayed is None else of_graph == replayed
+    for row in capture.gpu[chosen & (capture.gpu["kind"] == c.KERNEL)]:
         name = capture.names[row["name"]]
         total[name] += int(row["end"] - row["start"])
         count[name] += 1
@@ -35,6 +37,8 @@ def _sums(capture: Capture) -> dict[str, tuple[int, int]]:
 def test_kernel_sums_and_projections_of_a_small_sample(tmp_path: Path) -> None:
     capture = read_nsys(three_steps_and_two_replays().write(tmp_path / "s.sqlite"))
     assert _sums(capture) == {"gemm<1>": (600 + 1400, 5), "add<2>": (600, 3), "fill<3>": (600, 2)}
+    assert _sums(capture, replayed=False) == {"gemm<1>": (600, 3), "add<2>": (600, 3)}
+    assert _sums(capture, replayed=True) == {"gemm<1>": (1400, 2), "fill<3>": (600, 2)}
     assert {one.name: one for one in project(capture)} == {
         "eplb:eplb/step": Projection("eplb:eplb/step", 3, 6, 6, 1500, 1200),
         ":a": Projection(":a", 3, 6, 6, 1500, 1200),
@@ -59,13 +63,16 @@ def test_the_figures_that_nsys_itself_printed() -> None:
     capture = read_nsys(Path(SAMPLE))
     found = {one.name: (one.span_ns, one.instances, one.launches) for one in project(capture)}
     assert found == {":a": (99016467, 3, 6), "eplb:eplb/step": (99016467, 3, 6), ":replay": (108480, 1, 2)}
-    sums = {
-        word: total
-        for word in ("xmma_gemm", "distribution", "CUDAFunctorOnSelf_add", "FillFunctor")
-        for name, total in _sums(capture).items()
-        if word in name
-    }
-    assert sums == {
+    words = "xmma_gemm", "distribution", "CUDAFunctorOnSelf_add", "FillFunctor"
+
+    def by_word(replayed: bool | None) -> dict[str, tuple[int, int]]:
+        sums = _sums(capture, replayed)
+        return {word: sums[name] for word in words for name in sums if word in name}
+
+    eager, graph = by_word(replayed=False), by_word(replayed=True)
+    assert {word: count for word, (_, count) in graph.items()} == {"xmma_gemm": 2, "CUDAFunctorOnSelf_add": 2}
+    assert eager["xmma_gemm"][0] + graph["xmma_gemm"][0] == 254943
+    assert by_word(None) == {
         "xmma_gemm": (254943, 5), "distribution": (15488, 3), "CUDAFunctorOnSelf_add": (4864, 2),
         "FillFunctor": (2080, 2),
     }  # fmt: skip

@@ -16,24 +16,32 @@ from moe_eplb.analysis.joins import HappensBefore
 from moe_eplb.analysis.order_check import check_order
 from moe_eplb.analysis.readers.any import read_captures
 from moe_eplb.analysis.roles import prepare
-from moe_eplb.core.events import Role
+from moe_eplb.core.events import Kind, Role
 from moe_eplb.core.verdict import Status
 from tests.analysis.captures import MakeCapture
+from traces.defects import Good
+from traces.files import write
 
 GOOD = Path(__file__).parents[2] / "traces" / "good_captures"
 LANES = 3
-OPERATIONS = st.one_of(
-    st.tuples(st.just("launch"), st.integers(0, LANES - 1)),
-    st.tuples(st.just("record"), st.integers(0, LANES - 1)),
-    st.tuples(st.just("wait"), st.integers(0, LANES - 1), st.integers(0, 5)),
-    st.tuples(st.just("stream sync"), st.integers(0, LANES - 1)),
-    st.tuples(st.just("event sync"), st.integers(0, 5)),
-    st.tuples(st.just("context sync")),
+_LANE, _BACK = range(LANES), range(3)
+OPERATIONS = st.sampled_from(
+    [
+        *(("launch", lane) for lane in _LANE for _ in range(4)),
+        *(("record", lane) for lane in _LANE for _ in range(3)),
+        *(("wait", lane, back) for lane in _LANE for back in _BACK),
+        *(("stream sync", lane) for lane in _LANE),
+        *(("event sync", back) for back in _BACK),
+        ("context sync",),
+    ]
 )
 
 
 class Program(MakeCapture):
-    """Calls of one thread one after the other, and beside them what really comes after what, edge by edge."""
+    """Calls of one thread one after the other, and beside them what really comes after what, edge by edge.
+
+    Events are named by how many were recorded since.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,14 +60,14 @@ class Program(MakeCapture):
         elif name == "record":
             self._events.append((numbers[0], self._api("cudaEventRecord"), self._node(numbers[0])))
         elif name == "wait" and numbers[1] < len(self._events):
-            lane, (on, recorded, node) = numbers[0], self._events[numbers[1]]
+            lane, (on, recorded, node) = numbers[0], self._events[-1 - numbers[1]]
             self._sync(c.SYNC_WAIT, self._api("cudaStreamWaitEvent"), lane, on, recorded)
             self.edges[self._node(lane)].add(node)
         elif name == "stream sync":
             self._sync(c.SYNC_STREAM, self._api("cudaStreamSynchronize"), numbers[0])
             self._host_waits({self._last[numbers[0]]})
         elif name == "event sync" and numbers[0] < len(self._events):
-            on, recorded, node = self._events[numbers[0]]
+            on, recorded, node = self._events[-1 - numbers[0]]
             self._sync(c.SYNC_EVENT, self._api("cudaEventSynchronize"), c.UNKNOWN, on, recorded)
             self._host_waits({node})
         elif name == "context sync":
@@ -106,8 +114,8 @@ class Program(MakeCapture):
         self._add("syncs", self.now - 10, self.now - 5, kind=kind, device=0, **about)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(OPERATIONS, max_size=40))
+@settings(max_examples=200, deadline=None)
+@given(st.lists(OPERATIONS, min_size=40, max_size=60))
 def test_clocks_agree_with_walking_every_edge(operations: list[tuple[object, ...]]) -> None:
     program = Program()
     for operation in [("launch", 0), *operations]:
@@ -132,6 +140,16 @@ def test_calls_of_one_moment_are_in_the_order_of_their_numbers() -> None:
     made._add("syncs", 1_000, 1_000, device=0, **about)
     order = HappensBefore(made.done())
     assert order.before(np.array([0, 1]), np.array([1, 0])).tolist() == [True, False]
+
+
+def test_a_wait_whose_call_is_not_in_the_trace_was_asked_for_when_it_began() -> None:
+    program = Program()
+    for operation in [("launch", 0), ("record", 0), ("launch", 1), ("wait", 1, 0), ("launch", 1)]:
+        program.do(operation)
+    capture = program.done()
+    waiting = capture.calls["name"] == capture.names.index("cudaStreamWaitEvent")
+    order = HappensBefore(replace(capture, calls=capture.calls[~waiting]))
+    assert order.before(np.array([0, 0]), np.array([1, 2])).tolist() == [False, True]
 
 
 def test_what_has_no_known_launch_is_in_order_on_its_stream_alone() -> None:
@@ -280,3 +298,31 @@ def test_our_own_device_notes_every_stage() -> None:
     report = check_order(replace(capture, gpu=np.delete(capture.gpu, rows[0])))
     assert report.check("joins").status is Status.UNKNOWN
     assert report.check("joins").where == "rank 0, layer 0, iteration 0"
+
+
+def test_statistics_before_the_top_k_are_not_those_of_another_layer(tmp_path: Path) -> None:
+    job = Good("nsys").job()
+    for steps in job.steps.values():
+        top_k, counts = (
+            next(n for n, step in enumerate(steps) if (step.kind, step.layer, step.iteration) == (kind, 1, 1))
+            for kind in (Kind.TOPK, Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS)
+        )
+        steps.insert(counts + 1, steps.pop(top_k))
+    path = tmp_path / "late.sqlite.gz"
+    write(job, "nsys", path)
+    joins = check_order(prepare(read_captures([path]))).check("joins")
+    assert joins.status is Status.INVALID
+    assert "did not wait for topk on Main" in joins.detail
+    assert joins.where == "rank 0, layer 1, iteration 1"
+
+
+def test_what_is_launched_between_stages_belongs_to_none() -> None:
+    capture = _good("path_b_tensorrt_llm.nsys.sqlite.gz")
+    route = next(name for name in capture.names if "moeComputeRoute" in name)
+    late = int(capture.ranges["end"].max()) + 1_000
+    gpu, calls = (table[table["rank"] == 0][-1:].copy() for table in (capture.gpu, capture.calls))
+    gpu["name"], gpu["stream"], gpu["start"], gpu["end"] = capture.names.index(route), 99, late + 10, late + 20
+    calls["start"], calls["end"] = late, late + 5
+    gpu["correlation"] = calls["correlation"] = 1 << 30
+    tables = {"gpu": np.concatenate([capture.gpu, gpu]), "calls": np.concatenate([capture.calls, calls])}
+    assert check_order(capture.with_tables(tables).in_order(), ["tensorrt_llm"]).status is Status.VALID

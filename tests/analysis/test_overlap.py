@@ -142,7 +142,7 @@ def _naive(rows: list[Row], name: str, iteration: int) -> Hidden:
     return Hidden(total, hidden)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(_ROW, max_size=14), st.sampled_from(sorted(PAIRS)))
 def test_against_counting_every_nanosecond(rows: list[Row], name: str) -> None:
     measured = measure(_records(*rows), PAIRS[name]).by_iteration()

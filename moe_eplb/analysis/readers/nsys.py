@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table, filled
+from moe_eplb.analysis.grouping import distinct_rows, members
+from moe_eplb.analysis.readers.columns import ColumnTables, InMemory, Tables
 from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits
 from moe_eplb.analysis.readers.nsys_ranges import TID_BITS, Columns, Strings, in_time, process_of, read_ranges
-from moe_eplb.analysis.readers.sqlite_tables import Database, open_database
+from moe_eplb.analysis.readers.sound import require_sound
+from moe_eplb.analysis.readers.sqlite_tables import open_database
 from moe_eplb.core.errors import TraceError
 
-__all__ = ["NODE_TABLE", "read_nsys"]
+__all__ = ["NODE_TABLE", "TABLES", "read_columns", "read_nsys"]
 
 NODE_TABLE = "CUDA_GRAPH_NODE_EVENTS"
 _ACTIVITY = "CUPTI_ACTIVITY_KIND_"
@@ -37,10 +40,19 @@ _COPIES = {
     9: "HtoH",
     10: "PtoP",
 }
+TABLES = (
+    "StringIds", "META_DATA_EXPORT", "META_DATA_CAPTURE", "DIAGNOSTIC_EVENT", "TARGET_INFO_SESSION_START_TIME",
+    "TARGET_INFO_NVTX_CUDA_STREAM", "NVTX_EVENTS", f"{_ACTIVITY}KERNEL", f"{_ACTIVITY}MEMCPY", f"{_ACTIVITY}MEMSET",
+    f"{_ACTIVITY}RUNTIME", f"{_ACTIVITY}SYNCHRONIZATION", f"{_ACTIVITY}CUDA_EVENT", f"{_ACTIVITY}GRAPH_TRACE",
+    NODE_TABLE, "PROFILER_OVERHEAD", "CUDA_HOST_CALLBACK",
+)  # fmt: skip
+"""All that is read; of these only `StringIds` is in every export."""
 _OURS = {"eplbRole": c.UNSET_ROLE, "eplbLayer": c.UNKNOWN, "eplbIteration": c.UNKNOWN}
 """Columns of exports that were converted from a format in which the source says these itself."""
 _RANK_KEY = re.compile(r"EPLB_RANK_OF_PROCESS_(\d{1,19})")
 _RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
+_FIRST_RANGES = 8
+"""How many of a process's ranges may say its rank."""
 _WARNING, _VERBOSE = 2, 4
 _LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
 
@@ -55,21 +67,39 @@ def read_nsys(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
         TraceError: the file is missing, cut off, damaged, empty, too large, or of another schema.
     """
     with open_database(path, limits) as database:
-        export = database.pairs("META_DATA_EXPORT")
-        version = export.get("EXPORT_SCHEMA_VERSION", "")
-        if not database.has("StringIds", "id", "value") or (version and not version.startswith("3.")):
-            why = f"schema {version[:40]}" if version else "it has no table StringIds"
-            raise TraceError("E060", "this is no export of Nsight Systems with schema 3.x", why=why, where=str(path))
-        try:
-            return _Export(database).capture(f"nsys {version}".strip())
-        except (OverflowError, ValueError) as error:
-            raise TraceError("E062", "a trace has damaged values", why=str(error), where=str(path)) from error
+        return _capture(database)
+
+
+def read_columns(path: Path, tables: InMemory, limits: Limits = DEFAULT_LIMITS) -> Capture:
+    """The same for an export whose tables, of those that `TABLES` names, were read from `path` by somebody else.
+
+    Raises:
+        TraceError: E060 it is of another schema, E062 it is damaged, E063 it is empty, E064 it is too large.
+    """
+    found = _capture(ColumnTables(path, tables))
+    if not len(found.gpu) and not len(found.ranges):
+        why = f"no GPU events and no ranges ({found.form})"
+        raise TraceError("E063", "a trace is empty", why=why, where=str(path))
+    require_sound(found, limits)
+    return found
+
+
+def _capture(tables: Tables) -> Capture:
+    where = str(tables.path)
+    version = tables.pairs("META_DATA_EXPORT").get("EXPORT_SCHEMA_VERSION", "")
+    if not tables.has("StringIds", "id", "value") or (version and not version.startswith("3.")):
+        why = f"schema {version[:40]}" if version else "it has no table StringIds"
+        raise TraceError("E060", "this is no export of Nsight Systems with schema 3.x", why=why, where=where)
+    try:
+        return _Export(tables).capture(f"nsys {version}".strip())
+    except (OverflowError, ValueError) as error:
+        raise TraceError("E062", "a trace has damaged values", why=str(error), where=where) from error
 
 
 class _Export:
-    """An open export, and the numbers that its texts get."""
+    """An export, and the numbers that its texts get."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Tables) -> None:
         self._database, self._strings = database, Strings(database)
 
     def capture(self, form: str) -> Capture:
@@ -181,11 +211,8 @@ class _Export:
         """The rank of each process that used a GPU, or of every process if none did; whether all of them state it."""
         used = np.unique(gpu["process"] if len(gpu) else ranges["process"]).tolist()
         written = self._written_ranks()
-        stated = {
-            process: rank
-            for process in used
-            if (rank := written.get(process, self._stated_rank(process, ranges))) is not None
-        }
+        said = self._stated_ranks(ranges) | written
+        stated = {process: said[process] for process in used if process in said}
         if len(set(stated.values())) == len(used):
             return written | stated, bool(used)
         return {process: rank for rank, process in enumerate(used)}, False
@@ -195,24 +222,30 @@ class _Export:
         found = ((_RANK_KEY.fullmatch(name), value) for name, value in pairs.items())
         return {int(match[1]): int(value) for match, value in found if match and re.fullmatch(r"[0-9]{1,6}", value)}
 
-    def _stated_rank(self, process: int, ranges: Table) -> int | None:
-        mine, texts = ranges[ranges["process"] == process], list(self._strings.pool)
-        first = mine[np.argsort(mine["start"], kind="stable")][:8]
-        found = (_RANK_TEXT.match(texts[number]) for number in first["text"].tolist())
-        return next((int(match[1]) for match in found if match), None)
+    def _stated_ranks(self, ranges: Table) -> dict[int, int]:
+        """The rank that one of the first ranges of a process says, for those in which one does."""
+        texts, found = list(self._strings.pool), dict[int, int]()
+        processes, group = np.unique(ranges["process"], return_inverse=True)
+        for process, rows in zip(processes.tolist(), members(group, len(processes)), strict=True):
+            first = ranges["text"][rows[np.argsort(ranges["start"][rows], kind="stable")][:_FIRST_RANGES]]
+            matches = (_RANK_TEXT.match(texts[number]) for number in first.tolist())
+            if match := next(filter(None, matches), None):
+                found[process] = int(match[1])
+        return found
 
     def _streams(self, gpu: Table) -> dict[tuple[int, int, int], str]:
         """Names that the program gave its streams with NVTX, for the devices on which the streams were used."""
         table = "TARGET_INFO_NVTX_CUDA_STREAM"
         numbers = self._database.integers(table, ("rowid", "streamId"), {"processId": 0})
         texts = self._database.texts(table, "rowid", "name")
-        found = {}
+        pids = (gpu["process"] >> TID_BITS) & ((1 << TID_BITS) - 1)
+        used: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for pid, stream, rank, device in distinct_rows([pids, gpu["stream"], gpu["rank"], gpu["device"]])[0].tolist():
+            used.setdefault((pid, stream), []).append((rank, device))
+        found: dict[tuple[int, int, int], str] = {}
         for row, stream, pid in zip(*(column.tolist() for column in numbers.values()), strict=True):
-            of_process = (gpu["process"] >> TID_BITS) & ((1 << TID_BITS) - 1) == pid
-            mine = gpu[of_process & (gpu["stream"] == stream)]
-            for rank, device in {*zip(mine["rank"].tolist(), mine["device"].tolist(), strict=True)}:
-                if name := texts.get(row):
-                    found[rank, device, stream] = name
+            if name := texts.get(row):
+                found |= {(rank, device, stream): name for rank, device in used.get((pid, stream), ())}
         return found
 
     def _utc(self) -> int | None:

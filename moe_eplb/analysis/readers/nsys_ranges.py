@@ -6,14 +6,15 @@ process and number, so they are collected first.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Names, Table, filled
-from moe_eplb.analysis.readers.sqlite_tables import Database
+from moe_eplb.analysis.grouping import distinct_rows
+from moe_eplb.analysis.readers.columns import Tables
 
 __all__ = ["TID_BITS", "Columns", "Strings", "in_time", "process_of", "read_ranges"]
 
@@ -30,7 +31,7 @@ _PAYLOADS = dict.fromkeys(("int64Value", "uint64Value", "int32Value", "uint32Val
 class Strings:
     """`StringIds` by the numbers that the model gives its texts."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Tables) -> None:
         self.pool = Names()
         texts = database.texts("StringIds", "id", "value")
         self._ids = np.array(sorted(texts), np.int64)
@@ -45,7 +46,7 @@ class Strings:
         return self._numbers[at] if known.all() else np.where(known, self._numbers[at], self.pool[_NAMELESS])
 
 
-def read_ranges(database: Database, strings: Strings) -> Table:
+def read_ranges(database: Tables, strings: Strings) -> Table:
     """`NVTX_EVENTS` as a table of ranges and marks, with the names of their domains and categories."""
     optional = {"end": c.UNKNOWN, "globalTid": 0, "textId": c.UNKNOWN, "domainId": 0, "category": 0} | _PAYLOADS
     rows = database.integers("NVTX_EVENTS", ("rowid", "start", "eventType"), optional)
@@ -83,7 +84,7 @@ def process_of(thread: NDArray[np.int64]) -> NDArray[np.int64]:
     return thread >> TID_BITS << TID_BITS
 
 
-def _texts(rows: Columns, database: Database, strings: Strings) -> NDArray[np.int64]:
+def _texts(rows: Columns, database: Tables, strings: Strings) -> NDArray[np.int64]:
     """A text that stands in the row itself counts before a registered one."""
     registered = rows["textId"] != c.UNKNOWN
     numbers = np.full(len(registered), strings.pool[""], np.int64)
@@ -112,13 +113,13 @@ def _declared(
     rows: Columns, process: NDArray[np.int64], text: NDArray[np.int64], event_type: int, keys: tuple[str, ...]
 ) -> NDArray[np.int64]:
     """For each row the text of the declaration that its process and the keys lead to, or UNKNOWN."""
-    columns: list[Any] = [process, *(rows[key] for key in keys)]
+    columns = [process, *(rows[key] for key in keys)]
     said = rows["eventType"] == event_type
     texts = dict(
         zip(zip(*(column[said].tolist() for column in columns), strict=True), text[said].tolist(), strict=True)
     )
     found = np.full(len(process), c.UNKNOWN, np.int64)
     if texts:
-        distinct, inverse = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
-        found = np.array([texts.get(tuple(row), c.UNKNOWN) for row in distinct.tolist()])[inverse.reshape(-1)]
+        distinct, group = distinct_rows(columns)
+        found = np.array([texts.get(tuple(row), c.UNKNOWN) for row in distinct.tolist()], np.int64)[group]
     return found

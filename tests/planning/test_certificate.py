@@ -1,0 +1,109 @@
+"""Bounds that nothing beats, and what a certificate says of a plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from moe_eplb.core.errors import UsageError
+from moe_eplb.planning.bounds import exact_optimum, lower_bounds
+from moe_eplb.planning.certificate import Links, certify
+from moe_eplb.planning.policies import solve
+from moe_eplb.planning.problem import Problem, Solution
+
+
+def _brute(load: list[int], ranks: int, slots: int) -> float:
+    """The least largest rank load over all placements without duplicates on a rank."""
+    size, best = slots // ranks, float("inf")
+    choices = list(itertools.combinations(range(len(load)), size))
+    for ranks_hold in itertools.combinations_with_replacement(choices, ranks):
+        counts = np.bincount(list(itertools.chain(*ranks_hold)), minlength=len(load))
+        if counts.min() > 0:
+            best = min(best, max(sum(load[e] / counts[e] for e in held) for held in ranks_hold))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_exact_optimum_is_that_of_trying_everything(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    load = rng.integers(1, 100, 5).tolist()
+    optimum = _brute(load, 3, 6)
+    assert exact_optimum(load, 3, 6) == pytest.approx(optimum)
+    problem = Problem(np.array([load], float), 3, 6)
+    (bounds,) = lower_bounds(problem, problem.newest)
+    assert bounds.best <= optimum * (1 + 1e-9)
+    answer = solve(problem, "refine").rank_loads(problem.newest, problem).max()
+    assert optimum * (1 - 1e-9) <= answer <= optimum * 1.03
+
+
+def test_refined_small_cases_lie_near_the_optimum() -> None:
+    """On average within half a percent, none above 3 percent."""
+    rng, ratios = np.random.default_rng(11), []
+    for _ in range(12):
+        experts, ranks = int(rng.integers(4, 9)), int(rng.integers(2, 5))
+        size = int(rng.integers(-(-experts // ranks), min(experts, -(-experts // ranks) + 2) + 1))
+        load = np.round(np.exp(rng.normal(0, 1, experts)) * 100)
+        optimum = exact_optimum(load.tolist(), ranks, ranks * size)
+        if optimum is None:
+            continue
+        problem = Problem(load[np.newaxis], ranks, ranks * size)
+        ratios.append(optimum / float(solve(problem, "refine").rank_loads(load[np.newaxis], problem).max()))
+    assert len(ratios) >= 10
+    assert np.mean(ratios) >= 0.995
+    assert min(ratios) >= 0.97
+
+
+def test_the_example_whose_optimum_is_known() -> None:
+    assert exact_optimum([600, 560, 120, 120, 20, 10, 10, 10], 8, 16, time_limit_s=60) == pytest.approx(
+        196.6667, abs=1e-3
+    )
+
+
+def test_too_large_for_an_exact_optimum() -> None:
+    with pytest.raises(UsageError, match="too many"):
+        exact_optimum([1.0] * 100, 10, 100)
+
+
+def test_a_certificate_by_hand() -> None:
+    """Two ranks, four experts of load 40 30 20 10, six slots; then expert 0 is given a replica on rank 1."""
+    load = np.array([[40.0, 30.0, 20.0, 10.0]])
+    there = np.array([[0, 1, 2, 3, 2, 1]], np.int32)  # 40 + 15 + 10, 10 + 10 + 15
+    plan = Solution("by hand", np.array([[0, 1, 2, 3, 0, 1]], np.int32), 0.5)  # 20 + 15 + 20, 10 + 20 + 15
+    problem = Problem(load, 2, 6, current=there)
+    links = Links(slot_bytes=1_000_000, same_node_gb_s=1.0, us_per_token=2.0)
+    found = certify(problem, plan, links, min_gain=0.1)
+    (row,) = found.layers
+    assert (row.before, row.largest, row.bound) == (65, 55, 50)
+    assert (row.kept, row.moved) == (5, 1)
+    assert found.balancedness == pytest.approx(50 / 55)
+    assert found.before == pytest.approx(50 / 65)
+    assert found.gain == pytest.approx(65 / 55 - 1)
+    assert found.pays is True
+    assert found.bytes_by_link == {"same_rank": 0, "same_node": 1_000_000, "cross_node": 0, "host": 0}
+    assert found.migration_ms == pytest.approx(1.0)
+    assert found.saved_us == pytest.approx(20)
+    assert found.break_even == pytest.approx(1000 / 20)
+    assert certify(problem, plan, links, min_gain=0.5).pays is False
+    assert json.loads(json.dumps(found.to_json()))["layers"][0]["moved"] == 1
+
+
+def test_links_go_by_nodes() -> None:
+    load = np.ones((1, 8))
+    there = np.arange(8, dtype=np.int32)[np.newaxis]
+    moved = there.copy()
+    moved[0, [0, 1]] = there[0, [1, 0]]  # within rank 0
+    moved[0, [2, 4]] = there[0, [4, 2]]  # rank 1 of node 0 and rank 2 of node 1
+    found = certify(Problem(load, 4, 8, nodes=2, current=there), Solution("x", moved, 0.0), Links(slot_bytes=1))
+    assert found.bytes_by_link == {"same_rank": 2, "same_node": 0, "cross_node": 2, "host": 0}
+
+
+def test_a_plan_that_brings_nothing_never_pays() -> None:
+    load = np.ones((1, 4))
+    there = np.array([[0, 1, 2, 3]], np.int32)
+    found = certify(Problem(load, 2, 4, current=there), Solution("x", there[:, ::-1].copy(), 0.0))
+    assert found.break_even == float("inf")
+    assert found.to_json()["break_even"] is None
+    assert certify(Problem(load, 2, 4), Solution("x", there, 0.0)).break_even is None
