@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from moe_eplb.analysis.balance import (
@@ -14,37 +12,15 @@ from moe_eplb.analysis.balance import (
     predicted_rank_loads,
     routed_counts,
 )
+from moe_eplb.analysis.measures import Measures
 from moe_eplb.analysis.moves import late_commits, layer_moves
-from moe_eplb.analysis.overlap import PAIRS, Overlap, measure
+from moe_eplb.analysis.overlap import PAIRS, measure
 from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.analysis.trace import OPEN, Trace
 from moe_eplb.core.events import Kind
 from moe_eplb.core.evidence import Row
 
-__all__ = ["Measures", "measure_run"]
-
-
-@dataclass
-class Measures:
-    """Every metric of a run.
-
-    Attributes:
-        single: One number for the run, None where nothing was measured. Series have theirs here too: of ratios the
-            ratio of the sums over the run, of `balancedness.min` the smallest.
-        series: One value an iteration, for the iterations in which there is one.
-        overlaps: The measured pairs, empty without a trace.
-    """
-
-    single: dict[str, float | None] = field(default_factory=dict)
-    series: dict[str, list[float]] = field(default_factory=dict)
-    overlaps: dict[str, Overlap] = field(default_factory=dict)
-
-    def values(self, metric: str) -> list[float]:
-        """What a threshold on the metric judges; empty when it was not measured."""
-        if metric in self.series:
-            return self.series[metric]
-        value = self.single.get(metric)
-        return [] if value is None else [value]
+__all__ = ["measure_run"]
 
 
 def measure_run(folder: RunFolder) -> Measures:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_eplb.analysis import run_folder, stages
 from moe_eplb.analysis.capture import Capture
-from moe_eplb.analysis.metrics import Measures, measure_run
+from moe_eplb.analysis.measures import Measures
 from moe_eplb.analysis.order_check import check_order
 from moe_eplb.analysis.readers.any import RUN_TRACE, read_captures
 from moe_eplb.analysis.readers.records import capture_of
 from moe_eplb.analysis.report_metrics import judge_limit, report_measures
 from moe_eplb.analysis.roles import prepare
-from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.analysis.selection import EVERYTHING, Selection
 from moe_eplb.analysis.trace_report import TraceReport, make_trace_report
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.thresholds import Threshold
 from moe_eplb.core.verdict import CheckResult, Status
+
+if TYPE_CHECKING:
+    from moe_eplb.analysis import stages
 
 __all__ = ["Question", "Report", "make_report"]
 
@@ -86,7 +88,7 @@ def make_report(paths: Sequence[Path], question: Question = EVERYTHING_ASKED) ->
         UsageError: a table of roles or calls is not acceptable.
     """
     if len(paths) == 1 and paths[0].is_dir() and not _only_a_trace(paths[0]):
-        return _of_run(run_folder.load(paths[0]), question)
+        return _of_run(paths[0], question)
     capture = read_captures(paths, offsets=question.offsets)
     return _of_capture(paths[0].name if len(paths) == 1 else f"{len(paths)} traces", capture, question)
 
@@ -96,7 +98,12 @@ def _only_a_trace(folder: Path) -> bool:
     return (folder / RUN_TRACE).exists() and not (folder / "scenario.yaml").exists()
 
 
-def _of_run(folder: RunFolder, question: Question) -> Report:
+def _of_run(path: Path, question: Question) -> Report:
+    # Only a run folder needs scenarios, and what reads them takes as long to import as all the rest.
+    from moe_eplb.analysis import run_folder, stages
+    from moe_eplb.analysis.metrics import measure_run
+
+    folder = run_folder.load(path)
     try:
         run, measures = stages.make_report(folder), measure_run(folder)
     except (KeyError, TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from moe_eplb.analysis.metrics import Measures
+from moe_eplb.analysis.measures import Measures
 from moe_eplb.analysis.trace_report import TraceReport
 from moe_eplb.core.errors import ScenarioError, UsageError
 from moe_eplb.core.events import Role

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from moe_eplb.core import yaml_source
 from moe_eplb.core.errors import ScenarioError, TraceError
 from moe_eplb.core.events import Role
 
-__all__ = ["DomainRule", "NameRule", "RoleTable", "StreamRule", "load_role_table"]
+if TYPE_CHECKING:
+    from moe_eplb.core import yaml_source
+
+__all__ = ["DomainRule", "NameRule", "RoleTable", "StreamRule", "load_role_table", "role_table_of"]
 
 _BUILT_IN = "role_table.yaml"
 _KIND = "kind"
@@ -74,6 +76,8 @@ def load_role_table(paths: Sequence[Path] = ()) -> RoleTable:
     """
     table = _built_in()
     for path in reversed(paths):
+        from moe_eplb.core import yaml_source
+
         try:
             own = yaml_source.load(yaml_source.read_text(path), str(path))
         except ScenarioError as error:
@@ -82,16 +86,47 @@ def load_role_table(paths: Sequence[Path] = ()) -> RoleTable:
     return table
 
 
+def role_table_of(data: Any, name: str) -> RoleTable:
+    """A table from plain data, such as JSON holds; it stands alone, and needs no library that reads YAML.
+
+    Raises:
+        TraceError: E067 it is not acceptable.
+    """
+    return _Parser(_Plain(data, name)).table()
+
+
 @cache
 def _built_in() -> RoleTable:
+    from moe_eplb.core import yaml_source  # here, so that this module serves where no library reads YAML
+
     text = resources.files("moe_eplb.analysis").joinpath(_BUILT_IN).read_text(encoding="utf-8")
     return _Parser(yaml_source.load_shipped(text, _BUILT_IN)).table()
+
+
+class _Document(Protocol):
+    """Plain data, and where in its source each part stands."""
+
+    @property
+    def data(self) -> Any: ...
+
+    def where(self, loc: yaml_source.Loc) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """Plain data whose parts are placed by their keys."""
+
+    data: Any
+    name: str
+
+    def where(self, loc: yaml_source.Loc) -> str:
+        return ":".join([self.name, *map(str, loc)])
 
 
 class _Parser:
     """Turns plain data into rules; what it does not know is refused, since a rule that is ignored misleads."""
 
-    def __init__(self, document: yaml_source.Document) -> None:
+    def __init__(self, document: _Document) -> None:
         self._document = document
 
     def table(self) -> RoleTable:

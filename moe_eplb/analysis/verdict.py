@@ -18,7 +18,8 @@ from moe_eplb.analysis.judges import (
     measured,
     order,
 )
-from moe_eplb.analysis.metrics import Measures, measure_run
+from moe_eplb.analysis.measures import Measures
+from moe_eplb.analysis.metrics import measure_run
 from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.core.verdict import CheckResult, Status, Verdict
 

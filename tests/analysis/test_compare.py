@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.compare import METRICS, Change, Compared, Tolerance, compare_reports
-from moe_eplb.analysis.metrics import Measures
+from moe_eplb.analysis.measures import Measures
 from moe_eplb.analysis.report import Report
 from moe_eplb.analysis.trace_report import make_trace_report
 from moe_eplb.core.errors import TraceError

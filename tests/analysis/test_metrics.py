@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_eplb.analysis.balance import mean_over_max, measured_loads, predicted_rank_loads
-from moe_eplb.analysis.metrics import Measures, measure_run
+from moe_eplb.analysis.measures import Measures
+from moe_eplb.analysis.metrics import measure_run
 from moe_eplb.analysis.run_folder import load
 from moe_eplb.core.thresholds import METRICS
 from tests.support.run_folders import ITERATIONS, good_run

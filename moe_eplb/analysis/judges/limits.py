@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_eplb.analysis.metrics import Measures
+from moe_eplb.analysis.measures import Measures
 from moe_eplb.core.thresholds import METRICS, Threshold
 from moe_eplb.core.verdict import CheckResult, Status
 
