@@ -131,7 +131,7 @@ def _ranges(capture: Capture, rows: NDArray[np.int64]) -> list[tuple[str, ...]]:
     for by, made in ((launches.call, capture.calls), (launches.node, capture.nodes)):  # the last that knows counts
         asked = np.flatnonzero(by >= 0)
         process, moment, thread = (made[name][by[asked]] for name in ("process", "start", "thread"))
-        for any_thread in (True, False):
+        for any_thread in (True, False) if len(asked) else ():
             index = RangeIndex(capture.ranges, any_thread)
             around = index.around(process, moment, thread).tolist()
             for event, row in zip(asked.tolist(), around, strict=True):

@@ -11,6 +11,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moe_eplb.analysis.grouping import members
+
 __all__ = [
     "EMPTY",
     "Intervals",
@@ -95,9 +97,6 @@ def grouped_length(pairs: Intervals, group: NDArray[np.int64], groups: int) -> N
     """Length [groups] of each group's own union, for intervals [N, 2] with a group number [N] each.
 
     Every group is moved to a stretch of time of its own, just as long as it needs, so that one union serves all.
-
-    Raises:
-        ValueError: the groups together span more than int64 holds.
     """
     lengths = np.zeros(groups, dtype=np.int64)
     if not len(pairs):
@@ -108,12 +107,17 @@ def grouped_length(pairs: Intervals, group: NDArray[np.int64], groups: int) -> N
     np.maximum.at(last, group, pairs[:, 1])
     spans = np.where(last >= first, last - first + 1, 0)
     if float(spans.sum(dtype=np.float64)) > _LONGEST:
-        raise ValueError(f"{groups} groups span {float(spans.sum(dtype=np.float64)):.3g} ns")
+        return _one_by_one(pairs, group, groups)
     begins = np.cumsum(spans) - spans
     moved = union(pairs + (begins - first)[group][:, np.newaxis])
     owner = np.searchsorted(begins, moved[:, 0], side="right") - 1
     np.add.at(lengths, owner, moved[:, 1] - moved[:, 0])
     return lengths
+
+
+def _one_by_one(pairs: Intervals, group: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+    """The same for groups so far apart or so long that all of them do not fit on one axis."""
+    return np.array([length(union(pairs[rows])) for rows in members(group, groups)], np.int64)
 
 
 def subtract(a: Intervals, b: Intervals) -> Intervals:

@@ -77,7 +77,8 @@ class RangeIndex:
         group = match_pairs(process, thread, self._process[firsts], self._thread[firsts])
         _, *questions = members(group + 1, len(firsts) + 1)
         for (first, beyond), asked in zip(self._groups, questions, strict=True):
-            yield first, beyond, asked
+            if len(asked):
+                yield first, beyond, asked
 
     def path(self, row: int) -> list[int]:
         """The rows of the ranges around a row that enclose all of it, outermost first, the row itself last."""

@@ -53,7 +53,7 @@ Point = tuple[int, int, int]
 
 
 def _points(capture: Capture, pair: Pair, mask: np.ndarray) -> tuple[set[Point], set[Point]]:
-    """Every ns (rank, device, time) of B within a mask, and of it what C covers; each interval against each other one."""
+    """Every ns (rank, device, time) of B within a mask, and of it what C covers; each interval against each other."""
     gpu, total, hidden = capture.gpu, set(), set()
     roles = [list(Role)[code] for code in gpu["role"]]
     rows = list(zip(gpu.tolist(), roles, mask.tolist(), strict=True))

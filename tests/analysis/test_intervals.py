@@ -75,10 +75,15 @@ def test_subtraction_leaves_the_points_of_one_alone(a: list[tuple[int, int]], b:
     assert intervals.length(rest) == intervals.length(_union(a)) - intervals.intersect_length(_union(a), _union(b))
 
 
-def test_groups_that_span_more_than_numbers_hold_are_an_error() -> None:
-    far = np.array([[-(2**60), 2**60], [-(2**60), 2**60], [-(2**60), 2**60]], np.int64)
-    with pytest.raises(ValueError, match="3 groups span"):
-        intervals.grouped_length(far, np.arange(3), 3)
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, MOMENTS), st.integers(0, 3), st.booleans()), max_size=10))
+def test_groups_that_together_span_more_than_numbers_hold(starts: list[tuple[int, int, bool]]) -> None:
+    far, chosen = 1 << 61, [(start + (1 << 61) * late, group) for start, group, late in starts]
+    chosen += [(moment, group) for group in range(4) for moment in (-far, far)]
+    pairs = np.array([(start, start + 5) for start, _ in chosen], np.int64)
+    groups = np.array([group for _, group in chosen], np.int64)
+    expected = [len(_points([(s, s + 5) for s, group in chosen if group == g])) for g in range(5)]
+    assert intervals.grouped_length(pairs, groups, 5).tolist() == expected
 
 
 def test_nanoseconds_of_this_century_stay_exact() -> None:

@@ -1,0 +1,135 @@
+"""``eplbctl plan``: placements for recorded loads by several policies side by side, and in other stacks' files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from eplbctl.options import PATH, Destination, format_option
+from eplbctl.output import require_writable, say, write_file
+from moe_eplb.core.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from moe_eplb.planning.certificate import Certificate
+    from moe_eplb.planning.loads import LoadSet, PlacementSet
+    from moe_eplb.planning.problem import Problem, Solution
+
+__all__ = ["command"]
+
+_FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
+
+
+@click.command()
+@click.argument("loads", type=PATH)
+@click.option("--ranks", type=click.IntRange(1, 4096), required=True, help="Expert-parallel ranks.")
+@click.option("--slots", type=click.IntRange(1), required=True, help="Slots of all ranks together.")
+@click.option(
+    "--policy",
+    "policies",
+    default="greedy,refine",
+    show_default=True,
+    help="Policies with commas; the last is written.",
+)
+@click.option("--current", type=PATH, help="The placement that is there, in any of the forms of --to.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes of as many ranks each.")
+@click.option(
+    "--groups", type=click.IntRange(1), default=1, show_default=True, help="Expert groups that stay on a node."
+)
+@click.option("--allow-duplicates", is_flag=True, help="Let two replicas of an expert lie on one rank.")
+@click.option("--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
+@click.option("--time-budget-ms", type=click.FloatRange(0.1), help="Answer with the best so far after so long.")
+@click.option("--min-gain", type=click.FloatRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
+@click.option("--tokens-per-window", type=click.IntRange(1), default=4096, show_default=True, help="Of a file of ids.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
+@click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")
+@click.option("--to", "target", type=click.Choice(_FORMS), default="json", show_default=True, help="Form of that file.")
+@click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
+@format_option("text", "json")
+def command(
+    loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
+    allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
+    tokens_per_window: int, seed: int, output: Path | None, target: str, force: bool, form: str,
+) -> ExitCode:  # fmt: skip
+    """Place experts for LOADS, and say how good that is, how good it could be, and what moving there costs.
+
+    LOADS is a run folder, an .npz with counts [windows, layers, experts] or topk_ids, or SGLang's logical_count JSON.
+    Policies: static, greedy (DeepSeek's algorithm), refine (greedy improved), incremental (from --current with few
+    moves), robust (the same for all windows). The exit code is 1 if the last plan does not pay (--min-gain).
+
+    \b
+    Examples:
+      eplbctl plan loads.npz --ranks 32 --slots 288
+      eplbctl plan loads.npz --ranks 8 --slots 288 --current now.json --policy greedy,incremental --min-gain 2
+      eplbctl plan loads.npz --ranks 8 --slots 288 --policy refine -o placement.yaml --to tensorrt_llm
+    """
+    from eplbctl.render import plans as render
+    from moe_eplb.planning.loads import read_counts
+
+    if output is not None:
+        require_writable(output, force=force)
+    read = read_counts(loads, tokens_per_window=tokens_per_window)
+    placed = _current(read, current, ranks)
+    problem = _problem(read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed)
+    gain = None if min_gain is None else min_gain / 100
+    solutions = _solved(problem, policies)
+    certificates = _certified(problem, solutions, gain)
+    made = render.plans_text(read, certificates) if form == "text" else render.plans_json(read, certificates)
+    Destination(None).write(made)
+    if output is not None:
+        _write(read, problem, solutions[-1], output, target)
+    return ExitCode.INVALID if certificates[-1].pays is False else ExitCode.VALID
+
+
+def _current(loads: LoadSet, path: Path | None, ranks: int) -> PlacementSet | None:
+    if path is None:
+        return None
+    from moe_eplb.planning.formats.placements import read_placement
+    from moe_eplb.planning.loads import require_fit
+
+    placement = read_placement(path, ranks=ranks, experts=loads.counts.shape[2])
+    if placement.ranks != ranks:
+        raise UsageError("E195", f"the current placement is one of {placement.ranks} ranks, not {ranks}")
+    return require_fit(loads, placement)
+
+
+def _problem(
+    loads: LoadSet, placed: PlacementSet | None, ranks: int, slots: int, nodes: int, groups: int,
+    allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, seed: int,
+) -> Problem:  # fmt: skip
+    from moe_eplb.planning.problem import Problem
+
+    layers = loads.counts.shape[1]
+    return Problem(
+        loads.counts.astype("float64"), ranks, slots, nodes=nodes, groups=groups, allow_duplicates=allow_duplicates,
+        current=None if placed is None else placed.slots, time_budget_ms=time_budget_ms, seed=seed,
+        max_moves=None if max_moves is None else int(max_moves / 100 * slots * layers),
+    )  # fmt: skip
+
+
+def _solved(problem: Problem, policies: str) -> list[Solution]:
+    from moe_eplb.planning.policies import solve
+
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise UsageError("E191", "no policy is named", hint="such as --policy greedy,refine")
+    return [solve(problem, name) for name in names]
+
+
+def _certified(problem: Problem, solutions: list[Solution], gain: float | None) -> list[Certificate]:
+    from moe_eplb.planning.certificate import certify
+
+    return [certify(problem, solution, min_gain=gain) for solution in solutions]
+
+
+def _write(loads: LoadSet, problem: Problem, solution: Solution, output: Path, form: str) -> None:
+    from moe_eplb.planning.formats.placements import write_placement
+    from moe_eplb.planning.loads import PlacementSet
+
+    source = f"{solution.policy} for {loads.source}"
+    made = PlacementSet(solution.slots, problem.ranks, problem.experts, loads.layer_ids, source)
+    text, report = write_placement(made, form)
+    write_file(output, text.rstrip("\n") + "\n")
+    for lost in report.lost:
+        say(f"not in {output}: {lost}", err=True)

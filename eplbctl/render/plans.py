@@ -1,0 +1,147 @@
+"""Plans side by side, and replays: as text or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eplbctl.render.tables import Table
+from eplbctl.render.tables import text as tables_text
+
+if TYPE_CHECKING:
+    from moe_eplb.planning.certificate import Certificate
+    from moe_eplb.planning.loads import LoadSet
+    from moe_eplb.planning.replay import Replayed
+
+__all__ = ["plans_json", "plans_text", "replay_json", "replay_text"]
+
+_WORST = 8
+_SHADES = " .:-=+*#%@"
+
+
+def plans_text(loads: LoadSet, plans: Sequence[Certificate]) -> str:
+    """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
+    parts = tables_text([_compared(plans), _layers(loads, plans[-1])])
+    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *_notes(loads, plans)])
+
+
+def plans_json(loads: LoadSet, plans: Sequence[Certificate]) -> str:
+    """Every certificate whole."""
+    head = {"schema": 1, "loads": loads.source, "windows": loads.windows, "layer_ids": list(loads.layer_ids)}
+    return json.dumps(head | {"plans": [plan.to_json() for plan in plans]}, indent=1)
+
+
+def replay_text(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, reasons: Sequence[str]) -> str:
+    """A row for each setting, then which one is best and why."""
+    heads = ("setting", "plans", "now", "next window", "without", "moved a plan", "predicted s", "moves", "plan ms")
+    rows = [_replayed(loads, one) for one in results]
+    note = "next window: balancedness on the windows after a plan, which is what is served; without: no balancer."
+    table = tables_text([Table("Replayed", heads, rows, note)])
+    best = [f"Least predicted time: {chosen.setting}", *(f"  {reason}" for reason in reasons)]
+    windows, layers, experts = loads.counts.shape
+    return "\n\n".join(
+        [f"{loads.source}: {windows} windows, {layers} layers, {experts} experts", *table, "\n".join(best)]
+    )
+
+
+def replay_json(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, reasons: Sequence[str]) -> str:
+    """Every setting with its series."""
+    rows = [_replay_row(one) for one in results]
+    head = {"schema": 1, "loads": loads.source, "best": str(chosen.setting), "why": list(reasons)}
+    return json.dumps(head | {"settings": rows}, indent=1)
+
+
+def _heading(loads: LoadSet, plan: Certificate) -> str:
+    where = f"{plan.experts} experts in {plan.slots} slots of {plan.ranks} ranks, {len(plan.layers)} layers"
+    return f"{loads.source}: newest of {loads.windows} windows; {where}"
+
+
+def _compared(plans: Sequence[Certificate]) -> Table:
+    heads = (
+        "policy",
+        "balancedness",
+        "worst layer",
+        "above bound",
+        "moved",
+        "ms to move",
+        "pays after",
+        "gate",
+        "plan ms",
+    )
+    rows = [
+        (
+            plan.policy, f"{plan.balancedness:.4f}", f"{min(row.balancedness for row in plan.layers):.4f}",
+            f"{plan.gap:.2%}", f"{plan.moved:,} of {plan.kept + plan.moved:,}" if plan.before is not None else "-",
+            f"{plan.migration_ms:,.1f}" if plan.before is not None else "-", _windows(plan.break_even),
+            {None: "-", True: "pays", False: "does not pay"}[plan.pays], f"{plan.plan_ms:.1f}",
+        )
+        for plan in plans
+    ]  # fmt: skip
+    before = plans[0].before
+    note = (
+        f"Balancedness of what is there: {before:.4f}." if before is not None else "Nothing is there yet (--current)."
+    )
+    return Table("Policies", heads, rows, note)
+
+
+def _windows(count: float | None) -> str:
+    if count is None:
+        return "-"
+    return "never" if math.isinf(count) else f"{count:,.2f} windows"
+
+
+def _layers(loads: LoadSet, plan: Certificate) -> Table:
+    worst = sorted(plan.layers, key=lambda row: row.balancedness)[:_WORST]
+    rows = [
+        (
+            loads.layer_ids[row.layer], f"{row.balancedness:.4f}", f"{row.largest:,.1f}", f"{row.bound:,.1f}",
+            f"{row.gap:.2%}", row.moved,
+        )
+        for row in worst
+    ]  # fmt: skip
+    heads = ("layer", "balancedness", "largest rank load", "bound", "above it", "moved")
+    return Table(f"Least balanced layers of {plan.policy}", heads, rows)
+
+
+def _map(loads: LoadSet, plans: Sequence[Certificate]) -> str:
+    """One character a layer: the darker, the less balanced."""
+    lines = ["Imbalance by layer (1 - balancedness; ' ' below 1 %, '@' above 50 %)"]
+    width = max(len(plan.policy) for plan in plans)
+    for plan in plans:
+        lines.append(f"  {plan.policy:<{width}} |{''.join(_shade(1 - row.balancedness) for row in plan.layers)}|")
+    return "\n".join(lines)
+
+
+def _shade(imbalance: float) -> str:
+    """Logarithmic from 1 % to 50 %."""
+    if imbalance <= 0.01:
+        return _SHADES[0]
+    return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log(imbalance / 0.01) / math.log(50) * (len(_SHADES) - 1)))]
+
+
+def _notes(loads: LoadSet, plans: Sequence[Certificate]) -> Iterator[str]:
+    notes = [*loads.notes, *(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
+    yield from dict.fromkeys(notes)
+
+
+def _replayed(loads: LoadSet, one: Replayed) -> tuple[Any, ...]:
+    per_plan = one.moves / one.plans if one.plans else 0
+    now = f"{sum(one.now) / len(one.now):.4f}" if one.now else "-"
+    without = f"{sum(one.unbalanced) / len(one.unbalanced):.4f}" if one.unbalanced else "-"
+    took = f"{sum(one.plan_ms) / len(one.plan_ms):.1f}" if one.plan_ms else "-"
+    return (
+        str(one.setting), one.plans, now, f"{one.mean_following:.4f}", without, f"{per_plan:,.0f}",
+        f"{one.total_us / 1e6:,.3f}", f"{one.moves_us / max(one.total_us, 1e-9):.1%}", took,
+    )  # fmt: skip
+
+
+def _replay_row(one: Replayed) -> dict[str, Any]:
+    s = one.setting
+    return {
+        "policy": s.policy, "interval": s.interval, "window": s.window, "move_share": s.move_share,
+        "now": list(one.now), "next_window": list(one.following), "without": list(one.unbalanced),
+        "moves": one.moves, "plans": one.plans, "steps_us": one.steps_us, "moves_us": one.moves_us,
+        "plan_ms": list(one.plan_ms),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Files in which other stacks keep loads and placements."""

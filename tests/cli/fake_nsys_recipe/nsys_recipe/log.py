@@ -1,0 +1,7 @@
+"""Where recipes say what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("nsys_recipe")
