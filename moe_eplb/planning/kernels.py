@@ -1,7 +1,7 @@
 """Planning kernels, compiled without the interpreter's lock so that the thread that serves is not slowed.
 
 Every kernel is plain Python too (``kernel.py_func``). A layer's state is its slots [P], the replicas of each expert
-[E], the load of each rank [R], and how many replicas of each expert lie on each rank [R, E].
+[E], the load of each rank [R], and how many replicas of each expert lie on each rank [E, R].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from numba import njit
 
 __all__ = [
     "floor_of", "greedy_layer", "greedy_layers", "improve", "kick", "measure", "refine_layers", "relabel",
-    "relabel_layers", "replicate", "step_layers",
+    "relabel_layers", "replay_steps", "replicate", "step_layers",
 ]  # fmt: skip
 
 _compiled = njit(cache=True, nogil=True)
@@ -110,14 +110,14 @@ def _holds(expert, begin, count, slots):
 
 @_compiled
 def measure(load, slots, first, counts, held, lies):
-    """The state of a placement: replicas [E], rank loads [R], replicas on each rank [R, E]; the largest rank load."""
+    """The state of a placement: replicas [E], rank loads [R], replicas on each rank [E, R]; the largest rank load."""
     counts[:] = 0
     lies[:] = 0
     for rank in range(len(held)):
         for slot in range(first[rank], first[rank + 1]):
             if slots[slot] >= 0:
                 counts[slots[slot]] += 1
-                lies[rank, slots[slot]] += 1
+                lies[slots[slot], rank] += 1
     top = 0.0
     for rank in range(len(held)):
         held[rank] = 0.0
@@ -157,7 +157,7 @@ def _best_swap(a, share, slots, first, held, lies, duplicates, home, budget, nee
             continue
         for one in range(first[a], first[a + 1]):
             x = slots[one]
-            if x < 0 or (not duplicates and lies[b, x] > 0):
+            if x < 0 or (not duplicates and lies[x, b] > 0):
                 continue
             for two in range(first[b], first[b + 1]):
                 y = slots[two]
@@ -178,31 +178,29 @@ def _best_swap(a, share, slots, first, held, lies, duplicates, home, budget, nee
                     gain = _worth(gain, need) / price if price > 0 else gain * 2.0
                     if gain <= best_gain:
                         continue
-                if not duplicates and lies[a, y] > 0:
+                if not duplicates and lies[y, a] > 0:
                     continue
                 best_gain, best_one, best_two, best_rank = gain, one, two, b
     return best_gain, best_one, best_two, best_rank
 
 
 @_compiled
-def _after_replace(load, slot_rank, old, new, counts, held, lies, top):
+def _after_replace(rank, old, new, share, up, down, held, lies, top):
     """The largest load of the ranks that an expert's replacement touches, or `top` as soon as one reaches it."""
-    more = load[old] / (counts[old] - 1) - load[old] / counts[old]
-    less = load[new] / (counts[new] + 1) - load[new] / counts[new]
-    old_share, new_share = load[old] / (counts[old] - 1), load[new] / (counts[new] + 1)
-    largest = held[slot_rank] + lies[slot_rank, old] * more + lies[slot_rank, new] * less - old_share + new_share
+    more, less = up[old] - share[old], down[new] - share[new]
+    largest = held[rank] + lies[old, rank] * more + lies[new, rank] * less - up[old] + down[new]
     if largest >= top:
         return top
-    for rank in range(len(held)):
-        if rank != slot_rank and lies[rank, old] > 0:
-            largest = max(largest, held[rank] + lies[rank, old] * more + lies[rank, new] * less)
+    for other in range(len(held)):
+        if other != rank and lies[old, other] > 0:
+            largest = max(largest, held[other] + lies[old, other] * more + lies[new, other] * less)
             if largest >= top:
                 return top
     return largest
 
 
 @_compiled
-def _best_replace(a, load, slots, first, counts, held, lies, duplicates, home, budget, from_gain, need):
+def _best_replace(a, slots, first, counts, share, up, down, held, lies, duplicates, home, budget, from_gain, need):
     """The change of one slot's expert that lowers rank `a` most for each moved slot.
 
     Either a slot of `a` takes a lighter replica, or a slot elsewhere takes a replica of an expert that lies on `a`.
@@ -213,35 +211,34 @@ def _best_replace(a, load, slots, first, counts, held, lies, duplicates, home, b
         old = slots[slot]
         if old < 0 or counts[old] < 2:
             continue
-        share = load[old] / counts[old]
-        for new in range(len(load)):
-            if new == old or load[new] / (counts[new] + 1) >= share or (not duplicates and lies[a, new] > 0):
+        for new in range(len(share)):
+            if share[old] - down[new] <= best_gain * 0.5 or new == old or (not duplicates and lies[new, a] > 0):
                 continue
             price = _cost(slot, old, new, home)
-            if price > budget or (share - load[new] / (counts[new] + 1)) / max(price, 0.5) <= best_gain:
+            if price > budget or share[old] - down[new] <= best_gain * max(price, 0.5):
                 continue
-            gain = _worth(top - _after_replace(load, a, old, new, counts, held, lies, top), need) / max(price, 0.5)
+            after = _after_replace(a, old, new, share, up, down, held, lies, top)
+            gain = _worth(top - after, need) / max(price, 0.5)
             if gain > best_gain:
                 best_gain, best_slot, best_new = gain, slot, new
     for source in range(first[a], first[a + 1]):
         new = slots[source]
-        if new < 0:
+        if new < 0 or (share[new] - down[new]) * lies[new, a] <= best_gain * 0.5:
             continue
-        less = load[new] / counts[new] - load[new] / (counts[new] + 1)
+        less = (share[new] - down[new]) * lies[new, a]
         for b in range(ranks):
-            if b == a or held[b] >= top or (not duplicates and lies[b, new] > 0):
+            if b == a or held[b] >= top or (not duplicates and lies[new, b] > 0):
                 continue
             for slot in range(first[b], first[b + 1]):
                 old = slots[slot]
                 if old < 0 or old == new or counts[old] < 2:
                     continue
                 price = _cost(slot, old, new, home)
-                if price > budget or less * lies[a, new] / max(price, 0.5) <= best_gain:
+                if price > budget or less <= best_gain * max(price, 0.5):
                     continue
                 # Rank `a` gets lighter by its share of the new replica, and heavier if it holds what was replaced.
-                more = lies[a, old] * (load[old] / (counts[old] - 1) - load[old] / counts[old])
-                after = held[a] - less * lies[a, new] + more
-                largest = max(after, _after_replace(load, b, old, new, counts, held, lies, top))
+                after = held[a] - less + lies[old, a] * (up[old] - share[old])
+                largest = max(after, _after_replace(b, old, new, share, up, down, held, lies, top))
                 gain = _worth(top - largest, need) / max(price, 0.5)
                 if gain > best_gain:
                     best_gain, best_slot, best_new = gain, slot, new
@@ -249,7 +246,7 @@ def _best_replace(a, load, slots, first, counts, held, lies, duplicates, home, b
 
 
 @_compiled
-def improve(load, slots, first, duplicates, target, home, budget, most_steps, trail):
+def improve(load, slots, first, duplicates, target, home, budget, most_steps, tops, moves, log):
     """Lower the largest rank load by exchanges and changes of replicas until `target`, a local optimum, or the budget.
 
     Args:
@@ -257,84 +254,91 @@ def improve(load, slots, first, duplicates, target, home, budget, most_steps, tr
         target: Largest rank load at which to stop.
         home: Slots [P] that moves are counted against, empty when they are free.
         budget: Slots that may differ from `home`.
-        most_steps: Steps after which to stop.
-        trail: [budget + 1] or empty: gets the largest rank load that was reached with so many moved slots.
+        most_steps: N, after which to stop.
+        tops, moves, log: The largest load [N + 1] and the slots that differ [N + 1] after each step, and for each step
+            two slots with their new experts [N, 4], -1 for none; or empty.
 
     Returns:
-        The largest rank load, the moved slots and the steps made.
+        The largest rank load and the steps made.
     """
     ranks, experts = len(first) - 1, len(load)
     counts, held = np.empty(experts, np.int64), np.empty(ranks)
-    lies = np.empty((ranks, experts), np.int16)
-    top = measure(load, slots, first, counts, held, lies)
-    share = np.empty(experts)
+    lies = np.empty((experts, ranks), np.int16)
+    measure(load, slots, first, counts, held, lies)
+    share, up, down = np.empty(experts), np.empty(experts), np.empty(experts)
     for expert in range(experts):
-        share[expert] = load[expert] / max(counts[expert], 1)
+        _shares(expert, load, counts, share, up, down)
+    bound = len(home) > 0
     moved = 0
-    if len(home) > 0:
+    if bound:
         for slot in range(len(slots)):
             moved += home[slot] != slots[slot]
     steps = 0
-    while steps < most_steps:
+    while True:
         a = 0
         for rank in range(1, ranks):
             if held[rank] > held[a]:
                 a = rank
         top = held[a]
-        if len(trail) > 0:
-            trail[moved] = min(trail[moved], top)
-        if top <= target:
+        if len(tops) > 0:
+            tops[steps], moves[steps] = top, moved
+        if top <= target or steps == most_steps:
             break
-        left = budget - moved if len(home) > 0 else 2
-        need = top - target if len(home) > 0 else np.inf
-        gain, one, two, b = _best_swap(a, share, slots, first, held, lies, duplicates, home, left, need)
+        left, need = (budget - moved, top - target) if bound else (2, np.inf)
         enough = top * 1e-6
-        if len(home) > 0 or gain <= top * 2e-4:
+        gain, one, two, b = _best_swap(a, share, slots, first, held, lies, duplicates, home, left, need)
+        slot, new = -1, -1
+        if bound or gain <= top * 2e-4:
             _, slot, new = _best_replace(
-                a, load, slots, first, counts, held, lies, duplicates, home, left, max(gain, enough), need
+                a, slots, first, counts, share, up, down, held, lies, duplicates, home, left, max(gain, enough), need
             )
-        else:
-            slot, new = -1, -1
         if slot >= 0:
-            rank = a
-            if not first[a] <= slot < first[a + 1]:
-                for other in range(ranks):
-                    if first[other] <= slot < first[other + 1]:
-                        rank = other
-            _do_replace(slot, rank, new, load, slots, counts, share, held, lies)
+            moved += _cost(slot, slots[slot], new, home)
+            rank = np.searchsorted(first, slot, side="right") - 1
+            _do_replace(slot, rank, new, load, slots, counts, share, up, down, held, lies)
+            one, two = slot, -1
         elif gain > enough:
             x, y = slots[one], slots[two]
+            moved += _cost(one, x, y, home) + _cost(two, y, x, home)
             slots[one], slots[two] = y, x
             held[a] += share[y] - share[x]
             held[b] += share[x] - share[y]
-            lies[a, x] -= 1
-            lies[b, x] += 1
-            lies[a, y] += 1
-            lies[b, y] -= 1
+            lies[x, a] -= 1
+            lies[x, b] += 1
+            lies[y, a] += 1
+            lies[y, b] -= 1
         else:
             break
-        if len(home) > 0:
-            moved = 0
-            for slot in range(len(slots)):
-                moved += home[slot] != slots[slot]
+        if len(tops) > 0:
+            log[steps, 0], log[steps, 1], log[steps, 2], log[steps, 3] = one, slots[one], two, -1
+            if two >= 0:
+                log[steps, 3] = slots[two]
         steps += 1
-    return measure(load, slots, first, counts, held, lies), moved, steps
+    return measure(load, slots, first, counts, held, lies), steps
 
 
 @_compiled
-def _do_replace(slot, rank, new, load, slots, counts, share, held, lies):
+def _shares(expert, load, counts, share, up, down):
+    """What a replica of an expert carries, and what it would with one replica fewer and one more."""
+    count = max(counts[expert], 1)
+    share[expert] = load[expert] / count
+    up[expert] = load[expert] / (count - 1) if count > 1 else np.inf
+    down[expert] = load[expert] / (count + 1)
+
+
+@_compiled
+def _do_replace(slot, rank, new, load, slots, counts, share, up, down, held, lies):
     old = slots[slot]
-    more = load[old] / (counts[old] - 1) - share[old]
-    less = load[new] / (counts[new] + 1) - share[new]
-    lies[rank, old] -= 1
+    more, less = up[old] - share[old], down[new] - share[new]
+    lies[old, rank] -= 1
     held[rank] -= share[old]
     for other in range(len(held)):
-        held[other] += lies[other, old] * more + lies[other, new] * less
+        held[other] += lies[old, other] * more + lies[new, other] * less
     counts[old] -= 1
     counts[new] += 1
-    share[old] += more
-    share[new] += less
-    lies[rank, new] += 1
+    _shares(old, load, counts, share, up, down)
+    _shares(new, load, counts, share, up, down)
+    lies[new, rank] += 1
     held[rank] += share[new]
     slots[slot] = new
 
@@ -344,7 +348,7 @@ def kick(load, slots, first, duplicates, state, strength):
     """Exchange and replace some slots at random; `state` is one uint64 of a xorshift generator, changed in place."""
     ranks, experts = len(first) - 1, len(load)
     counts, held = np.empty(experts, np.int64), np.empty(ranks)
-    lies = np.empty((ranks, experts), np.int16)
+    lies = np.empty((experts, ranks), np.int16)
     measure(load, slots, first, counts, held, lies)
     total = len(slots)
     rank_of = np.empty(total, np.int64)
@@ -355,18 +359,18 @@ def kick(load, slots, first, duplicates, state, strength):
         x, y, a, b = slots[one], slots[two], rank_of[one], rank_of[two]
         if x < 0 or y < 0 or a == b or x == y:
             continue
-        if _draw(state, 2) == 0 and counts[x] > 1 and (duplicates or lies[a, y] == 0):
+        if _draw(state, 2) == 0 and counts[x] > 1 and (duplicates or lies[y, a] == 0):
             slots[one] = y
             counts[x] -= 1
             counts[y] += 1
-            lies[a, x] -= 1
-            lies[a, y] += 1
-        elif duplicates or (lies[b, x] == 0 and lies[a, y] == 0):
+            lies[x, a] -= 1
+            lies[y, a] += 1
+        elif duplicates or (lies[x, b] == 0 and lies[y, a] == 0):
             slots[one], slots[two] = y, x
-            lies[a, x] -= 1
-            lies[b, x] += 1
-            lies[a, y] += 1
-            lies[b, y] -= 1
+            lies[x, a] -= 1
+            lies[x, b] += 1
+            lies[y, a] += 1
+            lies[y, b] -= 1
 
 
 @_compiled
@@ -543,14 +547,14 @@ def refine_layers(loads, first, room, duplicates, tolerance, most_steps, kicks, 
     for rank in range(ranks):
         total += room[rank]
         open_ranks += room[rank] > 0
-    none, no_trail = np.empty(0, np.int32), np.empty(0)
+    none, no_tops, no_moves, no_log = _nothing()
     state = np.array([seed * 2654435761 + 88172645463325252], np.uint64)
     for layer in range(len(loads)):
         load = loads[layer]
         mean = load.sum() / max(open_ranks, 1)
         bound = max(mean, floor_of(load, total, total if duplicates else open_ranks))
         target = bound * (1.0 + tolerance)
-        top, _, _ = improve(load, slots[layer], first, duplicates, target, none, 0, most_steps, no_trail)
+        top, _ = improve(load, slots[layer], first, duplicates, target, none, 0, most_steps, no_tops, no_moves, no_log)
         best = slots[layer].copy()
         trial = np.empty(len(best), np.int32)
         for turn in range(kicks):
@@ -558,7 +562,7 @@ def refine_layers(loads, first, room, duplicates, tolerance, most_steps, kicks, 
                 break
             trial[:] = best
             kick(load, trial, first, duplicates, state, 2 + turn % 4)
-            found, _, _ = improve(load, trial, first, duplicates, target, none, 0, most_steps, no_trail)
+            found, _ = improve(load, trial, first, duplicates, target, none, 0, most_steps, no_tops, no_moves, no_log)
             if found < top:
                 top = found
                 best[:] = trial
@@ -567,15 +571,30 @@ def refine_layers(loads, first, room, duplicates, tolerance, most_steps, kicks, 
 
 
 @_compiled
-def step_layers(loads, homes, first, duplicates, targets, budgets, most_steps, slots, trails, reached):
-    """`improve` with moves counted against `homes` [L, P] for every layer; largest loads into `reached` [L]."""
+def _nothing():
+    return np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64), np.empty((0, 4), np.int32)
+
+
+@_compiled
+def step_layers(loads, homes, first, duplicates, targets, budgets, tops, moves, logs, steps):
+    """`improve` from `homes` [L, P] for every layer, N steps at most, written down; how many into `steps`."""
+    most = tops.shape[1] - 1
     for layer in range(len(loads)):
-        trails[layer, :] = np.inf
-        top, _, _ = improve(
-            loads[layer], slots[layer], first, duplicates, targets[layer], homes[layer], budgets[layer], most_steps,
-            trails[layer],
+        slots = homes[layer].copy()
+        _, steps[layer] = improve(
+            loads[layer], slots, first, duplicates, targets[layer], homes[layer], budgets[layer], most, tops[layer],
+            moves[layer], logs[layer],
         )  # fmt: skip
-        reached[layer] = top
+
+
+@_compiled
+def replay_steps(logs, steps, slots):
+    """Make the first so many steps of each layer's log on its slots [L, P]."""
+    for layer in range(len(slots)):
+        for step in range(steps[layer]):
+            slots[layer, logs[layer, step, 0]] = logs[layer, step, 1]
+            if logs[layer, step, 2] >= 0:
+                slots[layer, logs[layer, step, 2]] = logs[layer, step, 3]
 
 
 @_compiled

@@ -165,42 +165,43 @@ def _flat(problem: Problem) -> Problem:
 
 def _from_current(problem: Problem, load: Loads, clock: _Clock) -> tuple[Slots, tuple[str, ...]]:
     """From what is there to what greedy would reach, with as few moves as that takes, or as the budget allows."""
+    from moe_eplb.planning import kernels
+
     if problem.current is None:
         raise UsageError("E191", "this policy needs the placement that is there", hint="give it, or use refine")
     home, note = _usable(problem)
     targets = _targets(problem, load)
-    budgets = np.full(problem.layers, problem.slots, np.int64)
-    slots, trails, reached = _stepped(problem, load, home, targets * _BEYOND, budgets, clock)
-    if not clock.over and float(reached.sum()) < float(targets.sum()):
-        # Layers that got better than they have to pay for moves of others.
-        budgets = _shared(trails, problem.layers * problem.slots, float(targets.sum()))
-        slots, _, _ = _stepped(problem, load, home, targets * _BEYOND, budgets, clock)
     forced = int((home != problem.current).sum())
-    if problem.max_moves is not None and int((slots != home).sum()) + forced > problem.max_moves:
-        budgets = _shared(trails, problem.max_moves - forced)
-        slots, _, _ = _stepped(problem, load, home, targets * _BEYOND, budgets, clock)
-    if forced > (problem.max_moves if problem.max_moves is not None else forced):
+    left = problem.slots * problem.layers if problem.max_moves is None else max(problem.max_moves - forced, 0)
+    tops, moves, logs, steps = _steps_from(problem, load, home, targets * _BEYOND, clock)
+    taken = _shared(tops, moves, steps, left, float(targets.sum()))
+    slots = home.copy()
+    kernels.replay_steps(logs, taken, slots)
+    if problem.max_moves is not None and forced > problem.max_moves:
         note = (*note, f"{forced} slots had to change, beyond the budget of {problem.max_moves}")
     return slots, note
 
 
-def _stepped(
-    problem: Problem, load: Loads, home: Slots, targets: Loads, budgets: NDArray[np.int64], clock: _Clock
-) -> tuple[Slots, Loads, Loads]:
+def _steps_from(
+    problem: Problem, load: Loads, home: Slots, targets: Loads, clock: _Clock
+) -> tuple[Loads, NDArray[np.int64], Slots, NDArray[np.int64]]:
+    """For each layer what each step did, and the largest load and the moved slots after it."""
     from moe_eplb.planning import kernels
 
-    slots, reached = home.copy(), np.zeros(problem.layers)
-    trails = np.full((problem.layers, int(budgets.max()) + 1), np.inf)
-    step = problem.layers if clock.end == np.inf else _CHUNK
-    for first in range(0, problem.layers, step):
+    layers, most = problem.layers, 2 * problem.slots
+    tops, moves = np.zeros((layers, most + 1)), np.zeros((layers, most + 1), np.int64)
+    logs, steps = np.zeros((layers, most, 4), np.int32), np.zeros(layers, np.int64)
+    budgets = np.full(layers, problem.slots, np.int64)
+    step = layers if clock.end == np.inf else _CHUNK
+    for first in range(0, layers, step):
         if clock.over:
             break
         part = slice(first, first + step)
         kernels.step_layers(
-            load[part], home[part], problem.first_slot, problem.allow_duplicates, targets[part], budgets[part], _STEPS,
-            slots[part], trails[part], reached[part],
+            load[part], home[part], problem.first_slot, problem.allow_duplicates, targets[part], budgets[part],
+            tops[part], moves[part], logs[part], steps[part],
         )  # fmt: skip
-    return slots, trails, reached
+    return tops, moves, logs, steps
 
 
 def _targets(problem: Problem, load: Loads) -> Loads:
@@ -210,34 +211,34 @@ def _targets(problem: Problem, load: Loads) -> Loads:
     return loads
 
 
-def _shared(trails: Loads, budget: int, enough: float = 0.0) -> NDArray[np.int64]:
-    """How many moves each layer [L] gets of all, by what they lower its largest load, best first.
+def _shared(
+    tops: Loads, moves: NDArray[np.int64], steps: NDArray[np.int64], budget: int, enough: float
+) -> NDArray[np.int64]:
+    """How many of its steps each layer makes, best first by what they lower its largest load for each moved slot.
 
-    It ends when the largest loads' sum is `enough`.
-
-    A layer's trail has the largest load after so many moves; between two of its corners moves are worth their average.
+    Steps of a layer come in order, so several are weighed together where later ones are worth more. It ends when the
+    budget is spent, or the largest loads' sum is `enough`; without moves steps are free.
     """
-    lowest = np.minimum.accumulate(trails, axis=1)
-    steps: list[tuple[float, int, int, int]] = []
-    for layer, row in enumerate(lowest):
-        at = 0
-        while at < len(row) - 1:
-            gains = (row[at] - row[at + 1 :]) / np.arange(1, len(row) - at)
-            best = int(np.argmax(gains))
-            if gains[best] <= 0:
+    offers: list[tuple[float, int, int, int]] = []
+    for layer, count in enumerate(steps.tolist()):
+        top, moved, at = tops[layer, : count + 1], moves[layer, : count + 1], 0
+        while at < count:
+            worth = (top[at] - top[at + 1 :]) / np.maximum(moved[at + 1 :] - moved[at], 0.5)
+            best = int(np.argmax(worth))
+            if worth[best] <= 0:
                 break
-            steps.append((-float(gains[best]), layer, at, at + 1 + best))
+            offers.append((-float(worth[best]), layer, at, at + 1 + best))
             at += 1 + best
-    shared = np.zeros(len(trails), np.int64)
-    left, sum_of_tops = budget, float(lowest[:, 0].sum())
-    for _, layer, begin, end in sorted(steps):
-        if sum_of_tops <= enough:
-            break
-        sum_of_tops += float(lowest[layer, end] - lowest[layer, begin])
-        taken = min(end - begin, left) if shared[layer] == begin else 0
-        shared[layer] += taken
-        left -= taken
-    return shared
+    taken = np.zeros(len(tops), np.int64)
+    whole = float(tops[:, 0].sum())
+    for _, layer, begin, end in sorted(offers):
+        price = int(moves[layer, end] - moves[layer, begin])
+        if whole <= enough or taken[layer] != begin or price > budget:
+            continue
+        taken[layer] = end
+        budget -= price
+        whole += float(tops[layer, end] - tops[layer, begin])
+    return taken
 
 
 def _usable(problem: Problem) -> tuple[Slots, tuple[str, ...]]:
