@@ -24,6 +24,7 @@ TOLERANCE = 0.0005
 """How close to its bound a layer is good enough."""
 _BEYOND = 0.997
 """How much further than greedy a layer is followed, so that it can make up for others."""
+_FAR_BEYOND = 0.9
 _STEPS = 4000
 _KICKS_OF_SMALL, _KICKS = 400, 3
 _SMALL = 64
@@ -119,7 +120,8 @@ def _robust(problem: Problem, clock: _Clock) -> tuple[Slots, tuple[str, ...]]:
     load = estimate(problem.loads)
     if problem.current is None:
         return _refined(problem, load, clock), ()
-    return _from_current(problem, load, clock)
+    # What a budget leaves is worth spending: a better balance than greedy's also bears more of what nobody foresees.
+    return _from_current(problem, load, clock, beyond=_BEYOND if problem.max_moves is None else _FAR_BEYOND)
 
 
 POLICIES: Mapping[str, Callable[[Problem, _Clock], tuple[Slots, tuple[str, ...]]]] = {
@@ -163,7 +165,9 @@ def _flat(problem: Problem) -> Problem:
     )  # fmt: skip
 
 
-def _from_current(problem: Problem, load: Loads, clock: _Clock) -> tuple[Slots, tuple[str, ...]]:
+def _from_current(
+    problem: Problem, load: Loads, clock: _Clock, beyond: float = _BEYOND
+) -> tuple[Slots, tuple[str, ...]]:
     """From what is there to what greedy would reach, with as few moves as that takes, or as the budget allows."""
     from moe_eplb.planning import kernels
 
@@ -173,8 +177,9 @@ def _from_current(problem: Problem, load: Loads, clock: _Clock) -> tuple[Slots, 
     targets = _targets(problem, load)
     forced = int((home != problem.current).sum())
     left = problem.slots * problem.layers if problem.max_moves is None else max(problem.max_moves - forced, 0)
-    tops, moves, logs, steps = _steps_from(problem, load, home, targets * _BEYOND, clock)
-    taken = _shared(tops, moves, steps, left, float(targets.sum()))
+    tops, moves, logs, steps = _steps_from(problem, load, home, targets * beyond, clock)
+    enough = float(targets.sum()) * (1.0 if beyond >= _BEYOND else beyond)
+    taken = _shared(tops, moves, steps, left, enough)
     slots = home.copy()
     kernels.replay_steps(logs, taken, slots)
     if problem.max_moves is not None and forced > problem.max_moves:

@@ -100,6 +100,18 @@ def test_greedy_with_duplicates_is_the_published_algorithm(problem: Problem) -> 
         assert np.allclose(np.sort(one), np.sort(other))
 
 
+def test_a_thousand_random_loads_are_balanced_as_published() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        ranks, experts = int(rng.integers(1, 9)), int(rng.integers(1, 33))
+        slots = ranks * int(rng.integers(-(-experts // ranks), -(-experts // ranks) + 4))
+        loads = rng.random((1, experts)) * 1000
+        problem = Problem(loads, ranks, slots, allow_duplicates=True)
+        published = Solution("published", rebalance_experts(loads, slots, 1, 1, ranks)[0].astype(np.int32), 0.0)
+        mine = solve(problem, "greedy")
+        assert np.allclose(*(np.sort(one.rank_loads(loads, problem)) for one in (mine, published)))
+
+
 @pytest.mark.parametrize("groups", [4, 8])
 def test_greedy_on_nodes_is_the_published_hierarchical_one(groups: int) -> None:
     loads = np.random.default_rng(groups).random((5, 32))
