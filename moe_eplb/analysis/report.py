@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,8 +95,9 @@ def make_report(paths: Sequence[Path], question: Question = EVERYTHING_ASKED) ->
 
 
 def _only_a_trace(folder: Path) -> bool:
-    """Whether a folder holds the trace of a run and nothing else of it."""
-    return (folder / RUN_TRACE).exists() and not (folder / "scenario.yaml").exists()
+    """Whether a folder holds the trace of a run and nothing else of it; a run that lost a part is no trace."""
+    parts = ("scenario.yaml", "meta.json", "verdict.json")
+    return (folder / RUN_TRACE).exists() and not any(os.path.lexists(folder / part) for part in parts)
 
 
 def _of_run(path: Path, question: Question) -> Report:
