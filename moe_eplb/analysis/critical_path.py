@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,7 @@ HOST, LATENCY, UNEXPLAINED = "host", "latency", "unexplained"
 _BLOCKING = "Synchronize"
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A piece of the path: a role, `HOST`, `LATENCY` or `UNEXPLAINED`, and the row of the GPU event or UNKNOWN."""
 
     start: int
@@ -93,41 +93,55 @@ class _Walker:
 
     def __init__(self, capture: Capture) -> None:
         self._capture, self.edges = capture, Dependencies(capture)
-        self._awaited: dict[int, list[int]] = {}
-        for event, on in self.edges.waits.tolist():
-            self._awaited.setdefault(event, []).append(on)
+        columns = capture.gpu["start"], capture.gpu["end"], *self._held_back(), capture.gpu["role"]
+        # A path looks at single values by the million, and numpy's own access to those takes several times as long.
+        self._start, self._end, self._before, self._ready, self._call, self._role = (
+            np.ascontiguousarray(column).data for column in columns
+        )
 
     def walk(self, row: int, begin: int) -> CriticalPath:
-        gpu, parts = self._capture.gpu, list[Part]()
-        until = int(gpu["end"][row])
+        """The path that ends with a GPU event and goes back to `begin`."""
+        parts, names = list[Part](), [role.value for role in ROLES]
+        until = self._end[row]
         while row >= 0 and until > begin:
-            start = min(max(int(gpu["start"][row]), begin), until)
-            parts.append(Part(start, until, ROLES[gpu["role"][row]].value, row))
-            before, ready, call = self._held_back_by(row, start)
-            ready = max(ready, begin)
-            parts.append(Part(ready, start, LATENCY))
-            row, until = (before, ready) if call < 0 else self._along_the_host(call, ready, begin, parts)
+            start = min(max(self._start[row], begin), until)
+            parts.append(Part(start, until, names[self._role[row]], row))
+            if start == begin:
+                until = begin
+                break
+            ready, call = max(self._ready[row], begin), self._call[row]
+            if ready < start:
+                parts.append(Part(ready, start, LATENCY))
+            row, until = (self._before[row], ready) if call < 0 else self._along_the_host(call, ready, begin, parts)
         parts.append(Part(begin, max(until, begin), UNEXPLAINED))
         tiled = tuple(part for part in reversed(parts) if part.end > part.start)
         return CriticalPath(tiled, self.edges.waits_recorded)
 
-    def _held_back_by(self, row: int, start: int) -> tuple[int, int, int]:
-        """The event, or else the launching call, that was ready last before a start, and when."""
-        gpu = self._capture.gpu
-        earlier = [int(self.edges.previous[row]), *self._awaited.get(row, ())]
-        events = [(min(int(gpu["end"][e]), start), e) for e in earlier if e >= 0 and gpu["start"][e] < start]
-        ready, before = max(events, default=(c.UNKNOWN, c.UNKNOWN))
-        call = int(self.edges.call[row])
-        launched = min(int(self.edges.launch_end[row]), start)
-        if call >= 0 and (before < 0 or launched > ready):
-            return c.UNKNOWN, launched, call
-        return before, ready if before >= 0 else start, c.UNKNOWN
+    def _held_back(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """For each event [N] the event that held it back or UNKNOWN, until when, and the launching call if that did."""
+        gpu, edges = self._capture.gpu, self.edges
+        start, end = np.ascontiguousarray(gpu["start"]), np.ascontiguousarray(gpu["end"])
+        earlier = (edges.previous >= 0) & (start[edges.previous] < start)
+        before = np.where(earlier, edges.previous, c.UNKNOWN)
+        ready = np.where(earlier, np.minimum(end[edges.previous], start), start)
+        held, on = edges.waits.T
+        for event, other in zip(held.tolist(), on.tolist(), strict=True):
+            found = (min(int(end[other]), int(start[event])), other)
+            if start[other] < start[event] and (before[event] < 0 or found > (ready[event], before[event])):
+                ready[event], before[event] = found
+        launched = np.minimum(edges.launch_end, start)
+        by_call = (edges.call >= 0) & ((before < 0) | (launched > ready))
+        return (
+            np.where(by_call, c.UNKNOWN, before), np.where(by_call, launched, ready),
+            np.where(by_call, edges.call, c.UNKNOWN),
+        )  # fmt: skip
 
     def _along_the_host(self, call: int, until: int, begin: int, parts: list[Part]) -> tuple[int, int]:
         """Back along the launching thread to a blocking call that ended with GPU work; that event, and when."""
         calls = self._capture.calls
         times, rows = self._blocking.get((int(calls["process"][call]), int(calls["thread"][call])), _NOTHING)
-        at = int(np.searchsorted(times, int(calls["start"][call]), side="right")) - 1
+        # No later than the moment reached, whatever the call says, so that no blocking call is looked at twice.
+        at = int(np.searchsorted(times, min(int(calls["start"][call]), until), side="right")) - 1
         while at >= 0 and times[at] > begin:
             blocked = calls[rows[at]]
             event = self._last_ended(int(blocked["process"]), int(blocked["start"]), int(blocked["end"]))

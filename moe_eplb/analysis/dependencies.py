@@ -65,6 +65,8 @@ class Dependencies:
         """Pairs [W, 2] of an event and one that it waited for on another stream; the last of each wait is enough."""
         syncs = self.capture.syncs
         syncs = syncs[(syncs["kind"] == c.SYNC_WAIT) & (syncs["on_stream"] >= 0)]
+        if not len(syncs):
+            return np.empty((0, 2), np.int64)
         asked = self._call_start(syncs["process"], syncs["correlation"], syncs["start"])
         recorded = self._call_start(syncs["process"], syncs["on_correlation"], np.full(len(syncs), c.UNKNOWN))
         held = self._next_launched(syncs["process"], syncs["stream"], asked)

@@ -49,7 +49,8 @@ def union(pairs: Intervals) -> Intervals:
     """The same points as disjoint intervals in order; touching ones are merged."""
     if not len(pairs):
         return EMPTY
-    ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    sorted_already = bool((pairs[1:, 0] >= pairs[:-1, 0]).all())
+    ordered = pairs if sorted_already else pairs[np.argsort(pairs[:, 0], kind="stable")]
     reach = np.maximum.accumulate(ordered[:, 1])
     begins = np.concatenate([[True], ordered[1:, 0] > reach[:-1]])
     ends = reach[np.concatenate([begins[1:], [True]])]

@@ -143,6 +143,12 @@ def _worth(gain, need):
 
 
 @_compiled
+def _wanted(worth, need):
+    """What must be gained for so much worth, the inverse of `_worth`."""
+    return worth if worth <= need else need + (worth - need) * 100.0
+
+
+@_compiled
 def _best_swap(a, share, slots, first, held, lies, duplicates, home, budget, need):
     """The exchange of a slot of rank `a` that lowers the larger of both ranks most for each moved slot."""
     ranks = len(held)
@@ -185,17 +191,17 @@ def _best_swap(a, share, slots, first, held, lies, duplicates, home, budget, nee
 
 
 @_compiled
-def _after_replace(rank, old, new, share, up, down, held, lies, top):
-    """The largest load of the ranks that an expert's replacement touches, or `top` as soon as one reaches it."""
+def _after_replace(rank, old, new, share, up, down, held, lies, most):
+    """The largest load of the ranks that an expert's replacement touches, or `most` as soon as one reaches it."""
     more, less = up[old] - share[old], down[new] - share[new]
     largest = held[rank] + lies[old, rank] * more + lies[new, rank] * less - up[old] + down[new]
-    if largest >= top:
-        return top
+    if largest >= most:
+        return most
     for other in range(len(held)):
         if other != rank and lies[old, other] > 0:
             largest = max(largest, held[other] + lies[old, other] * more + lies[new, other] * less)
-            if largest >= top:
-                return top
+            if largest >= most:
+                return most
     return largest
 
 
@@ -215,9 +221,12 @@ def _best_replace(a, slots, first, counts, share, up, down, held, lies, duplicat
             if share[old] - down[new] <= best_gain * 0.5 or new == old or (not duplicates and lies[new, a] > 0):
                 continue
             price = _cost(slot, old, new, home)
-            if price > budget or share[old] - down[new] <= best_gain * max(price, 0.5):
+            wanted = _wanted(best_gain * max(price, 0.5), need)
+            if price > budget or share[old] - down[new] <= wanted:
                 continue
-            after = _after_replace(a, old, new, share, up, down, held, lies, top)
+            after = _after_replace(a, old, new, share, up, down, held, lies, top - wanted)
+            if after >= top - wanted:
+                continue
             gain = _worth(top - after, need) / max(price, 0.5)
             if gain > best_gain:
                 best_gain, best_slot, best_new = gain, slot, new
@@ -234,11 +243,14 @@ def _best_replace(a, slots, first, counts, share, up, down, held, lies, duplicat
                 if old < 0 or old == new or counts[old] < 2:
                     continue
                 price = _cost(slot, old, new, home)
-                if price > budget or less <= best_gain * max(price, 0.5):
-                    continue
+                wanted = _wanted(best_gain * max(price, 0.5), need)
                 # Rank `a` gets lighter by its share of the new replica, and heavier if it holds what was replaced.
                 after = held[a] - less + lies[old, a] * (up[old] - share[old])
-                largest = max(after, _after_replace(b, old, new, share, up, down, held, lies, top))
+                if price > budget or top - after <= wanted:
+                    continue
+                largest = max(after, _after_replace(b, old, new, share, up, down, held, lies, top - wanted))
+                if largest >= top - wanted:
+                    continue
                 gain = _worth(top - largest, need) / max(price, 0.5)
                 if gain > best_gain:
                     best_gain, best_slot, best_new = gain, slot, new

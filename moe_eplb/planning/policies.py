@@ -22,7 +22,7 @@ __all__ = ["POLICIES", "estimate", "solve"]
 
 TOLERANCE = 0.0005
 """How close to its bound a layer is good enough."""
-_BEYOND = 0.997
+_BEYOND = 0.9993
 """How much further than greedy a layer is followed, so that it can make up for others."""
 _FAR_BEYOND = 0.9
 _STEPS = 4000
@@ -282,15 +282,11 @@ def _repair(slots: Slots, problem: Problem) -> int:
 
 def _duplicates(slots: Slots, problem: Problem) -> list[int]:
     """Slots whose expert lies in an earlier slot of the same rank."""
-    found = []
-    for rank in range(problem.ranks):
-        seen: set[int] = set()
-        for slot in range(int(problem.first_slot[rank]), int(problem.first_slot[rank + 1])):
-            expert = int(slots[slot])
-            if expert >= 0 and expert in seen:
-                found.append(slot)
-            seen.add(expert)
-    return found
+    held = np.flatnonzero(slots >= 0)
+    ranks = np.searchsorted(problem.first_slot, held, side="right")
+    _, first = np.unique(ranks * problem.experts + slots[held], return_index=True)
+    again: list[int] = np.delete(held, first).tolist()
+    return again
 
 
 def _kept(problem: Problem, slots: Slots) -> Slots:
