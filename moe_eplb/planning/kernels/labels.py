@@ -1,0 +1,104 @@
+"""Which rank a set of experts lies on: as many as possible stay where they lay."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_eplb.planning.kernels.compiled import compiled
+
+__all__ = ["relabel", "relabel_layers"]
+
+
+@compiled
+def _assign(cost):
+    """The column of each row with the least sum of costs [N, N]."""
+    count = len(cost)
+    u, v = np.zeros(count + 1), np.zeros(count + 1)
+    row_of, way = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    for row in range(1, count + 1):
+        row_of[0] = row
+        column = 0
+        least = np.full(count + 1, np.inf)
+        done = np.zeros(count + 1, np.uint8)
+        while True:
+            done[column] = 1
+            current, delta, following = row_of[column], np.inf, 0
+            for other in range(1, count + 1):
+                if done[other] == 0:
+                    reduced = cost[current - 1, other - 1] - u[current] - v[other]
+                    if reduced < least[other]:
+                        least[other] = reduced
+                        way[other] = column
+                    if least[other] < delta:
+                        delta = least[other]
+                        following = other
+            for other in range(count + 1):
+                if done[other] == 1:
+                    u[row_of[other]] += delta
+                    v[other] -= delta
+                else:
+                    least[other] -= delta
+            column = following
+            if row_of[column] == 0:
+                break
+        while column != 0:
+            before = way[column]
+            row_of[column] = row_of[before]
+            column = before
+    match = np.empty(count, np.int64)
+    for column in range(1, count + 1):
+        match[row_of[column] - 1] = column - 1
+    return match
+
+
+@compiled
+def relabel(slots, home, first, experts, out):
+    """The same sets of experts on other ranks and slots, so that as many as possible lie where they lay in `home`.
+
+    Ranks are matched by the largest sum of common experts (Kuhn-Munkres, shortest augmenting paths); within a rank an
+    expert that lay there keeps its slot. All ranks must have as many slots.
+    """
+    ranks = len(first) - 1
+    size = first[1] - first[0]
+    there = np.zeros((ranks, experts), np.int16)
+    for rank in range(ranks):
+        for slot in range(first[rank], first[rank + 1]):
+            if home[slot] >= 0:
+                there[rank, home[slot]] += 1
+    cost = np.zeros((ranks, ranks))
+    seen = np.zeros(experts, np.int16)
+    for new in range(ranks):
+        for rank in range(ranks):
+            common = 0
+            for slot in range(first[new], first[new + 1]):
+                seen[slots[slot]] = 0
+            for slot in range(first[new], first[new + 1]):
+                expert = slots[slot]
+                seen[expert] += 1
+                common += seen[expert] <= there[rank, expert]
+            cost[new, rank] = -common
+    match = _assign(cost)
+    for new in range(ranks):
+        rank = match[new]
+        taken = np.zeros(size, np.uint8)
+        for slot in range(first[rank], first[rank + 1]):
+            out[slot] = -1
+            for index in range(size):
+                if taken[index] == 0 and slots[first[new] + index] == home[slot]:
+                    out[slot] = home[slot]
+                    taken[index] = 1
+                    break
+        index = 0
+        for slot in range(first[rank], first[rank + 1]):
+            if out[slot] < 0:
+                while taken[index] == 1:
+                    index += 1
+                out[slot] = slots[first[new] + index]
+                taken[index] = 1
+
+
+@compiled
+def relabel_layers(slots, homes, first, experts, out):
+    """`relabel` for every layer."""
+    for layer in range(len(slots)):
+        relabel(slots[layer], homes[layer], first, experts, out[layer])
