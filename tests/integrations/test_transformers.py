@@ -149,6 +149,9 @@ def test_the_example_runs_as_documented() -> None:
         "docs/examples/generate.py", "scenarios/data/tiny_mixtral",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment.pop(
+        "PYTHONUNBUFFERED", None
+    )  # else a line and its end are two writes, between which the other rank's go
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     lines = re.findall(r"^rank (\d): \[([\d, ]+)\], (\d+) slots changed$", done.stdout, re.MULTILINE)
