@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import sys
 from pathlib import Path
@@ -100,7 +99,7 @@ def _umask() -> int:
 
 
 def _replace(path: Path, data: bytes, mode: int | None) -> None:
-    partial = path.with_name(f".eplbctl-{secrets.token_hex(8)}")
+    partial = path.with_name(f".eplbctl-{os.urandom(8).hex()}")
     with held():
         try:
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -129,7 +128,7 @@ def _open_special(path: Path) -> int:
 
 def _probe(folder: Path) -> None:
     """Make and remove a file: permissions alone do not tell of a file system that is mounted read-only."""
-    trial = folder / f".eplbctl-{secrets.token_hex(8)}"
+    trial = folder / f".eplbctl-{os.urandom(8).hex()}"
     with held():
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         trial.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +50,8 @@ def command(
       eplbctl bench scenarios/dynamic.yaml --compare overlap=serial,after
       eplbctl bench scenarios/dynamic.yaml --compare balancer.state=host,device --format json -o bench.json
     """
+    import tempfile
+
     from moe_eplb.core.samples import compare as compared_of
     from moe_eplb.session import Timing
     from moe_eplb.session.samples import read_samples

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,6 +66,8 @@ def redact(trace: Path, output: Path | None, in_place: bool, force: bool) -> Non
       eplbctl trace redact capture.sqlite -o public.sqlite
       eplbctl trace redact runs/quickstart --in-place
     """
+    import shutil
+
     if (output is None) == (not in_place):
         raise UsageError("E076", "say where the redacted trace goes", hint="-o PATH for a copy, or --in-place")
     _require_redactable(trace)
@@ -201,6 +201,9 @@ def _redacted(trace: Path) -> list[str]:
 
 
 def _redacted_folder(trace: Path, output: Path) -> list[str]:
+    import shutil
+    import tempfile
+
     if output.exists():
         raise UsageError("E002", f"{output} exists already", hint="choose another name for the copy")
     require_room(output)
@@ -216,6 +219,8 @@ def _redacted_folder(trace: Path, output: Path) -> list[str]:
 @contextmanager
 def _made_at(output: Path) -> Iterator[Path]:
     """A file to write that becomes `output` as a whole, or goes."""
+    import tempfile
+
     with held(), tempfile.TemporaryDirectory(prefix=".eplbctl-", dir=output.resolve().parent) as folder, released():
         partial = Path(folder) / "partial"
         yield partial

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -81,6 +80,8 @@ def _folder(keep: Path | None) -> AbstractContextManager[Path]:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="eplbctl-verify-") as folder:
         yield Path(folder)
 

