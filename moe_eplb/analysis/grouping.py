@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["distinct_rows", "members"]
+__all__ = ["distinct_rows", "known_numbers", "members"]
 
 _NEAR = 4
 """Times the number of values that their range may have to be looked up in a table."""
@@ -48,3 +48,9 @@ def members(group: NDArray[np.int64], groups: int) -> list[NDArray[np.int64]]:
     """The indices of each group's rows, in order, for the group number [N] of each row."""
     order = np.argsort(group, kind="stable")
     return np.split(order, np.searchsorted(group, np.arange(1, groups), sorter=order)) if groups else []
+
+
+def known_numbers(column: NDArray[Any]) -> tuple[int, ...]:
+    """The numbers of iterations or layers that a column names, in order, without -1 for none."""
+    found: list[int] = np.unique(column).tolist()
+    return tuple(number for number in found if number >= 0)

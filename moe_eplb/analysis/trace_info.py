@@ -11,6 +11,7 @@ import numpy as np
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.grouping import known_numbers
 from moe_eplb.analysis.merge import Alignment, align
 from moe_eplb.analysis.readers.any import read_capture
 from moe_eplb.analysis.roles import RoleTime, prepare, role_times, unknown_names
@@ -91,8 +92,8 @@ def _about(path: Path, capture: Capture) -> TraceInfo:
     return TraceInfo(
         source=str(path), form=capture.form, file_bytes=_size(path), ranks=tuple(capture.ranks),
         rank_source=capture.rank_source, counts={name: len(table) for name, table in capture.tables().items()},
-        span_ns=_span(capture), utc=capture.utc, iterations=_numbers(gpu["iteration"]), layers=_numbers(gpu["layer"]),
-        streams=_streams(capture), domains=_domains(capture), roles=_by_role(capture),
+        span_ns=_span(capture), utc=capture.utc, iterations=known_numbers(gpu["iteration"]),
+        layers=known_numbers(gpu["layer"]), streams=_streams(capture), domains=_domains(capture), roles=_by_role(capture),
         unknown=tuple(unknown_names(capture, gpu["role"])),
         waits_recorded=Dependencies(capture).waits_recorded, incomplete=capture.incomplete, notes=capture.notes,
     )  # fmt: skip
@@ -110,10 +111,6 @@ def _span(capture: Capture) -> int:
         return 0
     latest = max(max(int(table["end"].max()), int(table["start"].max())) for table in tables)
     return latest - min(int(table["start"].min()) for table in tables)
-
-
-def _numbers(column: np.ndarray) -> tuple[int, ...]:
-    return tuple(number for number in np.unique(column).tolist() if number >= 0)
 
 
 def _streams(capture: Capture) -> tuple[StreamRow, ...]:

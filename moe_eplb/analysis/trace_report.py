@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture
 from moe_eplb.analysis.collective_rows import CollectiveRow, collective_rows
 from moe_eplb.analysis.critical_path import iteration_paths
 from moe_eplb.analysis.exposed import Stretch, largest_exposed
-from moe_eplb.analysis.grouping import distinct_rows, members
+from moe_eplb.analysis.grouping import distinct_rows, known_numbers, members
 from moe_eplb.analysis.idle import Cause, gpu_idle
 from moe_eplb.analysis.intervals import intervals, length, union
 from moe_eplb.analysis.overlap import PAIRS, Hidden, Overlap, measure
@@ -160,8 +157,8 @@ def make_trace_report(
         rank_source=capture.rank_source, events=int(only.sum()),
         gpus=len(distinct_rows([gpu["rank"], gpu["device"]])[0]),
         span_ns=int(chosen.gpu["end"].max() - chosen.gpu["start"].min()) if len(chosen.gpu) else 0,
-        iterations=_numbers(chosen.gpu["iteration"]), layers=_numbers(chosen.gpu["layer"]), selection=str(selection),
-        incomplete=capture.incomplete, notes=capture.notes, stream_names=_stream_names(capture),
+        iterations=known_numbers(chosen.gpu["iteration"]), layers=known_numbers(chosen.gpu["layer"]),
+        selection=str(selection), incomplete=capture.incomplete, notes=capture.notes, stream_names=_stream_names(capture),
         roles=_role_rows(chosen), unknown=tuple(unknown_names(chosen, chosen.gpu["role"])),
         pairs=_pairs(work, selection, moved), update_iterations=moved, streams=stream_pairs(chosen),
         exposed=tuple(largest_exposed(capture, PAIRS["balancer"], most_exposed, only)),
@@ -170,17 +167,12 @@ def make_trace_report(
     )  # fmt: skip
 
 
-def _numbers(column: NDArray[np.int32]) -> tuple[int, ...]:
-    found: list[int] = np.unique(column).tolist()
-    return tuple(number for number in found if number >= 0)
-
-
 def _stream_names(capture: Capture) -> dict[tuple[int, int], str]:
     return {(rank, stream): name for (rank, _, stream), name in sorted(capture.streams.items())}
 
 
 def _update_iterations(capture: Capture) -> tuple[int, ...]:
-    return _numbers(capture.gpu["iteration"][capture.gpu["role"] == ROLE_CODE[Role.EPLB_MIGRATE]])
+    return known_numbers(capture.gpu["iteration"][capture.gpu["role"] == ROLE_CODE[Role.EPLB_MIGRATE]])
 
 
 def _role_rows(capture: Capture) -> tuple[RoleRow, ...]:

@@ -25,9 +25,11 @@ from moe_eplb.analysis.readers.json_events import EventText
 from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits, too_large
 from moe_eplb.core.errors import TraceError
 
-__all__ = ["exact_times", "nanoseconds", "read_chrome"]
+__all__ = ["INCOMPLETE_KEY", "exact_times", "nanoseconds", "read_chrome"]
 
 Event: TypeAlias = dict[str, Any]
+INCOMPLETE_KEY = "eplb_incomplete"
+"""Where a converted trace says what is missing; the form itself has no place for it."""
 _SAFE_US = float(1 << 43)
 """Below it neighbouring floats lie less than a thousandth apart, so that the nearest ns is the one that was meant."""
 _LATEST_US = 1 << 52
@@ -292,7 +294,7 @@ def _capture(path: Path, about: Event, tables: _Tables) -> Capture:
     base = about.get("baseTimeNanoseconds")
     utc = 0 if first > _EPOCH_NS else base if type(base) is int and base > 0 else None
     notes += [] if known else ["the trace does not state its rank"]
-    incomplete = about.get("eplb_incomplete")
+    incomplete = about.get(INCOMPLETE_KEY)
     return Capture(
         source=str(path), form="PyTorch profiler", names=tuple(tables.names), gpu=read["gpu"], calls=read["calls"],
         ranges=read["ranges"], syncs=read["syncs"], spans=read["spans"], utc=utc, notes=tuple(notes),

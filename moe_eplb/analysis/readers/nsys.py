@@ -24,11 +24,11 @@ from moe_eplb.analysis.readers.sound import require_sound
 from moe_eplb.analysis.readers.sqlite_tables import open_database
 from moe_eplb.core.errors import TraceError
 
-__all__ = ["NODE_TABLE", "TABLES", "read_columns", "read_nsys"]
+__all__ = ["COPIES", "NODE_TABLE", "RANK_KEY", "SAYS_LOSS", "TABLES", "read_columns", "read_nsys"]
 
 NODE_TABLE = "CUDA_GRAPH_NODE_EVENTS"
 _ACTIVITY = "CUPTI_ACTIVITY_KIND_"
-_COPIES = {
+COPIES = {
     1: "HtoD",
     2: "DtoH",
     3: "HtoA",
@@ -49,12 +49,14 @@ TABLES = (
 """All that is read; of these only `StringIds` is in every export."""
 _OURS = {"eplbRole": c.UNSET_ROLE, "eplbLayer": c.UNKNOWN, "eplbIteration": c.UNKNOWN}
 """Columns of exports that were converted from a format in which the source says these itself."""
-_RANK_KEY = re.compile(r"EPLB_RANK_OF_PROCESS_(\d{1,19})")
+RANK_KEY = "EPLB_RANK_OF_PROCESS_"
+"""What `META_DATA_CAPTURE` of a converted export calls the rank of a process, by its global number."""
+_RANK_KEY = re.compile(RANK_KEY + r"(\d{1,19})")
 _RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
 _FIRST_RANGES = 8
 """How many of a process's ranges may say its rank."""
 _WARNING, _VERBOSE = 2, 4
-_LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
+SAYS_LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
 
 
 def read_nsys(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
@@ -134,7 +136,7 @@ class _Export:
         if which == "MEMSET":
             return self._events(columns, c.MEMSET, np.full(len(columns["start"]), self._strings.pool["Memset"]))
         kinds, inverse = np.unique(columns["copyKind"], return_inverse=True)
-        numbers = [self._strings.pool[f"Memcpy {_COPIES.get(kind, 'unknown')}"] for kind in kinds.tolist()]
+        numbers = [self._strings.pool[f"Memcpy {COPIES.get(kind, 'unknown')}"] for kind in kinds.tolist()]
         return self._events(columns, c.MEMCPY, np.array(numbers, np.int64)[inverse] if numbers else inverse)
 
     def _activity(self, table: str, required: tuple[str, ...], optional: dict[str, int]) -> Columns:
@@ -258,7 +260,7 @@ class _Export:
         texts = self._database.texts(table, "rowid", "text")
         serious = severities["rowid"][(severities["severity"] >= _WARNING) & (severities["severity"] < _VERBOSE)]
         said = (texts.get(row, "") for row in serious.tolist())
-        return "; ".join(dict.fromkeys(text[:200] for text in said if _LOSS.search(text)))
+        return "; ".join(dict.fromkeys(text[:200] for text in said if SAYS_LOSS.search(text)))
 
 
 def _match(

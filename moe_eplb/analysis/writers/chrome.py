@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_eplb.analysis import capture as c
-from moe_eplb.analysis.capture import Capture, Table
+from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.readers.chrome import INCOMPLETE_KEY
+from moe_eplb.analysis.writers.rows import rows_of
 from moe_eplb.core.errors import UsageError
 
-__all__ = ["INCOMPLETE_KEY", "chrome_losses", "write_chrome"]
+__all__ = ["chrome_losses", "write_chrome"]
 
-INCOMPLETE_KEY = "eplb_incomplete"
-"""Where such a file says what is missing; the form itself has no place for it."""
 _GPU = {c.KERNEL: "kernel", c.MEMCPY: "gpu_memcpy", c.MEMSET: "gpu_memset"}
 _RANGES = {c.PUSH_POP: "user_annotation", c.START_END: "user_annotation", c.OPERATOR: "cpu_op"}
 _SYNCS = {c.SYNC_WAIT: "Stream Wait Event", c.SYNC_EVENT: "Event Sync", c.SYNC_STREAM: "Stream Sync"}
@@ -96,21 +96,21 @@ def _write(capture: Capture, file: Any) -> None:
 
 def _events(capture: Capture) -> Iterator[str]:
     names = [json.dumps(name) for name in capture.names]
-    for row in _rows(capture.gpu):
+    for row in rows_of(capture.gpu):
         if row["kind"] in _GPU:
             yield _slice(_GPU[row["kind"]], names[row["name"]], row, row["device"], row["stream"], _gpu_args(row))
-    for row in _rows(capture.calls):
+    for row in rows_of(capture.calls):
         args = {"correlation": row["correlation"]}
         yield _slice("cuda_runtime", names[row["name"]], row, row["process"], row["thread"], args)
-    for row in _rows(capture.ranges):
+    for row in rows_of(capture.ranges):
         if row["kind"] in _RANGES and row["end"] != c.UNKNOWN:
             operator = capture.names[row["domain"]] == "cpu_op" if row["domain"] >= 0 else False
             category = "cpu_op" if operator else _RANGES[row["kind"]]
             yield _slice(category, names[row["text"]], row, row["process"], row["thread"], {})
-    for row in _rows(capture.syncs):
+    for row in rows_of(capture.syncs):
         name = json.dumps(_SYNCS.get(row["kind"], _OTHER_SYNC))
         yield _slice("cuda_sync", name, row, row["device"], row["stream"], _sync_args(row))
-    for row in _rows(capture.spans[capture.spans["kind"] == c.OVERHEAD]):
+    for row in rows_of(capture.spans[capture.spans["kind"] == c.OVERHEAD]):
         yield _slice("overhead", '"Overhead"', row, row["process"], row["thread"], {})
 
 
@@ -147,9 +147,3 @@ def _us(ns: int) -> str:
     """Microseconds with three decimals, without a detour over floating point."""
     sign = "-" if ns < 0 else ""
     return f"{sign}{abs(ns) // 1000}.{abs(ns) % 1000:03d}"
-
-
-def _rows(table: Table) -> Iterable[Event]:
-    names = table.dtype.names or ()
-    columns = [table[name].tolist() for name in names]
-    return (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))

@@ -7,28 +7,23 @@ others; everything else reads back as it was, but for what `losses` names.
 from __future__ import annotations
 
 import datetime
-import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
-from moe_eplb.analysis.capture import Capture, Table
+from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.readers.nsys import RANK_KEY, SAYS_LOSS
+from moe_eplb.analysis.readers.nsys_ranges import TID_BITS
+from moe_eplb.analysis.writers.rows import rows_of
 from moe_eplb.analysis.writers.sqlite_schema import COPY_KINDS, TABLES, VERSION
 
-__all__ = ["RANK_KEY", "SAYS_LOSS", "losses", "write_sqlite"]
+__all__ = ["losses", "write_sqlite"]
 
-RANK_KEY = "EPLB_RANK_OF_PROCESS_"
-"""What `META_DATA_CAPTURE` calls the rank of a process, by its global number."""
-SAYS_LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
-"""What a diagnostic must say for a reader to know that something is missing."""
-
-_TID_BITS = 24
 _EVENT_TYPES = {c.PUSH_POP: 59, c.START_END: 60, c.MARK: 34, c.OPERATOR: 59}
 _NAMES = {
     33: ("NvtxCategory", "NVTX Category"), 34: ("NvtxMark", "NVTX Mark"),
@@ -105,17 +100,17 @@ class _Writer:
             "CUPTI_ACTIVITY_KIND_KERNEL": list(self._gpu(c.KERNEL)),
             "CUPTI_ACTIVITY_KIND_MEMCPY": list(self._gpu(c.MEMCPY)),
             "CUPTI_ACTIVITY_KIND_MEMSET": list(self._gpu(c.MEMSET)),
-            "CUPTI_ACTIVITY_KIND_RUNTIME": [self._call(r) for r in _dicts(capture.calls)],
+            "CUPTI_ACTIVITY_KIND_RUNTIME": [self._call(r) for r in rows_of(capture.calls)],
             "CUPTI_ACTIVITY_KIND_SYNCHRONIZATION": syncs,
             "CUPTI_ACTIVITY_KIND_CUDA_EVENT": events,
-            "CUDA_GRAPH_NODE_EVENTS": [self._node(r) for r in _dicts(capture.nodes)],
+            "CUDA_GRAPH_NODE_EVENTS": [self._node(r) for r in rows_of(capture.nodes)],
             "PROFILER_OVERHEAD": self._spans(c.OVERHEAD),
             "CUDA_HOST_CALLBACK": self._spans(c.CALLED_WORK),
         }  # fmt: skip
 
     def _gpu(self, kind: int) -> Iterator[Row]:
         names = self._capture.names
-        for r in _dicts(self._capture.gpu[self._capture.gpu["kind"] == kind]):
+        for r in rows_of(self._capture.gpu[self._capture.gpu["kind"] == kind]):
             row: Row = {
                 "start": r["start"], "end": r["end"], "deviceId": r["device"], "contextId": 1, "streamId": r["stream"],
                 "correlationId": _known(r["correlation"]), "globalPid": self._process[r["process"]],
@@ -139,7 +134,7 @@ class _Writer:
 
     def _ranges(self) -> list[Row]:
         found = []
-        for r in _dicts(self._capture.ranges):
+        for r in rows_of(self._capture.ranges):
             process = self._process[r["process"]]
             domain = self._domain(process, r["domain"])
             category = self._category(process, domain, r["category"])
@@ -174,7 +169,7 @@ class _Writer:
     def _syncs(self) -> tuple[list[Row], list[Row]]:
         """Waits, and for those that wait for an event its record, under a number that both have."""
         waits, records = [], []
-        for number, r in enumerate(_dicts(self._capture.syncs), 1):
+        for number, r in enumerate(rows_of(self._capture.syncs), 1):
             known = r["on_stream"] >= 0 or r["on_correlation"] >= 0
             process = self._process[r["process"]]
             waits.append({
@@ -191,14 +186,14 @@ class _Writer:
 
     def _spans(self, kind: int) -> list[Row]:
         spans = self._capture.spans[self._capture.spans["kind"] == kind]
-        return [{"start": r["start"], "end": r["end"], "globalTid": self._tid(r)} for r in _dicts(spans)]
+        return [{"start": r["start"], "end": r["end"], "globalTid": self._tid(r)} for r in rows_of(spans)]
 
     def _streams(self) -> list[Row]:
         gpu, found = self._capture.gpu, []
         for (rank, device, stream), name in sorted(self._capture.streams.items()):
             here = (gpu["rank"] == rank) & (gpu["device"] == device) & (gpu["stream"] == stream)
             for process in np.unique(gpu["process"][here]).tolist():
-                pid = self._process[process] >> _TID_BITS & (1 << _TID_BITS) - 1
+                pid = self._process[process] >> TID_BITS & (1 << TID_BITS) - 1
                 found.append({"streamId": stream, "processId": pid, "name": _storable(name)})
         return found
 
@@ -219,17 +214,17 @@ class _Writer:
 def _process_numbers(capture: Capture) -> dict[int, int]:
     """A global process number for each process: its own if it is one."""
     processes = np.unique(np.concatenate([table["process"] for table in capture.tables().values()])).tolist()
-    low = (1 << _TID_BITS) - 1
+    low = (1 << TID_BITS) - 1
     if all(process > low and process & low == 0 for process in processes):
         return {process: process for process in processes}
-    return {process: (1 << 48) + (number << _TID_BITS) for number, process in enumerate(processes, 1)}
+    return {process: (1 << 48) + (number << TID_BITS) for number, process in enumerate(processes, 1)}
 
 
 def _thread_numbers(capture: Capture, processes: dict[int, int]) -> dict[tuple[int, int], int]:
     """A global thread number for each thread: its own number within the process if that fits, else a counted one."""
     tables = [t[["process", "thread"]] for t in capture.tables().values() if "thread" in (t.dtype.names or ())]
     pairs = np.unique(np.concatenate(tables)).tolist()
-    low = (1 << _TID_BITS) - 1
+    low = (1 << TID_BITS) - 1
     own = {pair: pair[1] & low if pair[1] >= 0 else -1 for pair in pairs}
     taken = {(pair[0], number) for pair, number in own.items()}
     if -1 in own.values() or len(taken) != len(pairs) or any(pair[1] > low and not _global(pair) for pair in pairs):
@@ -239,17 +234,11 @@ def _thread_numbers(capture: Capture, processes: dict[int, int]) -> dict[tuple[i
 
 def _global(pair: tuple[int, int]) -> bool:
     """Whether a thread's number has its process in it already."""
-    return pair[1] >> _TID_BITS << _TID_BITS == pair[0]
+    return pair[1] >> TID_BITS << TID_BITS == pair[0]
 
 
 def _names_of(capture: Capture, kind: int) -> list[str]:
     return [capture.names[number] for number in np.unique(capture.gpu["name"][capture.gpu["kind"] == kind]).tolist()]
-
-
-def _dicts(table: Table) -> Iterable[Row]:
-    names = table.dtype.names or ()
-    columns: list[NDArray[Any]] = [table[name] for name in names]
-    return (dict(zip(names, values, strict=True)) for values in zip(*(x.tolist() for x in columns), strict=True))
 
 
 def _known(value: int) -> int | None:

@@ -6,13 +6,12 @@ holds. Source of the layout: Nsight Systems User Guide, "SQLite Schema Reference
 
 from __future__ import annotations
 
+from moe_eplb.analysis.readers.nsys import COPIES
+
 __all__ = ["COPY_KINDS", "TABLES", "VERSION"]
 
 VERSION = "3.20.3"
-COPY_KINDS = {
-    "Memcpy HtoD": 1, "Memcpy DtoH": 2, "Memcpy HtoA": 3, "Memcpy AtoH": 4, "Memcpy AtoA": 5, "Memcpy AtoD": 6,
-    "Memcpy DtoA": 7, "Memcpy DtoD": 8, "Memcpy HtoH": 9, "Memcpy PtoP": 10,
-}  # fmt: skip
+COPY_KINDS = {f"Memcpy {name}": number for number, name in COPIES.items()}
 
 _ACTIVITY = "start end deviceId contextId streamId correlationId globalPid"
 _OURS = "eplbRole eplbLayer eplbIteration"
