@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
+
 from moe_eplb.analysis.trace import Records, Trace
-from moe_eplb.core.events import KINDS, Kind
+from moe_eplb.core.events import CAPTURED, KINDS, Kind
 from moe_eplb.core.protocol import (
     INITIAL,
     Call,
@@ -72,16 +74,24 @@ def replay(trace: Trace, dynamic_layers: int) -> Replay:
         dynamic_layers: Layers that every iteration must run; 0 when routing is static and there are no iterations.
     """
     outcome = Replay()
-    recorded = trace.records.host.where(trace.records.host.kind <= Kind.ABORT_ITER)
+    host = trace.records.host
+    recorded = host.where((host.kind <= Kind.ABORT_ITER) | np.isin(host.kind, [Kind.CAPTURE, Kind.REPLAY]))
     for rank, records in recorded.by_rank():
-        machine = Machine(dynamic_layers)
         outcome.calls[rank] = int((records.kind <= Kind.DONE_SET_CPU_STAGE).sum())
-        found = _first_violation(rank, records, machine)
-        if found is not None:
-            outcome.violations.append(found)
-        elif machine.iterations.in_iter:
-            outcome.unfinished[rank] = f"iteration {machine.iterations.next_iteration} never ended"
+        captured = records.iteration == CAPTURED
+        for made in (records.where(captured), records.where(~captured)):
+            _replay_rank(rank, made, Machine(dynamic_layers), outcome)
     return outcome
+
+
+def _replay_rank(rank: int, records: Records, machine: Machine, outcome: Replay) -> None:
+    found = _first_violation(rank, records, machine)
+    if found is not None:
+        outcome.violations.append(found)
+    elif machine.iterations.in_iter and machine.capturing:
+        outcome.unfinished[rank] = f"a capture has {machine.iterations.layers_run} layers"
+    elif machine.iterations.in_iter:
+        outcome.unfinished[rank] = f"iteration {machine.iterations.next_iteration} never ended"
 
 
 class Machine:
@@ -96,6 +106,7 @@ class Machine:
         self._dynamic_layers = dynamic_layers
         self._layers: dict[int, LayerState] = {}
         self.iterations = IterState(next_iteration=next_iteration, in_iter=False)
+        self.capturing = False
 
     @property
     def unfinished(self) -> tuple[int, ...]:
@@ -110,8 +121,25 @@ class Machine:
         """
         if kind <= Kind.DONE_SET_CPU_STAGE:
             self._stage_call(_CALLS[kind], layer, flags)
+        elif kind == Kind.CAPTURE:
+            self._capture()
+        elif kind == Kind.REPLAY:
+            self._replay_graph()
         else:
             self._iteration_call(Kind(kind), iteration, 0 if replays else self._dynamic_layers)
+        if self.capturing and self._dynamic_layers == self.iterations.layers_run and not self.unfinished:
+            self.iterations = self.iterations._replace(in_iter=False)  # every layer has been captured
+
+    def _capture(self) -> None:
+        """A capture begins: a forward of all layers that nothing executes."""
+        if self.capturing and self.iterations.in_iter:
+            self._iteration_call(Kind.END_ITER, CAPTURED, self._dynamic_layers)
+        self.capturing, self.iterations = True, IterState(CAPTURED, in_iter=True)
+
+    def _replay_graph(self) -> None:
+        """A graph of all layers stands in an iteration for their calls."""
+        for layer in range(self._dynamic_layers):
+            self.iterations = iter_step(self.iterations, "layer", layers=self._dynamic_layers, layer=layer)
 
     def _iteration_call(self, kind: Kind, iteration: int, layers: int) -> None:
         self.iterations = iter_step(

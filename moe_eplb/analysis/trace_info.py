@@ -93,7 +93,8 @@ def _about(path: Path, capture: Capture) -> TraceInfo:
         source=str(path), form=capture.form, file_bytes=_size(path), ranks=tuple(capture.ranks),
         rank_source=capture.rank_source, counts={name: len(table) for name, table in capture.tables().items()},
         span_ns=_span(capture), utc=capture.utc, iterations=known_numbers(gpu["iteration"]),
-        layers=known_numbers(gpu["layer"]), streams=_streams(capture), domains=_domains(capture), roles=_by_role(capture),
+        layers=known_numbers(gpu["layer"]), streams=_streams(capture), domains=_domains(capture),
+        roles=_by_role(capture),
         unknown=tuple(unknown_names(capture, gpu["role"])),
         waits_recorded=Dependencies(capture).waits_recorded, incomplete=capture.incomplete, notes=capture.notes,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from moe_eplb.analysis.judges import (
     correctness,
     effect,
     generation,
+    graphs,
     limits,
     measured,
     order,
@@ -52,6 +53,10 @@ def _whole_model(folder: RunFolder) -> bool:
     return folder.scenario.model.part == "whole"
 
 
+def _replays_graphs(folder: RunFolder) -> bool:
+    return folder.scenario.execution == "graph"
+
+
 def _experts_move(folder: RunFolder) -> bool:
     return folder.moving
 
@@ -70,6 +75,7 @@ _CHECKS = (
     _Check("expected_error", completeness.expected_error, _errors_matter, switchable=False),
     _Check("call_order", order.call_order, _calls_matter),
     _Check("stream_join", order.stream_join, _model_runs),
+    _Check("graph_order", graphs.graph_order, _replays_graphs, switchable=False),
     _Check("exactly_once", correctness.exactly_once, _model_runs),
     _Check("attestation", correctness.attestation, _model_runs),
     _Check("equality", correctness.equality, _model_runs),

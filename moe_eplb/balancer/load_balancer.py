@@ -5,8 +5,9 @@ Public names and their meaning follow TensorRT-LLM's ``moe_load_balancer.py``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -246,10 +247,36 @@ class MoeLoadBalancer:
         if layer in self._group_now:
             self._residents()[layer].expect(self.device.iteration)
 
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The forward inside is captured into a graph: its calls are checked, nothing runs and no iteration passes.
+
+        Raises:
+            BalancerError: E177 where a replay could not do the balancer's work, E178 inside an iteration.
+        """
+        if self.is_dynamic_routing() and self._resident is None:
+            raise BalancerError(
+                "E177", "forwards of this balancer cannot be captured into a graph",
+                why="its state lives on the host, which a replay does not ask",
+                hint="use BalancerOptions(resident=True)",
+            )  # fmt: skip
+        if self._iter.in_iter:
+            raise BalancerError(
+                "E178", f"a capture inside iteration {self.iter_id}", why="a capture executes nothing",
+                hint="capture between two iterations",
+            )  # fmt: skip
+        before, self._iter = self._iter, self._iter._replace(in_iter=True)
+        try:
+            yield
+        finally:
+            self._iter = before
+
     def replayed(self) -> None:
-        """A graph of this iteration's work has been enqueued."""
-        for layer in self._group_now:
-            self.expect(layer)
+        """A graph of all layers of this iteration has been enqueued; called in place of the forward."""
+        for layer in self.layers:
+            self.enter_layer(layer.layer_idx)
+        for index in self._group_now:
+            self.expect(index)
 
     def collect_layer(self, layer: int) -> None:
         """See `collect`; the layer has begun this iteration."""
@@ -261,6 +288,9 @@ class MoeLoadBalancer:
             return
         self._resident.check()
         self._collect(self.device.iteration)
+        for index, stages in enumerate(self._resident.model.stages.tolist()):
+            for stage, iteration in enumerate(stages):
+                self.device.sink.mark(Kind.DEVICE_STAGE, index, iteration, HOST, a=stage)
         if self.counts_now and not isinstance(self.probe, NullProbe):
             for layer in self._residents():
                 layer.report_counts()

@@ -156,9 +156,11 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def collect(self, iteration: int) -> None:
         """Take note of what the device has done with the plan that was due in an iteration."""
-        report = self.resident.model.report(self.layer_idx, iteration)
         update = self._flying.get(iteration)
-        if int(report[Report.DUE]) != iteration or int(report[Report.OUTCOME]) == Outcome.NONE or update is None:
+        if update is None:
+            return
+        report = self.resident.model.report(self.layer_idx, iteration)
+        if int(report[Report.DUE]) != iteration or int(report[Report.OUTCOME]) == Outcome.NONE:
             return
         del self._flying[iteration]
         for older in [due for due in self._flying if due < iteration]:

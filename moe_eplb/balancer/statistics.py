@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
+from moe_eplb.device.host_staged import for_backend
 
 __all__ = ["AllReduce", "LayerStatistics", "LoadWindow", "accumulate", "require_gathered_shape", "require_ids_shape"]
 
@@ -25,7 +26,10 @@ class AllReduce:
 
     def __call__(self, tensor: Tensor) -> None:
         """Replace an int64 tensor by its sum over the ranks."""
-        dist.all_reduce(tensor, group=self._group)
+        sent = for_backend(self._group, tensor)
+        dist.all_reduce(sent, group=self._group)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
 
 def accumulate(ids: Tensor, counts: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 __all__ = [
+    "CAPTURED",
     "HOST",
     "KINDS",
     "RECORD",
@@ -25,6 +26,8 @@ __all__ = [
     "by_name",
 ]
 
+CAPTURED = -2
+"""Iteration of what was called while a graph was captured: nothing of it ran then."""
 HOST = 255
 """Stream number of a call made by the host (an API call), as against the work it put on a stream."""
 UPDATER = 254
@@ -84,6 +87,9 @@ class Kind(enum.IntEnum):
     STEP = 40
     CHECK = 41
     UNORDERED = 42
+    CAPTURE = 43
+    REPLAY = 44
+    DEVICE_STAGE = 45
 
 
 class KindInfo(NamedTuple):
@@ -131,6 +137,10 @@ KINDS: dict[Kind, KindInfo] = {
     Kind.STEP: KindInfo("step", Role.OTHER, "tokens"),
     Kind.CHECK: KindInfo("check", Role.OTHER),
     Kind.UNORDERED: KindInfo("unordered", Role.OTHER, "kind", "kind << 8 | stream it did not wait for"),
+    Kind.CAPTURE: KindInfo("capture", Role.OTHER, "graph"),
+    Kind.REPLAY: KindInfo("replay", Role.OTHER, "graph"),
+    # Written down by the device itself when it did that stage; `iteration` is the one that it read.
+    Kind.DEVICE_STAGE: KindInfo("device_stage", Role.OTHER, "0 take over, 1 vote, 2 fold, 3 hand over"),
 }
 
 _BY_NAME = {info.name: kind for kind, info in KINDS.items()}

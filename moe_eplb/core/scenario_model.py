@@ -20,9 +20,11 @@ class Scenario(Section):
     """One scenario file.
 
     `iterations` counts forward passes of the whole model; `timeout_s` bounds the run in seconds; `reorder_seed` picks a
-    legal order of the work on auxiliary streams (None: from `seed`). `moe_max_num_tokens` is the most tokens of all
-    ranks that a MoE layer takes at once; more go in chunks, every other one on a stream of its own. With `calls` the
-    balancer's API is driven by that list instead of by a model.
+    legal order of the work on auxiliary streams (None: from `seed`). `execution`: whether every forward is launched
+    piece by piece, or captured into a CUDA graph and replayed, from the second of its size on. `share_gpus`: ranks
+    may be more than GPUs; their collectives then go through host memory, with the same results, in another time.
+    `moe_max_num_tokens` is the most tokens of all ranks that a MoE layer takes at once; more go in chunks, every other
+    one on a stream of its own. With `calls` the balancer's API is driven by that list instead of by a model.
     """
 
     name: str = Field(default="", max_length=100, pattern=r"^[A-Za-z0-9_.-]*$")
@@ -32,6 +34,8 @@ class Scenario(Section):
     iterations: int = Field(default=1, ge=1, le=1_000_000)
     timeout_s: float = Field(default=60.0, gt=0, le=86_400)
     device: Literal["cpu", "cuda"] = "cpu"
+    execution: Literal["eager", "graph"] = "eager"
+    share_gpus: bool = False
     model: Model
     dispatch: Literal["alltoall", "allgather"] = "alltoall"
     moe_max_num_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
@@ -70,10 +74,18 @@ class Scenario(Section):
 
     @property
     def statistics_path(self) -> StatisticsPath:
-        """The statistics path with ``auto`` resolved: it follows the dispatch."""
+        """The statistics path with ``auto`` resolved: it follows the dispatch.
+
+        On GPUs an all-to-all knows all sizes and has no exchange in which counts could ride along.
+        """
         if self.statistics != "auto":
             return self.statistics
-        return "gathered" if self.dispatch == "alltoall" else "local_ids"
+        return "gathered" if self.dispatch == "alltoall" and self.device == "cpu" else "local_ids"
+
+    @property
+    def fast_backend(self) -> str:
+        """The backend of torch.distributed for the model's tensors and statistics; NCCL takes a GPU for each rank."""
+        return "nccl" if self.device == "cuda" and not self.share_gpus else "gloo"
 
     @property
     def effective_reorder_seed(self) -> int:
@@ -93,6 +105,6 @@ class Scenario(Section):
             return "the scenario has no balancer section"
         if self.balancer.layer_updates_per_iter == 0:
             return "static routing: layer_updates_per_iter is 0"
-        if self.ranks == 1 and self.calls is None:
+        if self.ranks == 1 and self.calls is None and not self.balancer.alone:
             return "one rank: there is no other rank to balance with"
         return None

@@ -122,6 +122,7 @@ class Balancer(Section):
     `spare_slots`: how many slots of a rank a plan changes at most; by default all. `state`: whether loads, tables and
     votes live on the ``host``, or on the ``device``, which then counts, votes and commits without a look by the host,
     and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead.
+    `alone`: also with one rank, where balance cannot get better, to see what balancing costs.
     """
 
     num_slots: Count | None = None
@@ -139,6 +140,7 @@ class Balancer(Section):
     state: Literal["host", "device"] = "host"
     spare_slots: Annotated[int, Field(ge=1, le=1024)] | None = None
     run_ahead: int = Field(default=4, ge=1, le=1024)
+    alone: bool = False
 
 
 class Checks(Section):

@@ -19,7 +19,16 @@ __all__ = ["problems"]
 
 def problems(s: Scenario) -> tuple[Problem, ...]:
     """Everything that does not fit together in a scenario whose values are each acceptable."""
-    rules = [model_rules.problems, _dispatch, _chunks, workload_rules.problems, _calls, _recorder, _thresholds]
+    rules = [
+        model_rules.problems,
+        _dispatch,
+        _execution,
+        _chunks,
+        workload_rules.problems,
+        _calls,
+        _recorder,
+        _thresholds,
+    ]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
         found += [problem for rule in (_slots, _updates, _assignments) for problem in rule(s, s.balancer)]
@@ -33,6 +42,28 @@ def _dispatch(s: Scenario) -> Iterator[Problem]:
     if s.statistics == "global_ids" and s.dispatch != "allgather":
         hint = "use dispatch 'allgather', or statistics 'gathered'"
         yield Problem(("statistics",), "the ids of all ranks reach every rank only with dispatch 'allgather'", hint)
+
+
+def _execution(s: Scenario) -> Iterator[Problem]:
+    if s.share_gpus and s.device != "cuda":
+        yield Problem(("share_gpus",), "ranks share GPUs only with device 'cuda'", "remove it, or use device: cuda")
+    if s.execution == "eager":
+        return
+    for holds, what, hint in (
+        (s.device == "cuda", "only device 'cuda' has graphs", "device: cuda"),
+        (s.calls is None, "'calls' run no forward that could be captured", "remove it"),
+        (s.model.part != "whole", "a whole model's cache grows, so that no two forwards are alike", "part: blocks"),
+        (s.model.backend == "wide_ep", f"backend {s.model.backend!r} waits for the device", "backend: wide_ep"),
+        (s.model.dtype == "bfloat16", "the grouped product of float32 waits for the device", "dtype: bfloat16"),
+        (not s.share_gpus, "collectives through host memory cannot be captured", "share_gpus: false"),
+        (s.balancer_off_reason() is not None or _on_device(s), "a replay asks no host", "balancer.state: device"),
+    ):
+        if not holds:
+            yield Problem(("execution",), what, hint)
+
+
+def _on_device(s: Scenario) -> bool:
+    return s.balancer is not None and s.balancer.state == "device"
 
 
 def _chunks(s: Scenario) -> Iterator[Problem]:
@@ -108,7 +139,7 @@ def _updates(s: Scenario, b: Balancer) -> Iterator[Problem]:
         what = f"an update may take {b.update_timeout_s:g} s and the whole run only {s.timeout_s:g} s"
         yield Problem(("balancer", "update_timeout_s"), what, "make it smaller than timeout_s")
     # Scripted calls have a balancer on one rank too.
-    if b.layer_updates_per_iter == 0 or (s.ranks == 1 and s.calls is None):
+    if b.layer_updates_per_iter == 0 or (s.ranks == 1 and s.calls is None and not b.alone):
         return
     if s.model.layers == 1 and b.commit_delay < 2:
         what = "with one layer there is no other layer behind which a move could hide"

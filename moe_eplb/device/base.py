@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import EventSink, Kind
 from moe_eplb.device.bell import Bell, CpuBell
+from moe_eplb.device.captured import Captured
 from moe_eplb.device.streams import AuxStreamType
 
 __all__ = ["Device", "Event", "Stream"]
@@ -50,14 +52,17 @@ class Device(abc.ABC):
     """Where tensors of the model live."""
     immediate = True
     """Whether work has run by the time it is joined, so that the host may look at its results at once."""
-    capturing = False
-    """Whether work is being captured into a graph and does not run."""
 
     def __init__(self, sink: EventSink) -> None:
         self.sink = sink
         self.iteration = -1
         self.main = self._make_stream("Main", 0)
         self.current = self.main
+
+    @property
+    def capturing(self) -> bool:
+        """Whether work is being captured into a graph and does not run."""
+        return False
 
     def stream(self, kind: AuxStreamType) -> Stream:
         """A new auxiliary stream of that kind."""
@@ -112,6 +117,14 @@ class Device(abc.ABC):
     def settle(self) -> None:
         """An iteration is over: record the times of what the device did later than it was told to, and look at it."""
         return None
+
+    def capture(self, work: Callable[[], T]) -> Captured[T]:
+        """A graph of what `work` enqueues on all streams; nothing of it runs before a replay.
+
+        Raises:
+            BalancerError: E179 where there are no graphs.
+        """
+        raise BalancerError("E179", f"device {self.kind!r} has no graphs", hint="use execution: eager, or device: cuda")
 
     def time_mark(self) -> object:
         """A moment in the current stream's work."""

@@ -1,4 +1,4 @@
-"""CUDA streams and events in eager mode."""
+"""CUDA streams and events, in eager mode and captured into graphs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError, HostMemoryError
-from moe_eplb.core.events import EventSink, Kind
+from moe_eplb.core.events import CAPTURED, HOST, EventSink, Kind, NullSink
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.bell import Bell
+from moe_eplb.device.cuda_graph import CudaGraph, Piece, external_event
 from moe_eplb.device.order import Clock, StreamOrder
 
 __all__ = ["CudaDevice"]
@@ -75,7 +76,11 @@ class CudaDevice(Device):
         self._streams: list[_CudaStream] = []
         self._timed: list[_Timed] = []
         self._serial = serial
+        self._timing = not isinstance(sink, NullSink)
         self._looks: list[Callable[[], None]] = []
+        self._capture: CudaGraph[Any] | None = None
+        self._replays: dict[CudaGraph[Any], int] = {}
+        self._graphs = 0
         self._copies = _new_stream(self.torch_device)
         super().__init__(sink)
         self._set_clock()
@@ -146,12 +151,56 @@ class CudaDevice(Device):
         for token, start, end in self._timed:
             self.sink.place(token, self._time_of(start), self._time_of(end))
         self._timed.clear()
+        for graph, iteration in self._replays.items():
+            for piece in graph.pieces:
+                token = self.sink.begin(piece.kind, piece.layer, iteration, piece.stream, piece.a, -1)
+                self.sink.end(token)
+                self.sink.place(token, self._time_of(piece.start), self._time_of(piece.end))
+        self._replays.clear()
         self._set_clock()
 
     def settle(self) -> None:
         self.synchronize()
         while self._looks:
             self._looks.pop(0)()
+
+    def capture(self, work: Callable[[], T]) -> CudaGraph[T]:
+        """See the base class. Each piece's times are those of the last replay before a synchronisation."""
+        self.synchronize()
+        graph: CudaGraph[T] = CudaGraph(self, self._graphs)
+        self._graphs += 1
+        before, self._capture, self.iteration = self.iteration, graph, CAPTURED
+        token = self.sink.begin(Kind.CAPTURE, -1, CAPTURED, HOST, graph.number)
+        try:
+            graph.capture(partial(self._captured, work))
+        finally:
+            self.sink.end(token)
+            self._capture, self.iteration = None, before
+        return graph
+
+    def _captured(self, work: Callable[[], T]) -> T:
+        """Do the work with the stream that is captured as the main one."""
+        main = self._streams[0].queue
+        shared = [stream for stream in self._streams if stream.queue == main]  # all of them, where nothing overlaps
+        captured = torch.cuda.current_stream()
+        try:
+            for stream in shared:
+                stream.queue = captured
+            return work()
+        finally:
+            for stream in shared:
+                stream.queue = main
+
+    @property
+    def capturing(self) -> bool:
+        """See the base class."""
+        return self._capture is not None
+
+    def replayed(self, graph: CudaGraph[Any]) -> None:
+        """A replay was enqueued in this iteration."""
+        self._looks += graph.looks
+        if graph.pieces:
+            self._replays[graph] = self.iteration
 
     def time_mark(self) -> torch.cuda.Event:
         event = _timing_event()
@@ -163,7 +212,7 @@ class CudaDevice(Device):
         return milliseconds
 
     def observe(self, look: Callable[[], None]) -> None:
-        self._looks.append(look)
+        (self._looks if self._capture is None else self._capture.looks).append(look)
 
     def discard(self) -> int:
         """Enqueued work cannot be taken back; it is waited for, so that it is done alike on every rank."""
@@ -220,14 +269,23 @@ class CudaDevice(Device):
 
     def _do(self, stream: _CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
         self._check(stream, kind, layer)
-        start, end = (_timing_event() for _ in range(2))
+        stream.submitted += 1
+        if not self._timing:
+            return fn()
+        if self._capture is not None:
+            piece = Piece(kind, layer, stream.index, a, *_events(external_event))
+            self._capture.pieces.append(piece)
+            piece.start.record(stream.queue)
+            result = fn()
+            piece.end.record(stream.queue)
+            return result
+        start, end = _events(_timing_event)
         token = self.sink.begin(kind, layer, self.iteration, stream.index, a, b)
         try:
             start.record(stream.queue)
             return fn()
         finally:
             end.record(stream.queue)
-            stream.submitted += 1
             self.sink.end(token)
             self._timed.append(_Timed(token, start, end))
 
@@ -256,6 +314,10 @@ def _waits_for(done: torch.cuda.Event) -> bool:
         return False
     done.synchronize()
     return True
+
+
+def _events(make: Callable[[], torch.cuda.Event]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return make(), make()
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -18,9 +18,9 @@ from moe_eplb.device import get_device
 from moe_eplb.session.balancing import make_balancer
 from moe_eplb.session.groups import Groups
 from moe_eplb.session.messages import Timing
+from moe_eplb.session.model import make_model
 from moe_eplb.session.result import Progress
 from moe_eplb.session.samples import samples_path
-from moe_eplb.session.stack import MoeStack
 
 __all__ = ["run_bench"]
 
@@ -63,7 +63,7 @@ class _Variant:
         if self._balancer is not None:
             stack.callback(self._balancer.shutdown)
         with self._balancer or contextlib.nullcontext():
-            self._model = MoeStack(scenario, rank, self.device, groups)
+            self._model = make_model(scenario, rank, self.device, groups, self._balancer)
         if self._balancer is not None:
             self._balancer.finalize_model()
             dynamic = self._balancer.is_dynamic_routing()

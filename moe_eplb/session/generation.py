@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ class GeneratingModel:
         self._cache: Any = None
         self._generated: list[Tensor] = []
 
-    def step(self, iteration: int) -> Tensor:
-        """One forward; the next token of every sequence int64 [B]."""
+    def load(self, iteration: int) -> Callable[[], Tensor]:
+        """See `Model`; the forward gives the next token of every sequence, int64 [B]."""
+        return self._step
+
+    def _step(self) -> Tensor:
         output = self._model(input_ids=self._next, past_key_values=self._cache, use_cache=True)
         chosen: Tensor = output.logits[:, -1].argmax(dim=-1)
         self._cache, self._next = output.past_key_values, chosen.unsqueeze(1)

@@ -31,17 +31,16 @@ class GroupsBySize:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._made: dict[tuple[int, str], Groups] = {}
 
-    def of(self, size: int, device: str = "cpu") -> Groups:
+    def of(self, size: int, fast: str = "gloo") -> Groups:
         """The groups over ranks 0 to size - 1, none for one rank; called by all ranks of the world.
 
-        On GPUs the model's tensors and the statistics travel through NCCL, everything else through gloo.
+        The model's tensors and the statistics travel through the backend `fast`, everything else through gloo.
         """
-        if (size, device) not in self._made:
-            self._made[size, device] = self._make(size, device) if size > 1 else Groups(None, None, None, None)
-        return self._made[size, device]
+        if (size, fast) not in self._made:
+            self._made[size, fast] = self._make(size, fast) if size > 1 else Groups(None, None, None, None)
+        return self._made[size, fast]
 
-    def _make(self, size: int, device: str) -> Groups:
-        fast = "nccl" if device == "cuda" else "gloo"
+    def _make(self, size: int, fast: str) -> Groups:
         model, statistics, setup, checks = (
             dist.new_group(list(range(size)), timeout=self._timeout, backend=backend)
             for backend in (fast, fast, "gloo", "gloo")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from moe_eplb.balancer import MoeLoadBalancer
 from moe_eplb.core.evidence import EvidenceWriter
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import Device
@@ -28,14 +29,16 @@ class Model(Protocol):
     def masters(self) -> Sequence[Master]:
         """For each block."""
 
-    def step(self, iteration: int) -> Tensor:
-        """One forward of the whole model on this rank's tokens of the iteration."""
+    def load(self, iteration: int) -> Callable[[], Tensor]:
+        """Prepare this rank's tokens of an iteration, before it begins; what is returned runs one forward on them."""
 
     def finish(self, evidence: EvidenceWriter) -> None:
         """Write down what only the model knows, after the last iteration."""
 
 
-def make_model(scenario: Scenario, rank: int, device: Device, groups: Groups) -> Model:
+def make_model(
+    scenario: Scenario, rank: int, device: Device, groups: Groups, balancer: MoeLoadBalancer | None = None
+) -> Model:
     """The model of one rank. Must be called inside the balancer's context where there is one."""
     if scenario.model.part == "whole":
         from moe_eplb.session.generation import GeneratingModel  # needs a package that other scenarios do not
@@ -43,4 +46,9 @@ def make_model(scenario: Scenario, rank: int, device: Device, groups: Groups) ->
         return GeneratingModel(scenario, rank, device, groups)
     from moe_eplb.session.stack import MoeStack
 
-    return MoeStack(scenario, rank, device, groups)
+    stack = MoeStack(scenario, rank, device, groups)
+    if scenario.execution == "eager":
+        return stack
+    from moe_eplb.session.graphed import GraphedStack
+
+    return GraphedStack(stack, device, balancer)

@@ -81,7 +81,7 @@ class _Run:
         self._gatherer = _make_gatherer(scenario, rank, groups, evidence)
         self._metrics = MetricsFile(folder / "metrics.prom") if scenario.record.metrics and rank == 0 else None
         with balancer or contextlib.nullcontext():
-            self._model = make_model(scenario, rank, device, groups)
+            self._model = make_model(scenario, rank, device, groups, balancer)
         if balancer is not None:
             balancer.probe = Probes(self._gatherer, self._metrics.probe) if self._metrics else self._gatherer
             balancer.finalize_model()
@@ -106,9 +106,10 @@ class _Run:
 
     def _step(self, iteration: int) -> None:
         self._device.iteration = self._gatherer.iteration = iteration
+        forward = self._model.load(iteration)
         token = self._device.sink.begin(Kind.STEP, -1, iteration, self._device.main.index)
         with MoeLoadBalancerIterContext(self._balancer):
-            self._model.step(iteration)
+            forward()
         self._device.synchronize()
         if self._balancer is not None:
             self._balancer.collect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from moe_eplb.session.blocks import FamilyBlocks, PlainBlocks
 from moe_eplb.session.groups import Groups
 from moe_eplb.session.weights import seeded_generator, torch_dtype
 
-__all__ = ["MoeStack"]
+__all__ = ["Inputs", "MoeStack"]
+
+
+class Inputs(NamedTuple):
+    """Hidden states [T, D], T of each rank, and by layer and repeat the expert ids int32 [T, K] that are supplied."""
+
+    x: Tensor
+    tokens: tuple[int, ...]
+    ids: Mapping[tuple[int, int], Tensor]
 
 
 class MoeStack:
@@ -47,16 +55,18 @@ class MoeStack:
             self.blocks.append(maker.block(layer, **self._options(layer, groups)))
         self.masters = [maker.master(layer) for layer in range(scenario.model.layers)]
 
-    def step(self, iteration: int) -> Tensor:
-        """One forward of the stack on this rank's tokens of the iteration; hidden states [T, D]."""
-        return self.load(iteration)()
-
     def load(self, iteration: int) -> Callable[[], Tensor]:
-        """Prepare the iteration's inputs; what is returned runs the forward on them."""
-        tokens = [workload.tokens(self._scenario, iteration, rank) for rank in range(self._scenario.ranks)]
-        return partial(self._forward, self._input(iteration, tokens[self._rank]), tokens, self._ids(iteration))
+        """See `Model`."""
+        return partial(self.forward, self.inputs(iteration))
 
-    def _forward(self, x: Tensor, tokens: list[int], ids: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    def inputs(self, iteration: int) -> Inputs:
+        """This rank's inputs of an iteration."""
+        tokens = tuple(workload.tokens(self._scenario, iteration, rank) for rank in range(self._scenario.ranks))
+        return Inputs(self._input(iteration, tokens[self._rank]), tokens, self._ids(iteration))
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Hidden states [T, D] after all blocks."""
+        x, tokens, ids = inputs
         for layer, block in enumerate(self.blocks):
             for repeat in range(self._scenario.model.repeats(layer)):
                 if isinstance(block.moe.routing_method, SuppliedMoeRoutingMethod):

@@ -57,8 +57,8 @@ def run_joined(
             return code
         shared = [str(folder)]
         dist.broadcast_object_list(shared, src=0)
-        require_devices(scenario.device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-        groups = GroupsBySize(scenario.timeout_s).of(size, scenario.device)
+        require_devices(scenario.device, int(os.environ.get("LOCAL_WORLD_SIZE", size)), shared=scenario.share_gpus)
+        groups = GroupsBySize(scenario.timeout_s).of(size, scenario.fast_backend)
         try:
             run_rank(scenario, Path(shared[0]), rank, groups, _only_rank_0(rank, progress))
             dist.barrier()

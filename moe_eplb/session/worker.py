@@ -49,8 +49,8 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
 def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Message:
     try:
         scenario = scenarios.loads(job.scenario, "scenario.yaml")
-        require_devices(scenario.device, scenario.ranks)
-        members: Groups = groups.of(scenario.ranks, scenario.device)
+        require_devices(scenario.device, scenario.ranks, shared=scenario.share_gpus)
+        members: Groups = groups.of(scenario.ranks, scenario.fast_backend)
         if rank < scenario.ranks:
             _do(job, scenario, rank, members, lambda done, total: pipe.send(Step(done, total)))
     except EplbError as error:

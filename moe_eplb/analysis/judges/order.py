@@ -132,19 +132,19 @@ def _spans(records: Records) -> dict[Stage, Span]:
 
 def _judge_joins(spans: _Spans, stage: Stage, findings: Findings, *, on_host: bool) -> None:
     where = f"rank {stage.rank}, {Place(stage.layer, stage.iteration)}"
-    needed = {name: getattr(spans, name).get(stage) for name in ("wait", "route", "experts", "hand_over", "done")}
-    absent = [name for name, span in needed.items() if span is None]
+    # A GPU's work goes on when the call has returned; what later work waits for is then seen by `_judge_unordered`.
+    names = ("wait", "route", "experts", "hand_over", "done" if on_host else "hand_over")
+    found = [getattr(spans, name).get(stage) for name in names]
+    absent = sorted({name for name, span in zip(names, found, strict=True) if span is None})
     if absent:
         findings.missing(f"no record of {', '.join(absent)}", where)
         return
-    wait, route, experts, hand_over, done = (span for span in needed.values() if span is not None)
-    # A GPU's work goes on when the call has returned; what later work waits for is then seen by `_judge_unordered`.
-    returned = done.end if on_host else hand_over.end
+    wait, route, experts, hand_over, done = (span for span in found if span is not None)
     for what, earlier, later in (
         ("route began {} ns before the wait ended", wait.end, route.start),
         ("experts began {} ns before the wait ended", wait.end, experts.start),
         ("the hand-over began {} ns before the experts ended", experts.end, hand_over.start),
-        ("done_set_cpu_stage returned {} ns before the hand-over ended", hand_over.end, returned),
+        ("done_set_cpu_stage returned {} ns before the hand-over ended", hand_over.end, done.end),
     ):
         if earlier > later:
             findings.wrong(what.format(earlier - later), where)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_eplb.device.host_staged import for_backend
+
 __all__ = ["Ranks"]
 
 # torch is renaming these two; the old names warn where the new ones exist.
@@ -28,22 +30,25 @@ class Ranks:
         """Blocks [N, W] of all ranks, in order of rank, as [R * N, W]. N and W are the same on all ranks."""
         if self.size == 1:
             return block
-        gathered = block.new_empty(self.size * block.shape[0], *block.shape[1:])
-        _all_gather(gathered, block, group=self._group)
-        return gathered
+        sent = for_backend(self._group, block)
+        gathered = sent.new_empty(self.size * block.shape[0], *block.shape[1:])
+        _all_gather(gathered, sent, group=self._group)
+        return gathered.to(block.device)
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first `send[0]` rows to rank 0 and so on; return `receive[r]` rows of every rank r, in order."""
         if self.size == 1:
             return rows
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(received, rows, list(receive), list(send), group=self._group)
-        return received
+        sent = for_backend(self._group, rows)
+        received = sent.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(received, sent, list(receive), list(send), group=self._group)
+        return received.to(rows.device)
 
     def reduce_scatter(self, blocks: Tensor) -> Tensor:
         """Sum of every rank's block [N, W] for this rank, out of [R * N, W]."""
         if self.size == 1:
             return blocks
-        block = torch.empty(blocks.shape[0] // self.size, *blocks.shape[1:], dtype=blocks.dtype, device=blocks.device)
-        _reduce_scatter(block, blocks, group=self._group)
-        return block
+        sent = for_backend(self._group, blocks)
+        block = torch.empty(blocks.shape[0] // self.size, *blocks.shape[1:], dtype=blocks.dtype, device=sent.device)
+        _reduce_scatter(block, sent, group=self._group)
+        return block.to(blocks.device)
