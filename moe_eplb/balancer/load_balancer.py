@@ -87,8 +87,9 @@ class MoeLoadBalancer:
         self.enable_statistic = False
         self.enable_update_weights = False
         self.updater = Updater(
-            self.device.sink, timeout_s=self.options.update_timeout_s, preserve_slots=self.options.preserve_slots,
-            most_changes=self.options.spare_slots,
+            self.device.sink, timeout_s=self.options.update_timeout_s,
+            # Beside a GPU the thread that launches must not wait for the one that plans.
+            planning=self.options.planning(compiled=self.device.kind == "cuda"),
         )  # fmt: skip
         self._iter = IterState(next_iteration=0, in_iter=False)
         self._schedule: UpdateSchedule | None = None
@@ -212,6 +213,7 @@ class MoeLoadBalancer:
         """Forget what every layer was doing, `begun` of which had begun; without iterations, as in static routing."""
         self.device.discard()
         self.collect()
+        self.updater.forget()
         for layer in self.layers:
             layer.abort(self.device.iteration, begun=layer.layer_idx < begun)
 

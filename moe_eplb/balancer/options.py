@@ -8,6 +8,7 @@ from typing import Literal
 
 from moe_eplb.balancer.replica_choice import ReplicaChoice
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.planning.online import OnlinePolicy, Planning
 
 __all__ = ["BalancerOptions"]
 
@@ -27,6 +28,7 @@ class BalancerOptions:
         spare_slots: How many slots of a rank a plan changes at most; None for all. With the state on the device each
             takes the memory of one slot.
         run_ahead: How many iterations the host may be ahead of such a device.
+        policy, moves_per_update: See `moe_eplb.planning.online.Planning`.
     """
 
     commit_delay: int = 1
@@ -39,6 +41,12 @@ class BalancerOptions:
     resident: bool = False
     spare_slots: int | None = None
     run_ahead: int = 4
+    policy: OnlinePolicy = "reference"
+    moves_per_update: int | None = None
+
+    def planning(self, *, compiled: bool = False) -> Planning:
+        """How layers are planned."""
+        return Planning(self.policy, self.preserve_slots, self.spare_slots, self.moves_per_update, compiled)
 
     def __post_init__(self) -> None:
         timeout_is_good = 0.0 < self.update_timeout_s < math.inf

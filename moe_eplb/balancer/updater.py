@@ -14,7 +14,8 @@ from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import UPDATER, EventSink, Kind
 from moe_eplb.core.placement import Placement
-from moe_eplb.core.planner import Plan, plan
+from moe_eplb.core.planner import Plan
+from moe_eplb.planning.online import Planner, Planning, prepare
 
 __all__ = ["Update", "Updater"]
 
@@ -26,7 +27,8 @@ class Update:
     """One update of one layer: taken at the end of iteration `taken`, to be committed at the start of `due`.
 
     `done` is set when the updater has finished, one way or the other: `plan` and `staged` are there, or `error` is.
-    `agreed` is None until the ranks have voted, and False also when the update is given up before.
+    `agreed` is None until the ranks have voted, and False also when the update is given up before. `generation`: see
+    `Updater.forget`.
     """
 
     layer: int
@@ -39,6 +41,7 @@ class Update:
     staged: StagedWeights | None = None
     error: BaseException | None = None
     agreed: bool | None = None
+    generation: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> bool:
@@ -56,21 +59,21 @@ class Updater:
     Args:
         sink: Event sink for plan and staging records.
         timeout_s: The longest that anybody waits for an update.
-        preserve_slots, most_changes: See `planner.plan`.
+        planning: How layers are planned.
     """
 
-    def __init__(
-        self, sink: EventSink, *, timeout_s: float, preserve_slots: bool, most_changes: int | None = None
-    ) -> None:
+    def __init__(self, sink: EventSink, *, timeout_s: float, planning: Planning | None = None) -> None:
         self._sink, self._timeout_s = sink, timeout_s
-        self._preserve, self._most_changes = preserve_slots, most_changes
+        self._planning, self._generation = planning or Planning(), 0
+        self._planners: dict[tuple[int, int], Planner] = {}
         self._tasks: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moe_eplb-updater", daemon=True)
         self._overdue: Update | None = None
         self._stopping = False
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; its planner is compiled by then."""
+        prepare(self._planning)
         self._thread.start()
 
     @property
@@ -80,7 +83,12 @@ class Updater:
 
     def submit(self, update: Update) -> None:
         """Queue an update; returns at once."""
+        update.generation = self._generation
         self._tasks.put(update)
+
+    def forget(self) -> None:
+        """Plan later updates as if there had been none, alike on ranks that had come to different ends."""
+        self._generation += 1
 
     def wait(self, update: Update) -> bool:
         """Whether the update is ready, waiting at most the timeout. A dead or slow updater is a no, and is logged.
@@ -140,13 +148,18 @@ class Updater:
         token = self._sink.begin(Kind.PLAN, update.layer, update.taken, UPDATER)
         changed = digest = None
         try:
-            made = update.plan = plan(
-                update.load, update.current, preserve_slots=self._preserve, most_changes=self._most_changes
-            )
+            made = update.plan = self._planner_of(update)(update.load, update.current)
             changed, digest = len(made.changed), made.placement.digest()
         finally:
             self._sink.end(token, a=changed, b=digest)
         self._stage(update, made)
+
+    def _planner_of(self, update: Update) -> Planner:
+        """The layer's, which may remember the loads since the last `forget`."""
+        key = (update.generation, update.layer)
+        if key not in self._planners:
+            self._planners[key] = self._planning.planner()
+        return self._planners[key]
 
     def _stage(self, update: Update, made: Plan) -> None:
         token = self._sink.begin(Kind.STAGE_WEIGHTS, update.layer, update.taken, UPDATER)

@@ -15,7 +15,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.partial_plan import part_of
 from moe_eplb.core.placement import Placement
 
-__all__ = ["Plan", "initial_slots", "keep_slots", "place", "plan", "replicate"]
+__all__ = ["Plan", "check_load", "initial_slots", "keep_slots", "place", "plan", "replicate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,18 @@ def plan(load: np.ndarray, current: Placement, *, preserve_slots: bool = True, m
     return Plan(placement, placement.changed_slots(current), placement.rank_load(load))
 
 
+def check_load(load: np.ndarray, num_slots: int) -> None:
+    """Raise BalancerError E131 where the experts do not fit the slots, E149 where a load is not finite or below 0."""
+    load, experts = np.asarray(load, dtype=np.float64), len(load)
+    if num_slots < experts:
+        raise BalancerError("E131", f"{num_slots} slots cannot hold {experts} experts", hint=f"use at least {experts}")
+    if not (np.isfinite(load).all() and (load >= 0).all()):
+        worst = int(np.flatnonzero(~np.isfinite(load) | (load < 0))[0])
+        raise BalancerError(
+            "E149", f"the load of expert {worst} is not usable", why=f"it is {load[worst]}, loads are finite and >= 0"
+        )
+
+
 def replicate(load: np.ndarray, num_slots: int) -> np.ndarray:
     """int64 [E]: replicas of each expert, `num_slots` in total, at least one each.
 
@@ -51,13 +63,7 @@ def replicate(load: np.ndarray, num_slots: int) -> np.ndarray:
     """
     load = np.asarray(load, dtype=np.float64)
     experts = len(load)
-    if num_slots < experts:
-        raise BalancerError("E131", f"{num_slots} slots cannot hold {experts} experts", hint=f"use at least {experts}")
-    if not (np.isfinite(load).all() and (load >= 0).all()):
-        worst = int(np.flatnonzero(~np.isfinite(load) | (load < 0))[0])
-        raise BalancerError(
-            "E149", f"the load of expert {worst} is not usable", why=f"it is {load[worst]}, loads are finite and >= 0"
-        )
+    check_load(load, num_slots)
     if not load.any():
         counts = np.full(experts, num_slots // experts, dtype=np.int64)
         counts[: num_slots % experts] += 1

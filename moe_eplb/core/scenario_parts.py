@@ -122,7 +122,10 @@ class Balancer(Section):
     `spare_slots`: how many slots of a rank a plan changes at most; by default all. `state`: whether loads, tables and
     votes live on the ``host``, or on the ``device``, which then counts, votes and commits without a look by the host,
     and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead.
-    `alone`: also with one rank, where balance cannot get better, to see what balancing costs.
+    `policy`: how a layer is planned, by the ``reference``'s rules from scratch, ``incremental`` with as few moves as a
+    plan so balanced takes, or ``robust`` for what the layer's last loads let expect; `moves_per_update`: how many slots
+    of a layer these two change at most, over all ranks. `alone`: also with one rank, where balance cannot get better,
+    to see what balancing costs.
     """
 
     num_slots: Count | None = None
@@ -141,6 +144,8 @@ class Balancer(Section):
     spare_slots: Annotated[int, Field(ge=1, le=1024)] | None = None
     run_ahead: int = Field(default=4, ge=1, le=1024)
     alone: bool = False
+    policy: Literal["reference", "incremental", "robust"] = "reference"
+    moves_per_update: Count | None = None
 
 
 class Checks(Section):

@@ -31,7 +31,7 @@ def problems(s: Scenario) -> tuple[Problem, ...]:
     ]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
-        found += [problem for rule in (_slots, _updates, _assignments) for problem in rule(s, s.balancer)]
+        found += [problem for rule in (_slots, _updates, _policy, _assignments) for problem in rule(s, s.balancer)]
     return tuple(found)
 
 
@@ -149,6 +149,15 @@ def _updates(s: Scenario, b: Balancer) -> Iterator[Problem]:
         what = f"nothing can move in {s.iterations} iterations: the first commit needs {needed}"
         why = f"warm_up {b.warm_up} + commit_delay {b.commit_delay} + 1"
         yield Problem(("iterations",), f"{what} ({why})", f"iterations: {needed} or more")
+
+
+def _policy(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    if b.moves_per_update is not None and b.policy == "reference":
+        what = "the reference's rules know no budget of moves: they place every expert anew"
+        yield Problem(("balancer", "moves_per_update"), what, "policy: incremental, or spare_slots")
+    elif not b.preserve_slots and b.policy != "reference":
+        what = f"policy {b.policy!r} always keeps an expert in its slot where it stays on its rank"
+        yield Problem(("balancer", "preserve_slots"), what, "remove it")
 
 
 def _assignments(s: Scenario, b: Balancer) -> Iterator[Problem]:

@@ -34,7 +34,7 @@ def make_balancer(scenario: Scenario, rank: int, device: Device, groups: Groups)
         preserve_slots=config.preserve_slots, update_timeout_s=config.update_timeout_s,
         replica_choice=ReplicaChoice(scenario.replica_choice), run_ahead=config.run_ahead,
         spare_slots=config.spare_slots,
-        resident=config.state == "device",
+        resident=config.state == "device", policy=config.policy, moves_per_update=config.moves_per_update,
     )  # fmt: skip
     return MoeLoadBalancer(
         rank, scenario.ranks, config.layer_updates_per_iter, device=device, group=groups.setup, options=options

@@ -21,6 +21,7 @@ from moe_eplb.balancer.host_memory import clean_segments
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
 from moe_eplb.core.scenario import Scenario
+from moe_eplb.planning.online import prepare_for
 from moe_eplb.recording.profilers import require_wrapped, wrapped
 from moe_eplb.session import fork_server
 from moe_eplb.session.entry import rank_main
@@ -72,7 +73,8 @@ class RankPool:
         clean_segments()
         failure = ""
         try:
-            self._drive(scenario, folder, started + scenario.timeout_s, progress)
+            prepare_for([scenario])
+            self._drive(scenario, folder, time.monotonic() + scenario.timeout_s, progress)
         except RunFailed as error:
             failure = f"{error}\n{last_events(folder, scenario.ranks)}"
             self.kill()
@@ -94,6 +96,7 @@ class RankPool:
         """
         clean_segments()
         try:
+            prepare_for(variants)
             self._drive(variants[0], folder, time.monotonic() + variants[0].timeout_s, progress, variants[1:], timing)
         except BaseException:
             self.kill()

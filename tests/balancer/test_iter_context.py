@@ -18,7 +18,7 @@ from moe_eplb.balancer import (
     get_moe_load_balancer,
     maybe_create_moe_load_balancer,
 )
-from moe_eplb.balancer import updater as updater_module
+from moe_eplb.core import planner as planner_module
 from moe_eplb.core.config import LoadBalancerConfig
 from moe_eplb.core.errors import BalancerError, ProtocolError
 from tests.support.balanced import Rig, StandIn
@@ -211,7 +211,7 @@ def test_static_layers_are_clean_after_an_exception_too() -> None:
 
 def test_an_updater_that_fails_during_an_abort_does_not_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(2, updates=2, empty_group="never")
-    monkeypatch.setattr(updater_module, "plan", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(planner_module, "plan", lambda *_, **__: 1 / 0)
     rig.iterate()
     with pytest.raises(Fault):
         raise_in(rig, partial(rig.run_layer, 0))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, cells, resident_update, updater
+from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, cells, resident_update
 from moe_eplb.balancer.resident_layer import ResidentLayer
+from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.planner import Plan
 from moe_eplb.device.control import Stage
@@ -155,7 +156,7 @@ def test_a_late_updater_costs_one_wait_and_the_placement_stays(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = resident(layers=2, updates=2, update_timeout_s=TIMEOUT_S)
-    release, plan = threading.Event(), updater.plan
+    release, plan = threading.Event(), planner_module.plan
 
     def late(*arguments: Any, **options: Any) -> Plan:
         release.wait(20)
@@ -164,7 +165,7 @@ def test_a_late_updater_costs_one_wait_and_the_placement_stays(
     try:
         rig.iterate(4)
         commits, before = len(rig.journal.commits), rig.placements()
-        monkeypatch.setattr(updater, "plan", late)
+        monkeypatch.setattr(planner_module, "plan", late)
         begun = time.monotonic()
         rig.iterate(40)
         # One wait; each of the forty plans waited for would take twelve seconds.
@@ -172,7 +173,7 @@ def test_a_late_updater_costs_one_wait_and_the_placement_stays(
         assert len(rig.journal.commits) <= commits + 2  # those that were planned before
         held = rig.placements()
         release.set()
-        monkeypatch.setattr(updater, "plan", plan)
+        monkeypatch.setattr(planner_module, "plan", plan)
         time.sleep(0.2)
         rig.iterate(8)
         assert rig.placements() != held != before or rig.placements() != before
@@ -189,7 +190,7 @@ def test_a_layer_whose_updates_were_all_too_late_still_knows_which_cells_are_in_
 ) -> None:
     """Its last plan was committed long before the updater comes back to it."""
     rig = resident(layers=2, updates=2, empty_group="never", update_timeout_s=TIMEOUT_S)
-    release, plan = threading.Event(), updater.plan
+    release, plan = threading.Event(), planner_module.plan
 
     def late(*arguments: Any, **options: Any) -> Plan:
         release.wait(20)
@@ -197,9 +198,9 @@ def test_a_layer_whose_updates_were_all_too_late_still_knows_which_cells_are_in_
 
     try:
         rig.iterate(6)
-        monkeypatch.setattr(updater, "plan", late)
+        monkeypatch.setattr(planner_module, "plan", late)
         rig.iterate(30)  # far more iterations than reports are kept for
-        monkeypatch.setattr(updater, "plan", plan)
+        monkeypatch.setattr(planner_module, "plan", plan)
         release.set()
         for _ in range(12):
             time.sleep(0.02)
@@ -220,7 +221,7 @@ def test_a_plan_that_fails_is_dropped_without_a_wait(
         def fail(*_: Any, **__: Any) -> Plan:
             raise ValueError("no plan today")
 
-        monkeypatch.setattr(updater, "plan", fail)
+        monkeypatch.setattr(planner_module, "plan", fail)
         begun = time.monotonic()
         rig.iterate(5)
         assert time.monotonic() - begun < 10
@@ -239,7 +240,7 @@ def test_a_killed_updater_leaves_a_model_that_runs(
     def die(*_: Any, **__: Any) -> Plan:
         raise SystemExit
 
-    monkeypatch.setattr(updater, "plan", die)
+    monkeypatch.setattr(planner_module, "plan", die)
     try:
         before = rig.placements()
         begun = time.monotonic()

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_eplb.balancer import updater as updater_module
 from moe_eplb.balancer.host_memory import list_segments
 from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.balancer.updater import Update, Updater
+from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import Kind, NullSink
 from moe_eplb.core.placement import Placement
@@ -52,7 +52,7 @@ def update(layer: int = 0) -> Update:
 
 @contextmanager
 def running(timeout_s: float = 5.0, sink: NullSink | None = None) -> Iterator[Updater]:
-    updater = Updater(sink or NullSink(), timeout_s=timeout_s, preserve_slots=True)
+    updater = Updater(sink or NullSink(), timeout_s=timeout_s)
     updater.start()
     yield updater
     updater.stop()
@@ -77,7 +77,7 @@ def blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
         return plan(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(updater_module, "plan", wait_and_plan)
+        patch.setattr(planner_module, "plan", wait_and_plan)
         try:
             yield gate
         finally:
@@ -117,8 +117,8 @@ def test_an_exception_is_kept_logged_and_survived(
 def test_a_dead_thread_is_noticed_at_once_and_later_updates_do_not_wait(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(updater_module, "plan", lambda *_, **__: sys.exit("killed"))
-    updater = Updater(NullSink(), timeout_s=30.0, preserve_slots=True)
+    monkeypatch.setattr(planner_module, "plan", lambda *_, **__: sys.exit("killed"))
+    updater = Updater(NullSink(), timeout_s=30.0)
     updater.start()
     first, second = update(0), update(1)
     started = time.monotonic()
@@ -165,13 +165,13 @@ def test_updates_given_up_meanwhile_are_not_planned(monkeypatch: pytest.MonkeyPa
 
 
 def test_stop_twice_and_without_a_start() -> None:
-    Updater(NullSink(), timeout_s=1.0, preserve_slots=True).stop()
+    Updater(NullSink(), timeout_s=1.0).stop()
     with running() as updater:
         updater.stop()
 
 
 def test_a_thread_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    updater = Updater(NullSink(), timeout_s=0.1, preserve_slots=True)
+    updater = Updater(NullSink(), timeout_s=0.1)
     updater.start()
     with blocked(monkeypatch) as gate:
         updater.submit(update())
@@ -196,7 +196,7 @@ def test_a_model_goes_on_with_its_placement_when_plans_fail(
     rig.iterate(3)
     good = rig.placements()
     with monkeypatch.context() as patch:
-        patch.setattr(updater_module, "plan", lambda *_, **__: 1 / 0)
+        patch.setattr(planner_module, "plan", lambda *_, **__: 1 / 0)
         rig.iterate(1)  # commits what was taken before, takes what will fail
         good = rig.placements()
         rig.iterate(3)
@@ -211,7 +211,7 @@ def test_a_model_goes_on_with_its_placement_when_plans_fail(
 
 def test_a_killed_updater_leaves_a_model_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(2, updates=2, empty_group="never", update_timeout_s=30.0)
-    monkeypatch.setattr(updater_module, "plan", lambda *_, **__: sys.exit(0))
+    monkeypatch.setattr(planner_module, "plan", lambda *_, **__: sys.exit(0))
     before, started = rig.placements(), time.monotonic()
     rig.iterate(6)
     rig.balancer.shutdown()
@@ -268,7 +268,7 @@ def _slow_on_rank_one(rank: int, size: int, timeout_s: float) -> tuple[float, li
         return plan(*args, **kwargs)
 
     if rank == 1:
-        updater_module.plan = slow  # type: ignore[attr-defined]
+        planner_module.plan = slow  # type: ignore[attr-defined]
     started = time.monotonic()
     rig.iterate(3, AllReduce(statistics))
     seconds = time.monotonic() - started
@@ -302,7 +302,7 @@ def _other_plan_on_rank_one(rank: int, size: int) -> tuple[list[Any], list[Any],
     setup, statistics = dist.new_group(list(range(size))), dist.new_group(list(range(size)))
     assert isinstance(statistics, dist.ProcessGroup)
     if rank == 1:
-        updater_module.plan = lambda load, current, **kw: plan(load[::-1].copy(), current, **kw)  # type: ignore
+        planner_module.plan = lambda load, current, **kw: plan(load[::-1].copy(), current, **kw)  # type: ignore
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

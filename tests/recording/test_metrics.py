@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_eplb.balancer import updater
+from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import ExitCode, UsageError
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import plan
@@ -165,7 +166,7 @@ def test_only_an_unfinished_update_counts_as_stall(
     finished: bool, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(updater, "plan", lambda *given, **named: gate.wait(30) and plan(*given, **named))
+    monkeypatch.setattr(planner_module, "plan", lambda *given, **named: gate.wait(30) and plan(*given, **named))
     rig = Rig(2, updates=1, empty_group="never", update_timeout_s=30.0)
     rig.balancer.probe = BalancerMetrics(registry)
     wait = rig.balancer.updater.wait

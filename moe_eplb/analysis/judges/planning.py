@@ -12,8 +12,9 @@ from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.placement import Placement
-from moe_eplb.core.planner import Plan, plan
+from moe_eplb.core.planner import Plan
 from moe_eplb.core.scenario_parts import Balancer
+from moe_eplb.planning.online import Planning
 
 __all__ = ["Due", "judge_plan_contents"]
 
@@ -65,6 +66,8 @@ def _replanned(
     options, reduced = folder.scenario.balancer, folder.evidence.by_place(Row.REDUCED)
     assert options is not None
     load = _Load(folder.scenario.model.experts, options)
+    planning = Planning(options.policy, options.preserve_slots, options.spare_slots, options.moves_per_update)
+    plan = planning.planner()
     for iteration in range(max(updates, default=-1) + 1):
         place = Place(layer, iteration)
         counts = next((row["counts"] for row in reduced.get(place, {}).values()), None)
@@ -75,10 +78,7 @@ def _replanned(
         if iteration in updates:
             taken, current = load.take(), _placement(folder, place)
             if current is not None:
-                yield (
-                    updates[iteration],
-                    plan(taken, current, preserve_slots=options.preserve_slots, most_changes=options.spare_slots),
-                )
+                yield updates[iteration], plan(taken, current)
 
 
 def _placement(folder: RunFolder, place: Place) -> Placement | None:

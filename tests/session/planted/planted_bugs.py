@@ -278,7 +278,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "missing_stream_join": ("moe_eplb.balancer.layer_stream", missing_stream_join),
     "wrong_axis_balancedness": ("moe_eplb.balancer.single_layer", wrong_axis_balancedness),
     "updates_silently_off": ("moe_eplb.balancer.load_balancer", updates_silently_off),
-    "digest_disagreement": ("moe_eplb.balancer.updater", digest_disagreement),
+    "digest_disagreement": ("moe_eplb.core.planner", digest_disagreement),
     "load_never_zeroed": ("moe_eplb.balancer.statistics", load_never_zeroed),
     "other_experts_than_asked": ("moe_eplb.moe.routing", other_experts_than_asked),
     "chunk_reads_without_waiting": ("moe_eplb.balancer.layer_stream", chunk_reads_without_waiting),

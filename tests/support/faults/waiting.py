@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from moe_eplb.balancer import MoeLoadBalancer
-from moe_eplb.balancer import updater as updater_module
 from moe_eplb.balancer.updater import Update, Updater
+from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.planner import Plan, plan
 from tests.support.balanced import Rig
@@ -48,7 +48,7 @@ class Gate(threading.Event):
 def with_gate(check: Callable[[Gate], None]) -> None:
     gate = Gate()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(updater_module, "plan", gate.plan)
+        patch.setattr(planner_module, "plan", gate.plan)
         try:
             check(gate)
         finally:
@@ -84,7 +84,7 @@ def check_dead() -> None:
 def check_killed() -> None:
     """An updater that is killed in the middle of a plan is noticed by whoever waits for that plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(updater_module, "plan", lambda *_, **__: sys.exit("killed"))
+        patch.setattr(planner_module, "plan", lambda *_, **__: sys.exit("killed"))
         go_on_without_updater(make_rig(LONG_S), "the model waits for an updater that was killed")
 
 

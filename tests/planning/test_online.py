@@ -1,0 +1,101 @@
+"""Planners of running layers: equal to their twins, within their budgets, alike on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_eplb.core import planner
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.placement import Placement
+from moe_eplb.planning.online import HISTORY, OnlinePolicy, Planning, prepare
+
+MOVING: list[OnlinePolicy] = ["incremental", "robust"]
+
+
+def draw(seed: int) -> tuple[np.ndarray, Placement]:
+    """A load with ties and zeros, and a placement that some other load led to."""
+    random = np.random.default_rng(seed)
+    ranks, experts = int(random.integers(1, 9)), int(random.integers(2, 40))
+    per_rank = int(-(-experts // ranks) + random.integers(0, 4))
+    first = planner.initial_slots(experts, ranks, per_rank)
+    loads = random.integers(0, random.choice([3, 40, 10_000]), (2, experts)).astype(np.float64)
+    current = planner.plan(loads[0], Placement(ranks, experts, first)).placement
+    return loads[1] * float(random.choice([1.0, 0.3, 0.0])), current
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_compiled_rules_are_those_of_the_twin(keep: bool) -> None:
+    for seed in range(400):
+        load, current = draw(seed)
+        slow = planner.plan(load, current, preserve_slots=keep)
+        fast = Planning(preserve_slots=keep, compiled=True).planner()(load, current)
+        assert np.array_equal(fast.placement.slot_to_expert, slow.placement.slot_to_expert), seed
+        assert np.array_equal(fast.changed, slow.changed)
+        assert np.array_equal(fast.predicted, slow.predicted)
+
+
+def test_the_compiled_rules_take_plans_in_parts_too() -> None:
+    random = np.random.default_rng(5)
+    current = Placement(4, 32, planner.initial_slots(32, 4, 10))
+    for _ in range(20):
+        load = random.gamma(0.5, 100.0, 32)
+        slow = planner.plan(load, current, most_changes=2)
+        fast = Planning(most_changes=2, compiled=True).planner()(load, current)
+        assert np.array_equal(fast.placement.slot_to_expert, slow.placement.slot_to_expert)
+        current = slow.placement
+
+
+@pytest.mark.parametrize("policy", MOVING)
+@pytest.mark.parametrize("budget", [0, 1, 5, None])
+def test_a_plan_moves_no_more_than_it_may(policy: OnlinePolicy, budget: int | None) -> None:
+    random = np.random.default_rng(7)
+    planned = Planning(policy, moves=budget).planner()
+    current = Placement(
+        4, 32, planner.plan(np.ones(32), Placement(4, 32, planner.initial_slots(32, 4, 10))).placement.slot_to_expert
+    )
+    moved = 0
+    for _ in range(6):
+        made = planned(random.gamma(0.5, 100.0, 32), current)
+        assert budget is None or len(made.changed) <= budget
+        assert np.array_equal(made.changed, made.placement.changed_slots(current))
+        current = made.placement
+        moved += len(made.changed)
+    assert moved or budget in (0, 1), "one move alone need not help: it may take an exchange"
+
+
+def test_incremental_balances_as_a_plan_from_scratch_with_fewer_moves() -> None:
+    random = np.random.default_rng(9)
+    current = Placement(8, 64, planner.initial_slots(64, 8, 9))
+    load = random.gamma(0.7, 100.0, 64)
+    current = planner.plan(load, current).placement
+    moves = {"incremental": 0, "reference": 0}
+    for _ in range(10):
+        load = load * random.lognormal(0, 0.05, 64)
+        scratch, few = planner.plan(load, current), Planning("incremental").planner()(load, current)
+        assert few.predicted.max() <= scratch.predicted.max() * 1.001
+        moves["incremental"] += len(few.changed)
+        moves["reference"] += len(scratch.changed)
+        current = few.placement
+    assert moves["incremental"] * 3 < moves["reference"]
+
+
+def test_robust_plans_from_the_last_loads_and_no_older_ones() -> None:
+    random = np.random.default_rng(11)
+    current = Placement(4, 32, planner.initial_slots(32, 4, 10))
+    loads = [random.gamma(0.5, 100.0, 32) for _ in range(HISTORY + 3)]
+    remembers, began_later = Planning("robust").planner(), Planning("robust").planner()
+    for load in loads[:-1]:
+        remembers(load, current)
+    for load in loads[3:-1]:
+        began_later(load, current)
+    forgetful = Planning("robust").planner()(loads[-1], current).placement.digest()
+    assert remembers(loads[-1], current).placement.digest() == began_later(loads[-1], current).placement.digest()
+    assert forgetful != began_later(loads[-1], current).placement.digest()
+
+
+@pytest.mark.parametrize("planning", [Planning("incremental"), Planning("robust"), Planning(compiled=True)])
+def test_a_load_that_is_no_load_is_refused(planning: Planning) -> None:
+    prepare(planning)
+    with pytest.raises(BalancerError, match="E149"):
+        planning.planner()(np.array([1.0, np.nan, 1.0, 1.0]), Placement(2, 4, np.array([0, 1, 2, 3], np.int32)))
