@@ -182,6 +182,7 @@ def _from_current(
     taken = _shared(tops, moves, steps, left, enough)
     slots = home.copy()
     kernels.replay_steps(logs, taken, slots)
+    kernels.settle_layers(slots, problem.current.astype(np.int32), problem.first_slot)
     if problem.max_moves is not None and forced > problem.max_moves:
         note = (*note, f"{forced} slots had to change, beyond the budget of {problem.max_moves}")
     return slots, note
