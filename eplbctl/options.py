@@ -14,8 +14,8 @@ from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
 __all__ = [
-    "PATH", "Destination", "format_option", "loads_options", "output_options", "overrides_option", "recorder_option",
-    "trace_options",
+    "PATH", "Destination", "format_option", "layers_option", "loads_options", "output_options", "overrides_option",
+    "recorder_option", "trace_options",
 ]  # fmt: skip
 
 Function = Callable[..., Any]
@@ -134,15 +134,26 @@ def loads_options(function: Function) -> Function:
     )
     @click.option("--experts", type=click.IntRange(1), help="Experts of a layer; loads of another number are refused.")
     @click.option("--model", metavar="NAME", help="Which model's loads, in a file of several.")
-    @click.option("--layers", metavar="RANGES", help="The model's numbers of the layers, such as 3-60, if unknown.")
+    @layers_option
     @functools.wraps(function)
     def wrapper(
-        *args: Any, tokens_per_window: int, experts: int | None, model: str | None, layers: str | None, **kwargs: Any
-    ) -> Any:
+        *args: Any, tokens_per_window: int, experts: int | None, model: str | None, layers: tuple[int, ...] | None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         from moe_eplb.planning.formats.loads import Reading
 
-        numbers = None if layers is None else _numbers(layers)
-        return function(*args, reading=Reading(tokens_per_window, experts, model, numbers), **kwargs)
+        return function(*args, reading=Reading(tokens_per_window, experts, model, layers), **kwargs)
+
+    return wrapper
+
+
+def layers_option(function: Function) -> Function:
+    """Add ``--layers``; the command gets the numbers, or None."""
+
+    @click.option("--layers", metavar="RANGES", help="The model's numbers of the layers, such as 3-60, if unknown.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, layers: str | None, **kwargs: Any) -> Any:
+        return function(*args, layers=None if layers is None else _numbers(layers), **kwargs)
 
     return wrapper
 

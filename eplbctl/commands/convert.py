@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, format_option, loads_options
+from eplbctl.options import PATH, format_option, layers_option, loads_options
 from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
@@ -70,11 +70,14 @@ def loads_command(
 @command.command("placement")
 @click.argument("source", type=PATH)
 @click.option("--ranks", type=click.IntRange(1, 4096), help="Expert-parallel ranks, if the file does not say them.")
+@layers_option
 @_OUTPUT
 @click.option("--to", "target", type=click.Choice(_PLACEMENTS), default="json", show_default=True, help="Its form.")
 @_FORCE
 @format_option("text", "json")
-def placement_command(source: Path, ranks: int | None, output: Path, target: str, force: bool, form: str) -> None:
+def placement_command(
+    source: Path, ranks: int | None, layers: tuple[int, ...] | None, output: Path, target: str, force: bool, form: str
+) -> None:
     """Write a placement in another form.
 
     SOURCE is told by its content: TensorRT-LLM's load balancer file, SGLang's --init-expert-location, vLLM's and
@@ -90,6 +93,8 @@ def placement_command(source: Path, ranks: int | None, output: Path, target: str
 
     _require_free(output, False, force)
     found = read_placement(source, ranks=ranks)
+    if layers is not None:
+        found = found.numbered_as(layers)
     content, report = write_placement(found, target)
     _write(output, {"": content})
     if form == "text":

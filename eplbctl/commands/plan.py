@@ -79,7 +79,8 @@ def command(
     certificates = _certified(problem, solutions, gain)
     written = None if output is None else _write(read, problem, solutions[-1], output, target)
     made = render.plans_text if form == "text" else render.plans_json
-    Destination(None).write(made(read, certificates, written))
+    current_read = None if placed is None else placed.read
+    Destination(None).write(made(read, certificates, written, current_read))
     return ExitCode.INVALID if certificates[-1].pays is False else ExitCode.VALID
 
 
@@ -89,10 +90,7 @@ def _current(loads: LoadSet, path: Path | None, ranks: int) -> PlacementSet | No
     from moe_eplb.planning.formats.placements import read_placement
     from moe_eplb.planning.loads import require_fit
 
-    placement = read_placement(path, ranks=ranks)
-    if placement.ranks != ranks:
-        raise UsageError("E195", f"the current placement is one of {placement.ranks} ranks, not {ranks}")
-    return require_fit(loads, placement)
+    return require_fit(loads, read_placement(path, ranks=ranks))
 
 
 def _problem(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_eplb.planning.loads import LoadSet, LossReport, PlacementSet
 
-__all__ = ["converted_json", "converted_text", "loads_row", "loads_told", "loss_row", "placement_told"]
+__all__ = ["converted_json", "converted_text", "loads_row", "loads_told", "loss_row", "loss_told", "placement_told"]
 
 
 def loads_told(loads: LoadSet) -> str:
@@ -25,6 +25,11 @@ def placement_told(placement: PlacementSet) -> str:
     layers, slots = placement.slots.shape
     head = f"read as {placement.read.form}: {placement.experts} experts in {slots} slots of {placement.ranks} ranks"
     return "\n".join([f"{head}, {layers} layers", _layers(placement), *_lost(placement.read)])
+
+
+def loss_told(what: str, report: LossReport) -> str:
+    """How another file was read, a line each."""
+    return "\n".join([f"{what} read as {report.form}", *_lost(report)])
 
 
 def loads_row(loads: LoadSet) -> dict[str, Any]:

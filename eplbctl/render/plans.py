@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from eplbctl.render.interchange import loads_row, loads_told, loss_row
+from eplbctl.render.interchange import loads_row, loads_told, loss_row, loss_told
 from eplbctl.render.tables import Table
 from eplbctl.render.tables import text as tables_text
 
@@ -22,17 +22,23 @@ _WORST = 8
 _SHADES = " .:-=+*#%@"
 
 
-def plans_text(loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None) -> str:
+def plans_text(
+    loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
+) -> str:
     """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
     parts = tables_text([_compared(plans), _layers(loads, plans[-1])])
+    told = [] if current is None else [loss_told("the current placement", current)]
     notes = [*dict.fromkeys(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
-    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes, loads_told(loads)])
+    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes, loads_told(loads), *told])
 
 
-def plans_json(loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None) -> str:
+def plans_json(
+    loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
+) -> str:
     """Every certificate whole."""
     head = {"schema": 1, "loads": loads.source, "windows": loads.windows, "layer_ids": list(loads.layer_ids)}
-    files = {"read": loads_row(loads), "written": None if written is None else loss_row(written)}
+    others = {"current": current, "written": written}
+    files = {"read": loads_row(loads)} | {name: loss_row(one) if one else None for name, one in others.items()}
     return json.dumps(head | files | {"plans": [plan.to_json() for plan in plans]}, indent=1)
 
 

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from moe_eplb.core.errors import ScenarioError, UsageError
 
-__all__ = ["LoadSet", "LossReport", "Origin", "PlacementSet", "bad_content", "layers_text", "require_fit"]
+__all__ = [
+    "MOST_TOKENS", "LoadSet", "LossReport", "Origin", "PlacementSet", "bad_content", "layers_text", "require_fit",
+    "slots_counted",
+]  # fmt: skip
 
 MOST_TOKENS = 1 << 44
 """Of one count; their sums over layers and windows stay exact in int64, and in float64 for a layer."""
@@ -104,12 +107,7 @@ class LoadSet:
         Raises:
             UsageError: E195 there are not as many, or the file has other ones.
         """
-        if len(layer_ids) != len(self.layer_ids):
-            why = f"{len(layer_ids)} numbers for {len(self.layer_ids)} layers"
-            raise UsageError("E195", "these are not the layers of the loads", why=why)
-        if self.numbered and layer_ids != self.layer_ids:
-            why = f"{layers_text(self.layer_ids)} in the file, {layers_text(layer_ids)} asked for"
-            raise UsageError("E195", "the file numbers its layers itself", why=why, hint="leave the numbers out")
+        _require_numbers(self, layer_ids)
         return replace(self, layer_ids=layer_ids, numbered=True)
 
 
@@ -127,6 +125,11 @@ class PlacementSet:
     source: str = ""
     numbered: bool = True
     read: LossReport = LossReport()
+
+    def numbered_as(self, layer_ids: tuple[int, ...]) -> PlacementSet:
+        """As `LoadSet.numbered_as`."""
+        _require_numbers(self, layer_ids)
+        return replace(self, layer_ids=layer_ids, numbered=True)
 
 
 def require_fit(loads: LoadSet, placement: PlacementSet) -> PlacementSet:
@@ -152,6 +155,16 @@ def require_fit(loads: LoadSet, placement: PlacementSet) -> PlacementSet:
         )
         raise UsageError("E195", "the placement is not one of these layers and experts", why=why)
     return placement
+
+
+def _require_numbers(found: LoadSet | PlacementSet, layer_ids: tuple[int, ...]) -> None:
+    """E195 unless these can be the numbers of the layers that were found."""
+    if len(layer_ids) != len(found.layer_ids) or len(set(layer_ids)) != len(layer_ids):
+        why = f"{len(set(layer_ids))} numbers for {len(found.layer_ids)} layers"
+        raise UsageError("E195", "these are not the layers of the file", why=why, hint="give each layer a number")
+    if found.numbered and layer_ids != found.layer_ids:
+        why = f"{layers_text(found.layer_ids)} in the file, {layers_text(layer_ids)} asked for"
+        raise UsageError("E195", "the file numbers its layers itself", why=why, hint="leave the numbers out")
 
 
 def slots_counted(source: str, counted: int, experts: int) -> ScenarioError:

@@ -133,6 +133,19 @@ def test_placements_from_and_into_every_form(call: Call, files: dict[str, Path],
     assert json.loads(answer.out)["plans"][0]["moved"] == 0
 
 
+def test_what_a_placement_does_not_say_is_said(call: Call, files: dict[str, Path]) -> None:
+    loads = str(files["npz"])
+    assert call("plan", loads, *SIZE, "-o", "map.json", "--to", "vllm").code == 0
+    answer = call("plan", loads, *SIZE, "--current", "map.json")
+    assert "the current placement read as vllm\nunknown, since this form does not hold it: the model" in answer.out
+    told = json.loads(call("plan", loads, *SIZE, "--current", "map.json", "--format", "json").out)
+    assert told["current"]["form"] == "vllm"
+    to_yaml = ("convert", "placement", "map.json", "--ranks", "4", "--to", "tensorrt_llm")
+    assert "the layers' own numbers are not known" in call(*to_yaml, "-o", "a.yaml").out
+    assert "not known" not in call(*to_yaml, "-o", "b.yaml", "--layers", "1,2,4").out
+    assert "4: [" in Path("b.yaml").read_text()
+
+
 def test_replay_says_what_it_read(call: Call, files: dict[str, Path]) -> None:
     answer = call("replay", str(files["sglang_stat"]), *SIZE, "--policy", "static")
     assert answer.code == 0, answer.err
@@ -165,12 +178,16 @@ class _Payload:
         (("convert", "loads", "a.npz", "-o", "run", "--to", "tensorrt_llm", "--top-k", "2"), "E002"),
         (("convert", "loads", "a.npz", "-o", "a.npz", "--to", "tensorrt_llm", "--force", "--top-k", "2"), "E002"),
         (("convert", "loads", "a.npz"), "--output"), (("convert", "placement", "eplb.yaml", "-o", "x"), "--ranks"),
+        (("convert", "placement", "omni.npy", "--ranks", "4", "-o", "x"), "E195"),
+        (("convert", "placement", "omni.npy", "--layers", "1,1", "-o", "x"), "E195"),
+        (("plan", "a.npz", *SIZE, "--current", "omni.npy"), "E195"),
         (("convert", "placement", "a.npz", "-o", "x"), "E04"), (("convert", "loads", "eplb.yaml", "-o", "x"), "E041"),
     ],
 )  # fmt: skip
 def test_what_is_refused(call: Call, files: dict[str, Path], arguments: tuple[str, ...], what: str) -> None:
     torch.save({"logical_count": _Payload()}, "evil.pt")
     Path("bare.pt").write_bytes(pickle.dumps(_Payload()))
+    np.save("omni.npy", np.ones((2, 2, 16), int))
     row = [slot % 12 for slot in range(16)]
     Path("eplb.yaml").write_text(f"num_slots: 16\ninitial_global_assignments: {{1: {row}, 2: {row}, 4: {row}}}\n")
     answer = call(*arguments)

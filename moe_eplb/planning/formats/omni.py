@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from moe_eplb.core import recorded
-from moe_eplb.core.errors import UsageError
 from moe_eplb.core.input_file import read_input
 from moe_eplb.planning.formats.files import MOST_BYTES, unreadable, whole_numbers
 from moe_eplb.planning.formats.slot_rows import checked, require_no_duplicates
@@ -17,12 +16,11 @@ from moe_eplb.planning.loads import PlacementSet, bad_content
 __all__ = ["placement_of", "write_placement"]
 
 
-def placement_of(path: Path, ranks: int | None) -> PlacementSet:
+def placement_of(path: Path) -> PlacementSet:
     """A placement from a file; on each rank experts are in rising order, since the pattern has no other.
 
     Raises:
         ScenarioError: E040 it cannot be read, E041 it is no pattern, or ranks hold unequal numbers of experts.
-        UsageError: E195 it is for another number of ranks.
     """
     try:
         data = read_input(path, MOST_BYTES)
@@ -32,8 +30,6 @@ def placement_of(path: Path, ranks: int | None) -> PlacementSet:
     pattern = whole_numbers(path, "the pattern", found, 3)
     if int(pattern.max()) > 1:
         raise bad_content(path, "a pattern holds 0 and 1 alone", f"{int(pattern.max())}")
-    if ranks is not None and ranks != len(pattern):
-        raise UsageError("E195", "the file is for another number of ranks", why=f"{len(pattern)}, not {ranks}")
     held = pattern.sum(axis=2)
     if held.min() != held.max():
         raise bad_content(path, "ranks hold unequal numbers of experts", f"{held.min()} to {held.max()}")

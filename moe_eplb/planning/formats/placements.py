@@ -45,6 +45,9 @@ def read_placement(path: Path, *, ranks: int | None = None, experts: int | None 
         UsageError: E196 `ranks` is needed and not given, E195 the file is for another number of them.
     """
     form, placement = _read(path, ranks, experts)
+    if ranks is not None and placement.ranks != ranks:
+        why, hint = f"{placement.ranks} in the file, not {ranks}", f"use --ranks {placement.ranks}"
+        raise UsageError("E195", "the placement is for another number of ranks", why=why, hint=hint)
     lost = tuple(one.value for one in HeldSlots if one not in PLACEMENTS[form].holds)
     return replace(placement, read=LossReport(lost, form))
 
@@ -52,7 +55,7 @@ def read_placement(path: Path, *, ranks: int | None = None, experts: int | None 
 def _read(path: Path, ranks: int | None, experts: int | None) -> tuple[str, PlacementSet]:
     head = head_of(path)
     if head[:6] == b"\x93NUMPY":
-        return "omni", omni.placement_of(path, ranks)
+        return "omni", omni.placement_of(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return "sglang", _of_rows(path, sglang_dump.placement_rows(path, load_torch(path)), ranks, experts, True)
     if head.lstrip()[:1] not in (b"{", b"["):

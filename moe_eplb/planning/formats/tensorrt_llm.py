@@ -37,11 +37,9 @@ def placement_of(path: Path, ranks: int | None, experts: int | None) -> Placemen
     read = config.load(path)
     if not read.initial_global_assignments:
         raise bad_content(path, "the file places nothing", "it has no initial_global_assignments")
-    if None not in (ranks, read.ep_size) and ranks != read.ep_size:
-        raise UsageError("E195", "the file is for another number of ranks", why=f"{read.ep_size}, not {ranks}")
     numbers = sorted(read.initial_global_assignments)
     slots = slot_table(path, [list(read.initial_global_assignments[number]) for number in numbers])
-    ranks = given_ranks(ranks if ranks is not None else read.ep_size)
+    ranks = read.ep_size if read.ep_size is not None else given_ranks(ranks)
     made = PlacementSet(slots, ranks, experts or int(slots.max()) + 1, tuple(numbers), "TensorRT-LLM")
     return checked(path, made)
 

@@ -141,7 +141,7 @@ def test_numbers_of_layers_that_contradict_the_file(tmp_path: Path) -> None:
             read_counts(tmp_path / "a.npz", Reading(layer_ids=ids))
         assert caught.value.code == "E195"
     np.savez(tmp_path / "b.npz", counts=COUNTS)
-    with pytest.raises(ScenarioError, match="number of its own"):
+    with pytest.raises(UsageError, match="not the layers"):
         read_counts(tmp_path / "b.npz", Reading(layer_ids=(3, 3)))
 
 
