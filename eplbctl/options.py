@@ -135,14 +135,15 @@ def loads_options(function: Function) -> Function:
     @click.option("--experts", type=click.IntRange(1), help="Experts of a layer; loads of another number are refused.")
     @click.option("--model", metavar="NAME", help="Which model's loads, in a file of several.")
     @layers_option
+    @click.option("--merge", type=click.IntRange(0), default=1, help="Windows to sum into one, 0 for all of them.")
     @functools.wraps(function)
     def wrapper(
         *args: Any, tokens_per_window: int, experts: int | None, model: str | None, layers: tuple[int, ...] | None,
-        **kwargs: Any,
+        merge: int, **kwargs: Any,
     ) -> Any:  # fmt: skip
         from moe_eplb.planning.formats.loads import Reading
 
-        return function(*args, reading=Reading(tokens_per_window, experts, model, layers), **kwargs)
+        return function(*args, reading=Reading(tokens_per_window, experts, model, layers, merge), **kwargs)
 
     return wrapper
 

@@ -14,7 +14,8 @@ from moe_eplb.core.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from moe_eplb.planning.certificate import Certificate
     from moe_eplb.planning.formats.loads import Reading
-    from moe_eplb.planning.loads import LoadSet, LossReport, PlacementSet
+    from moe_eplb.planning.loads import LoadSet, LossReport
+    from moe_eplb.planning.placements import PlacementSet
     from moe_eplb.planning.problem import Problem, Solution
 
 __all__ = ["command"]
@@ -88,7 +89,7 @@ def _current(loads: LoadSet, path: Path | None, ranks: int) -> PlacementSet | No
     if path is None:
         return None
     from moe_eplb.planning.formats.placements import read_placement
-    from moe_eplb.planning.loads import require_fit
+    from moe_eplb.planning.placements import require_fit
 
     return require_fit(loads, read_placement(path, ranks=ranks))
 
@@ -124,7 +125,7 @@ def _certified(problem: Problem, solutions: list[Solution], gain: float | None) 
 
 def _write(loads: LoadSet, problem: Problem, solution: Solution, output: Path, form: str) -> LossReport:
     from moe_eplb.planning.formats.placements import write_placement
-    from moe_eplb.planning.loads import PlacementSet
+    from moe_eplb.planning.placements import PlacementSet
 
     source = f"{solution.policy} for {loads.source}"
     made = PlacementSet(solution.slots, problem.ranks, problem.experts, loads.layer_ids, source, loads.numbered)

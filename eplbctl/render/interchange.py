@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_eplb.planning.loads import LoadSet, LossReport, PlacementSet
+    from moe_eplb.planning.loads import LoadSet, LossReport
+    from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["converted_json", "converted_text", "loads_row", "loads_told", "loss_row", "loss_told", "placement_told"]
 

@@ -67,7 +67,10 @@ def replay_json(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, r
 
 def _heading(loads: LoadSet, plan: Certificate) -> str:
     where = f"{plan.experts} experts in {plan.slots} slots of {plan.ranks} ranks, {len(plan.layers)} layers"
-    return f"{loads.source}: newest of {loads.windows} windows; {where}"
+    of = f"newest of {loads.windows} windows" if loads.windows > 1 else "one window"
+    if loads.windows > 1 and not loads.origin.in_order:
+        of = f"last of {loads.windows} windows, whose order is not known (--merge 0 sums them)"
+    return f"{loads.source}: {of}; {where}"
 
 
 def _compared(plans: Sequence[Certificate]) -> Table:

@@ -1,9 +1,10 @@
-"""Recorded loads and placements, in the terms of this project and of no other's files."""
+"""Recorded loads, in the terms of this project and of no other's files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from moe_eplb.core.errors import ScenarioError, UsageError
 
 __all__ = [
-    "MOST_TOKENS", "LoadSet", "LossReport", "Origin", "PlacementSet", "bad_content", "layers_text", "require_fit",
+    "MOST_TOKENS", "LoadSet", "LossReport", "Numbered", "Origin", "bad_content", "layers_text", "require_numbers",
     "slots_counted",
 ]  # fmt: skip
 
@@ -32,6 +33,16 @@ class LossReport:
     lost: tuple[str, ...] = ()
     form: str = ""
     left_out: tuple[str, ...] = ()
+
+
+class Numbered(Protocol):
+    """Something of layers: their numbers, and whether these are the model's own."""
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def numbered(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,63 +112,35 @@ class LoadSet:
         """W."""
         return int(self.counts.shape[0])
 
+    def merged(self, size: int) -> LoadSet:
+        """Sums of so many windows each, of all for 0; the oldest ones that fill no sum are left out.
+
+        Raises:
+            UsageError: E195 there are fewer windows.
+        """
+        size = size or self.windows
+        if size > self.windows:
+            raise UsageError("E195", f"{size} windows cannot be summed", why=f"there are {self.windows}")
+        left = self.windows % size
+        counts = self.counts[left:].reshape(-1, size, *self.counts.shape[1:]).sum(axis=1)
+        notes = (
+            (*self.notes, f"the {left} first windows fill no sum of {size} and are left out") if left else self.notes
+        )
+        times = self.origin.iterations
+        origin = replace(self.origin, iterations=None if times is None else times[left::size])
+        return replace(self, counts=counts, notes=notes, origin=origin)
+
     def numbered_as(self, layer_ids: tuple[int, ...]) -> LoadSet:
         """The same with the model's own numbers of its layers.
 
         Raises:
             UsageError: E195 there are not as many, or the file has other ones.
         """
-        _require_numbers(self, layer_ids)
+        require_numbers(self, layer_ids)
         return replace(self, layer_ids=layer_ids, numbered=True)
 
 
-@dataclass(frozen=True, eq=False)
-class PlacementSet:
-    """The expert of each slot int32 [L, P] of the layers `layer_ids`; slot s lies on rank s // (P / R).
-
-    `numbered` and `read` are as in `LoadSet`.
-    """
-
-    slots: NDArray[np.int32]
-    ranks: int
-    experts: int
-    layer_ids: tuple[int, ...]
-    source: str = ""
-    numbered: bool = True
-    read: LossReport = LossReport()
-
-    def numbered_as(self, layer_ids: tuple[int, ...]) -> PlacementSet:
-        """As `LoadSet.numbered_as`."""
-        _require_numbers(self, layer_ids)
-        return replace(self, layer_ids=layer_ids, numbered=True)
-
-
-def require_fit(loads: LoadSet, placement: PlacementSet) -> PlacementSet:
-    """A placement of the layers of loads, in their order; where one of the two has no numbers, rows go by their order.
-
-    Raises:
-        UsageError: E195 it is of other layers or experts. E198 the loads are counts of its slots.
-    """
-    if loads.read.form == "tensorrt_llm" and placement.experts < loads.counts.shape[2] == placement.slots.shape[1]:
-        raise slots_counted(loads.source, loads.counts.shape[2], placement.experts)
-    if len(placement.layer_ids) == len(loads.layer_ids) and not (loads.numbered and placement.numbered):
-        order = np.argsort(placement.layer_ids)
-        of_loads = np.argsort(np.argsort(loads.layer_ids))
-        placement = replace(placement, layer_ids=loads.layer_ids, slots=placement.slots[order][of_loads])
-    rows = dict(zip(placement.layer_ids, placement.slots, strict=True))
-    if set(loads.layer_ids) <= set(rows):  # dense layers have rows in some forms
-        slots = np.stack([rows[layer] for layer in loads.layer_ids])
-        placement = replace(placement, layer_ids=loads.layer_ids, slots=slots)
-    if placement.layer_ids != loads.layer_ids or placement.experts != loads.counts.shape[2]:
-        why = (
-            f"layers {layers_text(placement.layer_ids)} of {placement.experts} experts there, "
-            f"{layers_text(loads.layer_ids)} of {loads.counts.shape[2]} in the loads"
-        )
-        raise UsageError("E195", "the placement is not one of these layers and experts", why=why)
-    return placement
-
-
-def _require_numbers(found: LoadSet | PlacementSet, layer_ids: tuple[int, ...]) -> None:
+def require_numbers(found: Numbered, layer_ids: tuple[int, ...]) -> None:
     """E195 unless these can be the numbers of the layers that were found."""
     if len(layer_ids) != len(found.layer_ids) or len(set(layer_ids)) != len(layer_ids):
         why = f"{len(set(layer_ids))} numbers for {len(found.layer_ids)} layers"

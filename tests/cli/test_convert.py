@@ -146,6 +146,23 @@ def test_what_a_placement_does_not_say_is_said(call: Call, files: dict[str, Path
     assert "4: [" in Path("b.yaml").read_text()
 
 
+def test_windows_are_summed(call: Call, files: dict[str, Path]) -> None:
+    stat, stats = str(files["sglang_stat"]), str(files["tensorrt_llm"])
+    assert "last of 6 windows, whose order is not known (--merge 0 sums them)" in call("plan", stat, *SIZE).out
+    assert "newest of 6 windows" in call("plan", stats, *SIZE).out
+    answer = call("plan", stats, *SIZE, "--merge", "0")
+    assert "one window; 16 experts" in answer.out
+    assert call("convert", "loads", stats, "--merge", "4", "-o", "o.json").code == 0
+    merged = read_counts(Path("o.json"))
+    assert merged.counts.tolist() == [_counts()[2:].sum(axis=0).tolist()]
+    assert merged.origin.iterations == (2,)
+    told = call("plan", stats, *SIZE, "--merge", "4").out
+    assert "note: the 2 first windows fill no sum of 4 and are left out" in told
+    refused = call("plan", stats, *SIZE, "--merge", "7")
+    assert (refused.code, refused.out) == (2, "")
+    assert "E195" in refused.err
+
+
 def test_replay_says_what_it_read(call: Call, files: dict[str, Path]) -> None:
     answer = call("replay", str(files["sglang_stat"]), *SIZE, "--policy", "static")
     assert answer.code == 0, answer.err

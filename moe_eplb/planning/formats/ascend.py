@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_eplb.planning.formats.slot_rows import checked, numbers_of_layers, require_no_duplicates, slot_table
-from moe_eplb.planning.loads import PlacementSet, bad_content
+from moe_eplb.planning.loads import bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["placement_of", "write_placement"]
 

@@ -7,7 +7,8 @@ from enum import Enum
 
 import numpy as np
 
-from moe_eplb.planning.loads import LoadSet, LossReport, PlacementSet
+from moe_eplb.planning.loads import LoadSet, LossReport
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["BY_POSITION", "NEVER_KEPT", "Held", "HeldSlots", "after_reading", "of_loads", "of_placement"]
 

@@ -28,12 +28,14 @@ class Reading:
         experts: E; loads of another number are refused.
         model: Which of a file's models; None for the only one.
         layer_ids: The model's own numbers of the file's layers, where it has none.
+        merge: Windows to sum into one, 0 for all of them.
     """
 
     tokens_per_window: int = 4096
     experts: int | None = None
     model: str | None = None
     layer_ids: tuple[int, ...] | None = None
+    merge: int = 1
 
 
 def read_counts(path: Path, asked: Reading | None = None) -> LoadSet:
@@ -42,7 +44,7 @@ def read_counts(path: Path, asked: Reading | None = None) -> LoadSet:
     Raises:
         ScenarioError: E040 it cannot be read, E041 it is none of them or contradicts itself, E197 it could run a
             program, E198 it counts slots instead of experts.
-        UsageError: E195 it is of other experts or layers, E196 it has several models.
+        UsageError: E195 it is of other experts or layers or has too few windows, E196 it has several models.
     """
     asked = asked or Reading()
     try:
@@ -57,6 +59,8 @@ def read_counts(path: Path, asked: Reading | None = None) -> LoadSet:
         raise UsageError("E195", f"the loads are of {experts} experts, not {asked.experts}", hint="see --experts")
     if asked.layer_ids is not None:
         loads = loads.numbered_as(asked.layer_ids)
+    if asked.merge != 1:
+        loads = loads.merged(asked.merge)
     told = {Held.LAYER_IDS} if asked.layer_ids is not None else set()
     return replace(loads, read=after_reading(form, LOADS[form].holds | told))
 

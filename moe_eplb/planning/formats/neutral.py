@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from moe_eplb.planning.formats.files import brief, whole_numbers
 from moe_eplb.planning.formats.slot_rows import checked, numbers_of_layers, slot_table
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet, bad_content
+from moe_eplb.planning.loads import LoadSet, Origin, bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["LOADS", "PLACEMENT", "loads_of", "placement_of", "write_loads", "write_placement"]
 

@@ -11,7 +11,8 @@ from moe_eplb.core import recorded
 from moe_eplb.core.input_file import read_input
 from moe_eplb.planning.formats.files import MOST_BYTES, unreadable, whole_numbers
 from moe_eplb.planning.formats.slot_rows import checked, require_no_duplicates
-from moe_eplb.planning.loads import PlacementSet, bad_content
+from moe_eplb.planning.loads import bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["placement_of", "write_placement"]
 

@@ -14,7 +14,8 @@ from moe_eplb.planning.formats.files import head_of, load_json
 from moe_eplb.planning.formats.registry import PLACEMENTS
 from moe_eplb.planning.formats.slot_rows import checked, given_ranks, slot_table
 from moe_eplb.planning.formats.torch_file import load_torch
-from moe_eplb.planning.loads import LossReport, PlacementSet, bad_content
+from moe_eplb.planning.loads import LossReport, bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["read_placement", "write_placement"]
 

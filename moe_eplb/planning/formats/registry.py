@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from moe_eplb.planning.formats import ascend, neutral, npz, omni, sglang, sglang_dump, tensorrt_llm, vllm
 from moe_eplb.planning.formats.facets import Held, HeldSlots
-from moe_eplb.planning.loads import LoadSet, PlacementSet
+from moe_eplb.planning.loads import LoadSet
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["LOADS", "PLACEMENTS", "LoadForm", "PlacementForm"]
 

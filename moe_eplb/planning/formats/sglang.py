@@ -13,7 +13,8 @@ import orjson
 from numpy.typing import NDArray
 
 from moe_eplb.planning.formats.files import whole_numbers
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet, bad_content
+from moe_eplb.planning.loads import LoadSet, Origin, bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = [
     "all_layers", "dense_rows", "idle_layers", "loads_of", "of_all_layers", "write_loads", "write_placement",

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from moe_eplb.core.errors import UsageError
 from moe_eplb.planning.formats.files import brief
-from moe_eplb.planning.loads import PlacementSet, bad_content
+from moe_eplb.planning.loads import bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["checked", "given_ranks", "numbers_of_layers", "require_no_duplicates", "slot_table"]
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_eplb.core.errors import UsageError
-from moe_eplb.core.yaml_source import dump
 from moe_eplb.planning.formats.files import MOST_NUMBERS, brief, load_json, load_tensors, whole_numbers
 from moe_eplb.planning.formats.slot_rows import checked, given_ranks, slot_table
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet, bad_content, slots_counted
+from moe_eplb.planning.loads import LoadSet, Origin, bad_content, slots_counted
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["META", "loads_of", "made_up", "placement_of", "write_loads", "write_placement"]
 
@@ -46,6 +46,8 @@ def placement_of(path: Path, ranks: int | None, experts: int | None) -> Placemen
 
 def write_placement(placement: PlacementSet) -> bytes:
     """A load balancer file for static routing."""
+    from moe_eplb.core.yaml_source import dump
+
     assignments = dict(zip(placement.layer_ids, placement.slots.tolist(), strict=True))
     slots = placement.slots.shape[1]
     made = {"num_slots": slots, "layer_updates_per_iter": 0, "initial_global_assignments": assignments}

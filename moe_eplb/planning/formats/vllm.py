@@ -13,7 +13,8 @@ import numpy as np
 
 from moe_eplb.core.errors import UsageError
 from moe_eplb.planning.formats.files import load_tensors, whole_numbers
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet, bad_content
+from moe_eplb.planning.loads import LoadSet, Origin, bad_content
+from moe_eplb.planning.placements import PlacementSet
 
 __all__ = ["loads_of", "write_loads", "write_placement"]
 

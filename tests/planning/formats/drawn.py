@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from moe_eplb.core.errors import EplbError
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet
+from moe_eplb.planning.loads import LoadSet, Origin
+from moe_eplb.planning.placements import PlacementSet
 
 FILES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -16,7 +16,8 @@ from moe_eplb.core.errors import ScenarioError, UsageError
 from moe_eplb.planning.formats.loads import read_counts, write_counts
 from moe_eplb.planning.formats.placements import read_placement, write_placement
 from moe_eplb.planning.formats.registry import LOADS, PLACEMENTS
-from moe_eplb.planning.loads import LoadSet, PlacementSet
+from moe_eplb.planning.loads import LoadSet
+from moe_eplb.planning.placements import PlacementSet
 
 from .drawn import COUNTS, EVERYTHING
 

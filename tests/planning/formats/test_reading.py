@@ -13,7 +13,8 @@ import torch
 from moe_eplb.core.errors import ScenarioError, UsageError
 from moe_eplb.planning.formats.loads import Reading, read_counts
 from moe_eplb.planning.formats.placements import read_placement, write_placement
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet, layers_text, require_fit
+from moe_eplb.planning.loads import LoadSet, Origin, layers_text
+from moe_eplb.planning.placements import PlacementSet, require_fit
 
 from .drawn import COUNTS, per_pass_dump, stat_dump, statistics, vllm_loads
 

@@ -11,7 +11,7 @@ import pytest
 
 from moe_eplb.core.errors import ScenarioError, UsageError
 from moe_eplb.planning.formats.placements import read_placement, write_placement
-from moe_eplb.planning.loads import PlacementSet
+from moe_eplb.planning.placements import PlacementSet
 
 from .drawn import refused
 

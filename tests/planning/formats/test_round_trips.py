@@ -16,7 +16,8 @@ from moe_eplb.planning.formats.facets import BY_POSITION, Held, HeldSlots
 from moe_eplb.planning.formats.loads import read_counts, write_counts
 from moe_eplb.planning.formats.placements import read_placement, write_placement
 from moe_eplb.planning.formats.registry import LOADS, PLACEMENTS
-from moe_eplb.planning.loads import LoadSet, Origin, PlacementSet, require_fit
+from moe_eplb.planning.loads import LoadSet, Origin
+from moe_eplb.planning.placements import PlacementSet, require_fit
 
 from .drawn import COUNTS, EVERYTHING, FILES, load_sets, placements, written
 
