@@ -7,9 +7,13 @@ integer [windows, layers, experts]. Beside ``topk_ids`` it may hold ``sequence_i
 from __future__ import annotations
 
 import bisect
+import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +27,7 @@ from moe_eplb.core.workload_tokens import tokens_before
 if TYPE_CHECKING:
     from moe_eplb.core.scenario_model import Scenario
 
-__all__ = ["UNREADABLE", "Recorded", "check", "in_order", "load"]
+__all__ = ["UNREADABLE", "Recorded", "check", "in_order", "load", "quietly"]
 
 _ARRAYS = ("topk_ids", "counts", "sequence_id", "num_experts", "layer_ids")
 _MOST_BYTES = 4 << 30  # of all arrays; a few packed bytes may say that they unpack to any number
@@ -31,7 +35,7 @@ _MOST_BYTES = 4 << 30  # of all arrays; a few packed bytes may say that they unp
 # damaged header, MemoryError and OverflowError a header that promises too much.
 UNREADABLE = (
     OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError,
-    SyntaxError, tokenize.TokenError, MemoryError, OverflowError,
+    SyntaxError, tokenize.TokenError, MemoryError, OverflowError, struct.error,
 )  # fmt: skip
 
 
@@ -69,6 +73,14 @@ def load(path: str | Path, *, idle: bool = False) -> Recorded:
             why = f"{arrays[key].dtype} {list(arrays[key].shape)}"
             raise _bad(path, f"{key!r} must be integers in three dimensions, none of them empty", why)
     return _of_ids(path, arrays) if kinds == ["topk_ids"] else _of_counts(path, arrays, idle)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without numpy's warning that a header is not as it writes it itself: such a file is read, or refused."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Reading `.npy`")
+        yield
 
 
 def in_order(file: Recorded, order: str) -> np.ndarray:
@@ -123,7 +135,7 @@ def _check_length(scenario: Scenario, tokens: int, path: str) -> None:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with open_input(path) as stream:
+        with open_input(path) as stream, quietly():
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise _bad(path, "the file is a single array", "an .npz file with named arrays is needed")

@@ -25,7 +25,8 @@ def placement_of(path: Path) -> PlacementSet:
     """
     try:
         data = read_input(path, MOST_BYTES)
-        found = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        with recorded.quietly():
+            found = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except recorded.UNREADABLE as error:
         raise unreadable(path, error) from error
     pattern = whole_numbers(path, "the pattern", found, 3)

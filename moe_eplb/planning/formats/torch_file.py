@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_eplb.core import recorded
 from moe_eplb.core.errors import ScenarioError
 from moe_eplb.core.input_file import open_input, read_input
 from moe_eplb.planning.formats.files import MOST_BYTES, MOST_NUMBERS, require_small, unreadable
@@ -32,7 +33,7 @@ def is_torch_file(path: Path) -> bool:
     try:
         with open_input(path) as file, zipfile.ZipFile(file) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+    except recorded.UNREADABLE as error:
         raise unreadable(path, error) from error
 
 
@@ -48,7 +49,7 @@ def load_torch(path: Path) -> Any:
             raise _hostile(path, "a bare pickle, as old versions of torch wrote them")
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             _check(path, archive)
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
+    except recorded.UNREADABLE as error:
         raise unreadable(path, error) from error
     import torch
 
