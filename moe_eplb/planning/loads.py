@@ -155,7 +155,7 @@ def slots_counted(source: str, counted: int, experts: int) -> ScenarioError:
     return ScenarioError(
         "E198", "these are counts of slots, not of experts", where=source,
         why=f"{counted} are counted, there are {experts} experts: the balancer (EPLB) was on when they were recorded",
-        hint="record again without a load balancer configuration, which counts experts",
+        hint="record again without a load balancer configuration, which counts experts, or correct their number",
     )  # fmt: skip
 
 

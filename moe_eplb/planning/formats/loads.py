@@ -132,7 +132,7 @@ def _file(path: Path, asked: Reading) -> _Read:
         return "vllm", lambda: vllm.loads_of(path, asked.model)
     if head.lstrip()[:1] in (b"{", b"["):
         return _json(path)
-    raise bad_content(path, "this holds no loads of a known form", f"it begins with {head[:8]!r}", _known())
+    raise _unknown(path, f"it begins with {head[:8]!r}", head.startswith((b"num_slots", b"\x93NUMPY")))
 
 
 def _json(path: Path) -> _Read:
@@ -141,9 +141,15 @@ def _json(path: Path) -> _Read:
         return "json", lambda: neutral.loads_of(path, data)
     if isinstance(data, dict) and "logical_count" in data:
         return "sglang", lambda: sglang.loads_of(path, data)
-    why = f"keys {', '.join(map(json.dumps, sorted(data)))[:80]}" if isinstance(data, dict) else "a list"
-    raise bad_content(path, "this JSON holds no loads of a known form", why, _known())
+    if not isinstance(data, dict):
+        raise _unknown(path, "a list", True)
+    placed = data.get("format") == neutral.PLACEMENT or bool({"physical_to_logical_map", "layer_list"} & set(data))
+    raise _unknown(path, f"keys {', '.join(map(json.dumps, sorted(data)))[:80]}", placed)
 
 
-def _known() -> str:
-    return "known are " + "; ".join(f"{form.whose}: {form.what}" for form in LOADS.values()).replace("`", "")
+def _unknown(path: Path, why: str, placement: bool) -> ScenarioError:
+    """E041 with a hint of what would be known, or where a placement goes."""
+    hint = "it looks like a placement: those go to --current, or to eplbctl convert placement"
+    if not placement:
+        hint = "known are " + "; ".join(f"{form.whose}: {form.what}" for form in LOADS.values()).replace("`", "")
+    return bad_content(path, "this holds no loads of a known form", why, hint)

@@ -49,7 +49,8 @@ def read_placement(path: Path, *, ranks: int | None = None, experts: int | None 
     if ranks is not None and placement.ranks != ranks:
         why, hint = f"{placement.ranks} in the file, not {ranks}", f"use --ranks {placement.ranks}"
         raise UsageError("E195", "the placement is for another number of ranks", why=why, hint=hint)
-    lost = tuple(one.value for one in HeldSlots if one not in PLACEMENTS[form].holds)
+    lacks = [one for one in HeldSlots if one not in PLACEMENTS[form].holds]
+    lost = tuple(one.value for one in lacks if one is not HeldSlots.DUPLICATES)  # there are none, which is known
     return replace(placement, read=LossReport(lost, form))
 
 

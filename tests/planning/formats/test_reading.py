@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_eplb.core.errors import ScenarioError, UsageError
 from moe_eplb.planning.formats.loads import Reading, read_counts
@@ -16,7 +19,7 @@ from moe_eplb.planning.formats.placements import read_placement, write_placement
 from moe_eplb.planning.loads import LoadSet, Origin, layers_text
 from moe_eplb.planning.placements import PlacementSet, require_fit
 
-from .drawn import COUNTS, per_pass_dump, stat_dump, statistics, vllm_loads
+from .drawn import COUNTS, FILES, per_pass_dump, stat_dump, statistics, vllm_loads
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORDED = Path(os.environ.get("EPLB_EXPERT_LOADS", ROOT.parent / "shared" / "data" / "expert_loads"))
@@ -42,6 +45,19 @@ def test_a_stat_dump_of_sglang(tmp_path: Path) -> None:
     assert read_counts(one).counts.tolist() == COUNTS[:1].tolist()
 
 
+def test_tensors_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:
+    """Recorders save maps where they lie."""
+    stat_dump(tmp_path / "a.pt", COUNTS)
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w") as moved:
+        for part in whole.infolist():
+            content = whole.read(part)
+            if part.filename.endswith("data.pkl"):
+                assert content.count(b"X\x03\x00\x00\x00cpu") == 1
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            moved.writestr(part.filename, content)
+    assert read_counts(tmp_path / "b.pt").counts.tolist() == COUNTS.tolist()
+
+
 def test_per_pass_dumps_of_all_ranks(tmp_path: Path) -> None:
     zero, first, second = [0, 0, 0, 0], [1, 2, 3, 4], [5, 0, 1, 0]
     one, two = [zero, first, second], [zero, second, first]
@@ -61,6 +77,28 @@ def test_per_pass_dumps_of_all_ranks(tmp_path: Path) -> None:
     alone = read_counts(tmp_path / "r_1.7_1.pt")
     assert alone.origin.iterations == (5, 6)
     assert "the counts are those of rank 1 alone: give the folder with all ranks' files" in alone.notes
+
+
+@FILES
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.integers(0, 999))
+def test_counts_of_slots_become_those_of_experts(
+    tmp_path: Path, ranks: int, layers: int, experts: int, spare: int, seed: int
+) -> None:
+    """Against one slot, pass and rank after the other."""
+    rng = np.random.default_rng(seed)
+    spares = rng.integers(0, experts, (layers, spare))
+    slots = np.array([rng.permutation([*range(experts), *row]) for row in spares.tolist()])
+    counts = rng.integers(0, 9, (ranks, 2, layers, experts + spare)) + 1
+    expected = np.zeros((2, layers, experts), int)
+    for (_, window, layer, slot), count in np.ndenumerate(counts):
+        expected[window, layer, slots[layer, slot]] += count
+    for old in tmp_path.glob("*.pt"):
+        old.unlink()
+    for rank in range(ranks):
+        per_pass_dump(tmp_path / f"{rank}.pt", rank, slots, [(9 + w, counts[rank, w]) for w in (1, 0)])
+    read = read_counts(tmp_path)
+    assert read.counts.tolist() == expected.tolist()
+    assert read.origin.iterations == (9, 10)
 
 
 def test_gatherers_of_one_pass_are_summed(tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_what_are_no_loads(tmp_path: Path) -> None:
     for content in (b"", b"hello", b"num_slots: 4\n"):
         (tmp_path / "x").write_bytes(content)
         refused(lambda: read_counts(tmp_path / "x"), "E041", "no loads of a known form")
+    for content in ("num_slots: 4\n", "[[0, 1]]", '{"layer_list": []}', '{"physical_to_logical_map": []}'):
+        (tmp_path / "x").write_text(content)
+        refused(lambda: read_counts(tmp_path / "x"), "E041", "it looks like a placement")
     np.save(tmp_path / "a.npy", COUNTS)
     refused(lambda: read_counts(tmp_path / "a.npy"), "E041", "no loads of a known form")
 

@@ -205,5 +205,5 @@ def test_special_cases_of_placements_are_named() -> None:
 def test_what_a_placements_form_does_not_tell_is_named_when_it_is_read(tmp_path: Path) -> None:
     placement = PlacementSet(np.array([[0, 1, 1, 0]], np.int32), 2, 2, (3,), "a plan")
     (tmp_path / "p").write_bytes(write_placement(placement, "omni")[0])
-    told = {HeldSlots.LAYER_IDS, HeldSlots.SLOT_ORDER, HeldSlots.DUPLICATES, HeldSlots.SOURCE}
+    told = {HeldSlots.LAYER_IDS, HeldSlots.SLOT_ORDER, HeldSlots.SOURCE}
     assert set(read_placement(tmp_path / "p").read.lost) == {one.value for one in told}
