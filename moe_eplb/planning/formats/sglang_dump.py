@@ -27,11 +27,12 @@ _MAP, _COUNT = "last_physical_to_logical_map", "global_physical_count"
 
 
 class _Dump(NamedTuple):
-    """A rank's file: its number, the map int64 [layers, P], and counts int64 [layers, P] by pass."""
+    """A rank's file: its number, the map int64 [layers, P], counts int64 [layers, P] by pass, and if tokens are there."""
 
     rank: int
     slots: NDArray[np.int64]
     passes: dict[int, NDArray[np.int64]]
+    tokens: bool
 
 
 @dataclass
@@ -43,6 +44,7 @@ class _Job:
     slots: NDArray[np.int64] | None = None
     total: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     seen: Counter[int] = field(default_factory=Counter)
+    tokens: bool = False
 
     def add(self, path: Path, dump: _Dump) -> None:
         """Add a rank's file; E041 if it is there twice or has another placement."""
@@ -53,6 +55,7 @@ class _Job:
             raise bad_content(path, "the ranks' placements differ", f"ranks {self.ranks[0]} and {dump.rank}")
         self.slots = dump.slots
         self.ranks.append(dump.rank)
+        self.tokens |= dump.tokens
         self.seen.update(dump.passes.keys())
         for number, counts in dump.passes.items():
             self.total[number] = self.total[number] + counts if number in self.total else counts
@@ -117,6 +120,8 @@ def per_pass_loads(files: Iterable[tuple[Path, Any]], source: Path) -> LoadSet:
     notes = ["counts of slots are given to experts by the last placement: those from before it changed are wrong"]
     if len(job.seen) > len(common):
         notes.append(f"{len(job.seen) - len(common)} forward passes that some ranks lack are left out")
+    if job.tokens:
+        notes.append("the choices of each token (mode per_token) are there, but not kept")
     if len(job.ranks) == 1:
         notes.append(f"the counts are those of rank {job.ranks[0]} alone: give the folder with all ranks' files")
     windows = np.stack([_by_expert(job.total[one], slots, experts) for one in common])
@@ -156,7 +161,7 @@ def _dump(path: Path, data: Any) -> _Dump:
     rank = ranks.pop()
     if ranks or type(rank) is not int or rank < 0:
         raise bad_content(path, "a file holds the records of one rank", f"{brief(rank)} and {len(ranks)} others")
-    return _Dump(rank, slots, passes)
+    return _Dump(rank, slots, passes, any("topk_ids_of_layer" in record for record in records))
 
 
 def _record(path: Path, record: Any, shape: tuple[int, ...]) -> tuple[int, str, NDArray[np.int64]]:

@@ -105,6 +105,17 @@ def test_gatherers_of_one_pass_are_summed(tmp_path: Path) -> None:
     assert read_counts(tmp_path / "a.pt").counts.tolist() == [[[4, 2]]]
 
 
+def test_dumps_of_mode_per_token_are_read_for_their_counts(tmp_path: Path) -> None:
+    record = {
+        "forward_pass_id": 3, "rank": 0, "gatherer_key": "primary", "input_ids": [1, 2], "forward_mode": 1,
+        "global_physical_count": torch.tensor([[1, 3]]), "topk_ids_of_layer": torch.tensor([[[0, 1], [1, -1]]]),
+    }  # fmt: skip
+    torch.save({"records": [record], "last_physical_to_logical_map": torch.tensor([[1, 0]])}, tmp_path / "a.pt")
+    read = read_counts(tmp_path / "a.pt")
+    assert read.counts.tolist() == [[[3, 1]]]
+    assert "the choices of each token (mode per_token) are there, but not kept" in read.notes
+
+
 def test_the_last_map_of_a_dump_is_a_placement(tmp_path: Path) -> None:
     dump = per_pass_dump(tmp_path / "a.pt", 0, SLOTS, [(1, np.ones((3, 4), int))])
     placement = read_placement(dump, ranks=2)
