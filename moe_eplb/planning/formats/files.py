@@ -32,6 +32,7 @@ MOST_BYTES = 1 << 30
 MOST_NUMBERS = 1 << 27
 """Of all counts together: a thousand windows of 58 layers of 256 experts are a ninth of it."""
 _MOST_JSON = 256 << 20
+_MOST_KEYS = 100
 
 
 def head_of(path: Path) -> bytes:
@@ -44,7 +45,7 @@ def head_of(path: Path) -> bytes:
 
 
 def load_json(path: Path) -> Any:
-    """Plain data of a JSON file: no NaN, not deeper than 1024, no key of the outermost object twice.
+    """Plain data of a JSON file: no NaN, not deeper than 1024, at most 100 keys in the outermost object, none twice.
 
     Raises:
         ScenarioError: E040 it cannot be read, E041 it is no JSON.
@@ -57,10 +58,19 @@ def load_json(path: Path) -> Any:
         data = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise bad_content(path, "this is no JSON", str(error)) from error
-    for key in data if isinstance(data, dict) else ():
-        if len(re.findall(re.escape(orjson.dumps(key)) + rb"\s*:", text)) > 1:
-            raise bad_content(path, "a key is given twice", f"{key!r:.60}")
+    if isinstance(data, dict):
+        _require_single_keys(path, data, text)
     return data
+
+
+def _require_single_keys(path: Path, data: dict[str, Any], text: bytes) -> None:
+    """E041 for a key of the outermost object that stands twice, of which one would be ignored; or for very many."""
+    if len(data) > _MOST_KEYS:
+        raise bad_content(path, "this is of no known form", f"{len(data)} keys")
+    for key in data:
+        quoted = orjson.dumps(key)
+        if text.count(quoted) > 1 and len(re.findall(re.escape(quoted) + rb"\s*:", text)) > 1:
+            raise bad_content(path, "a key is given twice", f"{key!r:.60}")
 
 
 def load_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -109,6 +119,8 @@ def whole_numbers(source: object, name: str, found: NDArray[Any], dimensions: in
 
 def brief(value: object) -> str:
     """A value in a few characters; of a nested one its kind alone, since its text may have no end."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:  # Python refuses to write very long ones
+        return "a number of more than 64 bits"
     if value is None or isinstance(value, str | int | float | bool):
         return f"{value!r:.40}"
     return f"a {type(value).__name__}"

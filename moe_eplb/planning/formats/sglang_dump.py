@@ -27,7 +27,7 @@ _MAP, _COUNT = "last_physical_to_logical_map", "global_physical_count"
 
 
 class _Dump(NamedTuple):
-    """A rank's file: its number, the map int64 [layers, P], counts int64 [layers, P] by pass, and if tokens are there."""
+    """A rank's file: its number, the map int64 [layers, P], counts int64 [layers, P] by pass, whether it has tokens."""
 
     rank: int
     slots: NDArray[np.int64]
@@ -66,7 +66,7 @@ class _Job:
         """The passes that all ranks have; E041 if there are none, or ranks are missing."""
         ranks = sorted(self.ranks)
         if len(ranks) > 1 and ranks != list(range(len(ranks))):
-            missing = sorted(set(range(ranks[-1] + 1)) - set(ranks))[:8] if ranks[-1] < 1 << 20 else "many"
+            missing = sorted(set(range(ranks[-1] + 1)) - set(ranks))[:8]
             raise bad_content(self.source, f"the files of ranks {missing} are missing", f"there are {ranks}"[:120])
         common = sorted(number for number, times in self.seen.items() if times == len(ranks))
         if not common:
@@ -82,7 +82,8 @@ def is_per_pass(data: Any) -> bool:
 def stat_loads(path: Path, data: Any) -> LoadSet:
     """Loads from a dump of mode ``stat``, or from a ``logical_count`` that was saved for ``--init-expert-location``."""
     if not isinstance(data, dict) or "logical_count" not in data:
-        why = f"keys {', '.join(sorted(map(str, data)))[:80]}" if isinstance(data, dict) else brief(data)
+        keys = [brief(key) for key in data] if isinstance(data, dict) else []
+        why = f"keys {', '.join(keys)[:80]}" if keys else brief(data)
         raise bad_content(path, "this is no dump of SGLang's recorder", why)
     found = array_of(path, "logical_count", data["logical_count"])
     counts = whole_numbers(path, "logical_count", found[np.newaxis] if found.ndim == 2 else found, 3)
@@ -148,19 +149,20 @@ def _dump(path: Path, data: Any) -> _Dump:
     _require_placement(path, slots)
     passes: dict[int, NDArray[np.int64]] = {}
     seen: set[tuple[int, str]] = set()
-    ranks = set()
+    rank = -1
     for record in records:
         number, key, counts = _record(path, record, slots.shape)
         if (number, key) in seen:
             raise bad_content(path, f"forward pass {number} is there twice", f"gatherer_key {key:.40}")
         seen.add((number, key))
-        ranks.add(record.get("rank"))
+        found = record.get("rank")
+        if type(found) is not int or not 0 <= found < 1 << 20 or rank not in (-1, found):
+            why = f"rank {rank} before, then {brief(found)}" if rank >= 0 else brief(found)
+            raise bad_content(path, "a file holds the records of one rank", why)
+        rank = found
         passes[number] = passes[number] + counts if number in passes else counts
         if len(passes) * counts.size > MOST_NUMBERS:
             raise bad_content(path, "the recording is too large", f"more than {MOST_NUMBERS} counts")
-    rank = ranks.pop()
-    if ranks or type(rank) is not int or rank < 0:
-        raise bad_content(path, "a file holds the records of one rank", f"{brief(rank)} and {len(ranks)} others")
     return _Dump(rank, slots, passes, any("topk_ids_of_layer" in record for record in records))
 
 

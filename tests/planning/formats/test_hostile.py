@@ -218,6 +218,7 @@ def test_arrays_of_objects_are_not_opened(tmp_path: Path, trap: Path) -> None:
         '{"format": "moe_eplb placement", "version": 1, "ranks": ' + "[" * 900 + "]" * 900 + "}",
         '{"physical_to_logical_map": ' + "[" * 900 + "]" * 900 + "}", '{"layer_list": ' + "[" * 900 + "]" * 900 + "}",
         '{"logical_count": [[' + "9" * 5000 + "]]}", '{"layer_list": [{"layer_id": ' + "9" * 5000 + "}]}",
+        json.dumps({f"k{i}": 1 for i in range(200_000)}),
         '{"moe_layer_count": ' + '{"a":' * 900 + "1" + "}" * 900 + ', "layer_list": []}',
     ],
 )  # fmt: skip

@@ -165,8 +165,9 @@ def test_contradictory_dumps(tmp_path: Path) -> None:
     refused(lambda: read_counts(one), "E041", "does not fit the map")
     per_pass_dump(one, 0, MAP, [(1, -ONES)])
     refused(lambda: read_counts(one), "E041", "negative")
-    per_pass_dump(one, -1, MAP, [(1, ONES)])
-    refused(lambda: read_counts(one), "E041", "records of one rank")
+    for rank in (-1, 1 << 40, 1 << 1000, None, [0], torch.zeros(1)):
+        per_pass_dump(one, rank, MAP, [(1, ONES)])  # type: ignore[arg-type]
+        refused(lambda: read_counts(one), "E041", "records of one rank")
     per_pass_dump(one, 0, MAP, [(1, ONES)])
     for rank, slots, passes, what in (
         (0, MAP, [(1, ONES)], "a rank has several files"),
