@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from moe_eplb.planning.formats.registry import LOADS, PLACEMENTS
 from .conftest import Call
 
 SIZE = ("--ranks", "4", "--slots", "24")
+ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = sorted(name for name, form in LOADS.items() if form.write)
 
 
@@ -213,6 +216,16 @@ def test_what_is_refused(call: Call, files: dict[str, Path], arguments: tuple[st
     assert "Traceback" not in answer.err
     assert not Path("owned").exists()
     assert not Path("x").exists()
+
+
+def test_only_files_of_torch_need_torch(files: dict[str, Path]) -> None:
+    names = [str(path) for form, path in files.items() if form not in ("sglang_stat", "sglang_per_pass")]
+    program = (
+        "import sys\nfrom moe_eplb.planning.formats.loads import read_counts, Reading\nfrom pathlib import Path\n"
+        f"for name in {names}: read_counts(Path(name), Reading(16))\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_the_choices_are_the_forms() -> None:

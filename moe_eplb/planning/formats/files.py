@@ -110,7 +110,7 @@ def whole_numbers(source: object, name: str, found: NDArray[Any], dimensions: in
         raise bad_content(source, f"{name!r} is too large", f"{kind}, {MOST_NUMBERS} numbers at most")
     if not np.isfinite(found).all() or (found.dtype.kind == "f" and (found != np.rint(found)).any()):
         raise bad_content(source, f"{name!r} must hold whole numbers", f"some are fractions or no numbers: {kind}")
-    low, high = found.min(), found.max()
+    low, high = found.min().item(), found.max().item()  # the bound is beyond some dtypes
     if low < 0 or high > MOST_TOKENS:
         why = f"{low} to {high}, allowed are 0 to {MOST_TOKENS}"
         raise bad_content(source, f"{name!r} holds numbers that cannot be, or are negative", why)

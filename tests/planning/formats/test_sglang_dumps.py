@@ -36,8 +36,9 @@ def test_a_stat_dump_of_sglang(tmp_path: Path) -> None:
     full = read_counts(stat_dump(tmp_path / "full.pt", rows[:2, 1:3], average_utilization_rate_over_window=0.5))
     assert "a full ring of steps begins anywhere: the order of the windows may be rotated" in full.notes
     assert full.origin.in_order is None
-    one = stat_dump(tmp_path / "one.pt", COUNTS[0].astype(np.float32))
-    assert read_counts(one).counts.tolist() == COUNTS[:1].tolist()
+    for dtype in (np.float16, np.float32, np.uint8, np.int64):
+        one = stat_dump(tmp_path / "one.pt", COUNTS[0].astype(dtype))
+        assert read_counts(one).counts.tolist() == COUNTS[:1].tolist()
 
 
 def test_tensors_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:
