@@ -24,6 +24,7 @@ COMMANDS = (
     "bench",
     "plan",
     "replay",
+    "convert",
     "scenario",
     "protocol",
     "doctor",

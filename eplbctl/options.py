@@ -14,10 +14,12 @@ from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
 __all__ = [
-    "PATH", "Destination", "format_option", "output_options", "overrides_option", "recorder_option", "trace_options",
+    "PATH", "Destination", "format_option", "layers_option", "loads_options", "output_options", "overrides_option",
+    "recorder_option", "trace_options",
 ]  # fmt: skip
 
 Function = Callable[..., Any]
+_MOST_LAYERS = 10_000
 
 
 class _Path(click.Path):
@@ -122,3 +124,46 @@ def trace_options(function: Function) -> Function:
         return function(*args, question=asked, **kwargs)
 
     return wrapper
+
+
+def loads_options(function: Function) -> Function:
+    """Add the options that say of a file of loads what it does not say itself; the command gets a `Reading`."""
+
+    @click.option(
+        "--tokens-per-window", type=click.IntRange(1), default=4096, show_default=True, help="Of a file of ids."
+    )
+    @click.option("--experts", type=click.IntRange(1), help="Experts of a layer; loads of another number are refused.")
+    @click.option("--model", metavar="NAME", help="Which model's loads, in a file of several.")
+    @layers_option
+    @click.option("--merge", type=click.IntRange(0), default=1, help="Windows to sum into one, 0 for all of them.")
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any, tokens_per_window: int, experts: int | None, model: str | None, layers: tuple[int, ...] | None,
+        merge: int, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        from moe_eplb.planning.formats.loads import Reading
+
+        return function(*args, reading=Reading(tokens_per_window, experts, model, layers, merge), **kwargs)
+
+    return wrapper
+
+
+def layers_option(function: Function) -> Function:
+    """Add ``--layers``; the command gets the numbers, or None."""
+
+    @click.option("--layers", metavar="RANGES", help="The model's numbers of the layers, such as 3-60, if unknown.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, layers: str | None, **kwargs: Any) -> Any:
+        return function(*args, layers=None if layers is None else _numbers(layers), **kwargs)
+
+    return wrapper
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The layers of ranges such as ``3-60``."""
+    from moe_eplb.analysis.selection import parse_numbers
+
+    found = parse_numbers(text, "--layers")
+    if any(last - first > _MOST_LAYERS for first, last in found):
+        raise UsageError("E080", f"--layers {text[:60]!r} is too long", hint="write where it ends, such as 3-60")
+    return tuple(number for first, last in found for number in range(first, last + 1))

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option
+from eplbctl.options import PATH, Destination, format_option, loads_options
 from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from moe_eplb.planning.certificate import Certificate
-    from moe_eplb.planning.loads import LoadSet, PlacementSet
+    from moe_eplb.planning.formats.loads import Reading
+    from moe_eplb.planning.loads import LoadSet, LossReport
+    from moe_eplb.planning.placements import PlacementSet
     from moe_eplb.planning.problem import Problem, Solution
 
 __all__ = ["command"]
 
-_FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
+_FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
 
 
 @click.command()
@@ -41,7 +43,7 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
 @click.option("--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
 @click.option("--time-budget-ms", type=click.FloatRange(0.1), help="Answer with the best so far after so long.")
 @click.option("--min-gain", type=click.FloatRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
-@click.option("--tokens-per-window", type=click.IntRange(1), default=4096, show_default=True, help="Of a file of ids.")
+@loads_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
 @click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")
 @click.option("--to", "target", type=click.Choice(_FORMS), default="json", show_default=True, help="Form of that file.")
@@ -50,13 +52,14 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
 def command(
     loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
     allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
-    tokens_per_window: int, seed: int, output: Path | None, target: str, force: bool, form: str,
+    reading: Reading, seed: int, output: Path | None, target: str, force: bool, form: str,
 ) -> ExitCode:  # fmt: skip
     """Place experts for LOADS, and say how good that is, how good it could be, and what moving there costs.
 
-    LOADS is a run folder, an .npz with counts [windows, layers, experts] or topk_ids, or SGLang's logical_count JSON.
-    Policies: static, greedy (DeepSeek's algorithm), refine (greedy improved), incremental (from --current with few
-    moves), robust (the same for all windows). The exit code is 1 if the last plan does not pay (--min-gain).
+    LOADS is a run folder, an .npz with counts [windows, layers, experts] or topk_ids, or what TensorRT-LLM, SGLang or
+    vLLM record (see `eplbctl convert loads`). Policies: static, greedy (DeepSeek's algorithm), refine (greedy
+    improved), incremental (from --current with few moves), robust (the same for all windows). The exit code is 1 if
+    the last plan does not pay (--min-gain).
 
     \b
     Examples:
@@ -65,20 +68,20 @@ def command(
       eplbctl plan loads.npz --ranks 8 --slots 288 --policy refine -o placement.yaml --to tensorrt_llm
     """
     from eplbctl.render import plans as render
-    from moe_eplb.planning.loads import read_counts
+    from moe_eplb.planning.formats.loads import read_counts
 
     if output is not None:
         require_writable(output, force=force)
-    read = read_counts(loads, tokens_per_window=tokens_per_window)
+    read = read_counts(loads, reading)
     placed = _current(read, current, ranks)
     problem = _problem(read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed)
     gain = None if min_gain is None else min_gain / 100
     solutions = _solved(problem, policies)
     certificates = _certified(problem, solutions, gain)
-    made = render.plans_text(read, certificates) if form == "text" else render.plans_json(read, certificates)
-    Destination(None).write(made)
-    if output is not None:
-        _write(read, problem, solutions[-1], output, target)
+    written = None if output is None else _write(read, problem, solutions[-1], output, target)
+    made = render.plans_text if form == "text" else render.plans_json
+    current_read = None if placed is None else placed.read
+    Destination(None).write(made(read, certificates, written, current_read))
     return ExitCode.INVALID if certificates[-1].pays is False else ExitCode.VALID
 
 
@@ -86,12 +89,9 @@ def _current(loads: LoadSet, path: Path | None, ranks: int) -> PlacementSet | No
     if path is None:
         return None
     from moe_eplb.planning.formats.placements import read_placement
-    from moe_eplb.planning.loads import require_fit
+    from moe_eplb.planning.placements import require_fit
 
-    placement = read_placement(path, ranks=ranks, experts=loads.counts.shape[2])
-    if placement.ranks != ranks:
-        raise UsageError("E195", f"the current placement is one of {placement.ranks} ranks, not {ranks}")
-    return require_fit(loads, placement)
+    return require_fit(loads, read_placement(path, ranks=ranks))
 
 
 def _problem(
@@ -123,13 +123,14 @@ def _certified(problem: Problem, solutions: list[Solution], gain: float | None) 
     return [certify(problem, solution, min_gain=gain) for solution in solutions]
 
 
-def _write(loads: LoadSet, problem: Problem, solution: Solution, output: Path, form: str) -> None:
+def _write(loads: LoadSet, problem: Problem, solution: Solution, output: Path, form: str) -> LossReport:
     from moe_eplb.planning.formats.placements import write_placement
-    from moe_eplb.planning.loads import PlacementSet
+    from moe_eplb.planning.placements import PlacementSet
 
     source = f"{solution.policy} for {loads.source}"
-    made = PlacementSet(solution.slots, problem.ranks, problem.experts, loads.layer_ids, source)
-    text, report = write_placement(made, form)
-    write_file(output, text.rstrip("\n") + "\n")
+    made = PlacementSet(solution.slots, problem.ranks, problem.experts, loads.layer_ids, source, loads.numbered)
+    content, report = write_placement(made, form)
+    write_file(output, content)
     for lost in report.lost:
         say(f"not in {output}: {lost}", err=True)
+    return report

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option, output_options
+from eplbctl.options import PATH, Destination, format_option, loads_options, output_options
 from eplbctl.progress import Progress
 from moe_eplb.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from moe_eplb.planning.formats.loads import Reading
     from moe_eplb.planning.loads import LoadSet
     from moe_eplb.planning.replay import CostModel, Replayed, Setting
 
@@ -42,13 +43,13 @@ __all__ = ["command"]
 @click.option(
     "--hidden", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Share of moves that costs nothing."
 )
-@click.option("--tokens-per-window", type=click.IntRange(1), default=4096, show_default=True, help="Of a file of ids.")
+@loads_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
 @format_option("text", "json")
 @output_options
 def command(
     loads: Path, ranks: int, slots: int, policies: str, interval: int, window: int, max_moves: float | None,
-    search: bool, us_per_token: float, slot_mib: float, link_gb_s: float, hidden: float, tokens_per_window: int,
+    search: bool, us_per_token: float, slot_mib: float, link_gb_s: float, hidden: float, reading: Reading,
     seed: int, form: str, destination: Destination,
 ) -> None:  # fmt: skip
     """Replay LOADS window by window: plan, serve the next window, plan again.
@@ -62,10 +63,10 @@ def command(
       eplbctl replay loads.npz --ranks 8 --slots 40 --policy incremental,robust --search --format json -o replay.json
     """
     from eplbctl.render import plans as render
-    from moe_eplb.planning.loads import read_counts
+    from moe_eplb.planning.formats.loads import read_counts
     from moe_eplb.planning.replay import CostModel, best, why
 
-    read = read_counts(loads, tokens_per_window=tokens_per_window)
+    read = read_counts(loads, reading)
     if read.windows < 2:
         raise UsageError("E194", "there is nothing to replay", why="one window", hint="use eplbctl plan")
     cost = CostModel(us_per_token, slot_bytes=int(slot_mib * (1 << 20)), link_gb_s=link_gb_s, hidden=hidden)

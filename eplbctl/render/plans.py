@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from eplbctl.render.interchange import loads_row, loads_told, loss_row, loss_told
 from eplbctl.render.tables import Table
 from eplbctl.render.tables import text as tables_text
 
 if TYPE_CHECKING:
     from moe_eplb.planning.certificate import Certificate
-    from moe_eplb.planning.loads import LoadSet
+    from moe_eplb.planning.loads import LoadSet, LossReport
     from moe_eplb.planning.replay import Replayed
 
 __all__ = ["plans_json", "plans_text", "replay_json", "replay_text"]
@@ -21,16 +22,24 @@ _WORST = 8
 _SHADES = " .:-=+*#%@"
 
 
-def plans_text(loads: LoadSet, plans: Sequence[Certificate]) -> str:
+def plans_text(
+    loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
+) -> str:
     """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
     parts = tables_text([_compared(plans), _layers(loads, plans[-1])])
-    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *_notes(loads, plans)])
+    told = [] if current is None else [loss_told("the current placement", current)]
+    notes = [*dict.fromkeys(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
+    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes, loads_told(loads), *told])
 
 
-def plans_json(loads: LoadSet, plans: Sequence[Certificate]) -> str:
+def plans_json(
+    loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
+) -> str:
     """Every certificate whole."""
     head = {"schema": 1, "loads": loads.source, "windows": loads.windows, "layer_ids": list(loads.layer_ids)}
-    return json.dumps(head | {"plans": [plan.to_json() for plan in plans]}, indent=1)
+    others = {"current": current, "written": written}
+    files = {"read": loads_row(loads)} | {name: loss_row(one) if one else None for name, one in others.items()}
+    return json.dumps(head | files | {"plans": [plan.to_json() for plan in plans]}, indent=1)
 
 
 def replay_text(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, reasons: Sequence[str]) -> str:
@@ -42,20 +51,26 @@ def replay_text(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, r
     best = [f"Least predicted time: {chosen.setting}", *(f"  {reason}" for reason in reasons)]
     windows, layers, experts = loads.counts.shape
     return "\n\n".join(
-        [f"{loads.source}: {windows} windows, {layers} layers, {experts} experts", *table, "\n".join(best)]
-    )
+        [
+            f"{loads.source}: {windows} windows, {layers} layers, {experts} experts", *table, "\n".join(best),
+            loads_told(loads),
+        ]
+    )  # fmt: skip
 
 
 def replay_json(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, reasons: Sequence[str]) -> str:
     """Every setting with its series."""
     rows = [_replay_row(one) for one in results]
     head = {"schema": 1, "loads": loads.source, "best": str(chosen.setting), "why": list(reasons)}
-    return json.dumps(head | {"settings": rows}, indent=1)
+    return json.dumps(head | {"read": loads_row(loads), "settings": rows}, indent=1)
 
 
 def _heading(loads: LoadSet, plan: Certificate) -> str:
     where = f"{plan.experts} experts in {plan.slots} slots of {plan.ranks} ranks, {len(plan.layers)} layers"
-    return f"{loads.source}: newest of {loads.windows} windows; {where}"
+    of = f"newest of {loads.windows} windows" if loads.windows > 1 else "one window"
+    if loads.windows > 1 and not loads.origin.in_order:
+        of = f"last of {loads.windows} windows, whose order is not known (--merge 0 sums them)"
+    return f"{loads.source}: {of}; {where}"
 
 
 def _compared(plans: Sequence[Certificate]) -> Table:
@@ -119,11 +134,6 @@ def _shade(imbalance: float) -> str:
     if imbalance <= 0.01:
         return _SHADES[0]
     return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log(imbalance / 0.01) / math.log(50) * (len(_SHADES) - 1)))]
-
-
-def _notes(loads: LoadSet, plans: Sequence[Certificate]) -> Iterator[str]:
-    notes = [*loads.notes, *(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
-    yield from dict.fromkeys(notes)
 
 
 def _replayed(loads: LoadSet, one: Replayed) -> tuple[Any, ...]:

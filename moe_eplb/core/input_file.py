@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 __all__ = ["open_input", "read_input"]
 
+_PART = 1 << 20
+
 
 def open_input(path: Path) -> BinaryIO:
     """Open a regular file; OSError for anything else."""
@@ -29,7 +31,10 @@ def read_input(path: Path, most: int | None = None) -> bytes:
     with open_input(path) as file:
         if most is None:
             return file.read()
-        data = file.read(most + 1)
-    if len(data) > most:
+        parts, left = [], most + 1
+        while left and (part := file.read(min(left, _PART))):  # a larger read takes its memory before there are bytes
+            parts.append(part)
+            left -= len(part)
+    if not left:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
-    return data
+    return b"".join(parts)

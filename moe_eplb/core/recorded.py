@@ -7,12 +7,16 @@ integer [windows, layers, experts]. Beside ``topk_ids`` it may hold ``sequence_i
 from __future__ import annotations
 
 import bisect
+import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,14 +27,15 @@ from moe_eplb.core.workload_tokens import tokens_before
 if TYPE_CHECKING:
     from moe_eplb.core.scenario_model import Scenario
 
-__all__ = ["Recorded", "check", "in_order", "load"]
+__all__ = ["UNREADABLE", "Recorded", "check", "in_order", "load", "quietly"]
 
-_ARRAYS = ("topk_ids", "counts", "sequence_id", "num_experts")
+_ARRAYS = ("topk_ids", "counts", "sequence_id", "num_experts", "layer_ids")
+_MOST_BYTES = 4 << 30  # of all arrays; a few packed bytes may say that they unpack to any number
 # What numpy and zipfile raise on a damaged archive: RuntimeError is an encrypted one, SyntaxError and TokenError a
 # damaged header, MemoryError and OverflowError a header that promises too much.
-_UNREADABLE = (
+UNREADABLE = (
     OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError,
-    SyntaxError, tokenize.TokenError, MemoryError, OverflowError,
+    SyntaxError, tokenize.TokenError, MemoryError, OverflowError, struct.error,
 )  # fmt: skip
 
 
@@ -39,6 +44,7 @@ class Recorded:
     """One file. Exactly one of `topk_ids` int32 [tokens, layers, K] and `counts` int64 [windows, layers, E] is given.
 
     `experts` of a file of ids is what the file says, else the highest id + 1; `top_k` of a file of counts is 0.
+    `layer_ids` are the model's own numbers of the layers, as they stand in the file.
     """
 
     topk_ids: np.ndarray | None
@@ -48,10 +54,15 @@ class Recorded:
     top_k: int
     sequence_id: np.ndarray | None = None
     experts_known: bool = True
+    layer_ids: np.ndarray | None = None
 
 
-def load(path: str | Path) -> Recorded:
-    """Read and check a file; E040 when it cannot be read, E041 when its content is not as described."""
+def load(path: str | Path, *, idle: bool = False) -> Recorded:
+    """Read and check a file; E040 when it cannot be read, E041 when its content is not as described.
+
+    Args:
+        idle: Whether a layer may have no count in a window; as a workload it could not be drawn from.
+    """
     arrays = _arrays(Path(path))
     kinds = [key for key in ("topk_ids", "counts") if key in arrays]
     if len(kinds) != 1:
@@ -61,7 +72,15 @@ def load(path: str | Path) -> Recorded:
         if arrays[key].ndim != 3 or arrays[key].dtype.kind not in "iu" or 0 in arrays[key].shape:
             why = f"{arrays[key].dtype} {list(arrays[key].shape)}"
             raise _bad(path, f"{key!r} must be integers in three dimensions, none of them empty", why)
-    return _of_ids(path, arrays) if kinds == ["topk_ids"] else _of_counts(path, arrays["counts"])
+    return _of_ids(path, arrays) if kinds == ["topk_ids"] else _of_counts(path, arrays, idle)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without numpy's warning that a header is not as it writes it itself: such a file is read, or refused."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Reading `.npy`")
+        yield
 
 
 def in_order(file: Recorded, order: str) -> np.ndarray:
@@ -116,15 +135,23 @@ def _check_length(scenario: Scenario, tokens: int, path: str) -> None:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with open_input(path) as stream:
+        with open_input(path) as stream, quietly():
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise _bad(path, "the file is a single array", "an .npz file with named arrays is needed")
             with file:
+                _require_size(file)
                 return {key: file[key] for key in file.files if key in _ARRAYS}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ScenarioError("E040", "the recorded file cannot be read", why=why, where=str(path)) from error
+
+
+def _require_size(file: Any) -> None:
+    """OSError for what unpacks to more than can be meant; nothing is unpacked to tell."""
+    size = sum(part.file_size for part in file.zip.infolist() if part.filename.removesuffix(".npy") in _ARRAYS)
+    if size > _MOST_BYTES:
+        raise OSError(f"it unpacks to {size} bytes, {_MOST_BYTES} at most are read")
 
 
 def _of_ids(path: str | Path, arrays: dict[str, np.ndarray]) -> Recorded:
@@ -145,16 +172,21 @@ def _of_ids(path: str | Path, arrays: dict[str, np.ndarray]) -> Recorded:
     sequence = arrays.get("sequence_id")
     if sequence is not None and (sequence.shape != (len(ids),) or sequence.dtype.kind not in "iu"):
         raise _bad(path, "'sequence_id' must be one integer for each token", f"{sequence.dtype} {list(sequence.shape)}")
-    return Recorded(ids.astype(np.int32), None, experts, ids.shape[1], ids.shape[2], sequence, known)
+    return Recorded(
+        ids.astype(np.int32), None, experts, ids.shape[1], ids.shape[2], sequence, known, arrays.get("layer_ids")
+    )
 
 
-def _of_counts(path: str | Path, counts: np.ndarray) -> Recorded:
+def _of_counts(path: str | Path, arrays: dict[str, np.ndarray], idle: bool) -> Recorded:
+    counts = arrays["counts"]
     if (counts < 0).any():
         raise _bad(path, "'counts' must not be negative", f"the lowest is {counts.min()}")
-    if (counts.sum(axis=2) == 0).any():
+    if not idle and (counts.sum(axis=2) == 0).any():
         window, layer = (int(i) for i in np.argwhere(counts.sum(axis=2) == 0)[0])
         raise _bad(path, "a layer without any count gives no workload", f"window {window}, layer {layer}")
-    return Recorded(None, counts.astype(np.int64), counts.shape[2], counts.shape[1], 0)
+    return Recorded(
+        None, counts.astype(np.int64), counts.shape[2], counts.shape[1], 0, layer_ids=arrays.get("layer_ids")
+    )
 
 
 def _bad(path: str | Path, what: str, why: str) -> ScenarioError:

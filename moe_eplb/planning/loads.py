@@ -1,25 +1,69 @@
-"""Recorded loads and placements, in the terms of this project and of no other's files."""
+"""Recorded loads, in the terms of this project and of no other's files."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from moe_eplb.core import recorded
 from moe_eplb.core.errors import ScenarioError, UsageError
-from moe_eplb.core.input_file import read_input
 
-__all__ = ["LoadSet", "LossReport", "PlacementSet", "read_counts", "require_fit"]
+__all__ = [
+    "MOST_TOKENS", "LoadSet", "LossReport", "Numbered", "Origin", "bad_content", "layers_text", "require_numbers",
+    "slots_counted",
+]  # fmt: skip
 
-_MOST_JSON = 256 << 20
-RUN_LOADS = "loads.npz"
-"""Name of the loads in a run folder."""
+MOST_TOKENS = 1 << 44
+"""Of one count; their sums over layers and windows stay exact in int64, and in float64 for a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossReport:
+    """What a format cannot hold and what was left out, in words.
+
+    Attributes:
+        form: The format's name, empty if there was no file.
+        lost: What the format has no place for: after reading it is unknown, after writing it is gone.
+        left_out: What the file has and is not kept.
+    """
+
+    lost: tuple[str, ...] = ()
+    form: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+class Numbered(Protocol):
+    """Something of layers: their numbers, and whether these are the model's own."""
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def numbered(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is known of a recording beside its counts; None or "" where it is not.
+
+    Attributes:
+        iterations: The iteration or forward pass [W] that each window is or begins with.
+        in_order: Whether the windows are in the order of time.
+        ranks: How many ranks' counts were summed.
+        top_k: K.
+        phase: Such as "prefill" or "decode".
+        model: The model's name.
+    """
+
+    iterations: tuple[int, ...] | None = None
+    in_order: bool | None = None
+    ranks: int | None = None
+    top_k: int | None = None
+    phase: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,142 +72,104 @@ class LoadSet:
 
     Attributes:
         counts: Routed (token, k) pairs of each expert in each window, int64 [W, L, E].
-        layer_ids: The model's own number of each layer, dense ones counted too.
+        layer_ids: The number of each layer.
         source: The file and what wrote it.
         notes: What a reader had to assume or left out.
+        numbered: Whether `layer_ids` are the model's own numbers, dense layers counted too. If not, they count the
+            layers with experts from 0.
+        origin: What else is known of the recording.
+        read: What the format that it was read from does not hold.
     """
 
     counts: NDArray[np.int64]
     layer_ids: tuple[int, ...]
     source: str
     notes: Sequence[str] = field(default_factory=tuple)
+    numbered: bool = True
+    origin: Origin = Origin()
+    read: LossReport = LossReport()
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3 or 0 in self.counts.shape:
-            raise _bad(self.source, "loads must be [windows, layers, experts]", f"{list(self.counts.shape)}")
+            raise bad_content(self.source, "loads must be [windows, layers, experts]", f"{list(self.counts.shape)}")
         if self.counts.dtype.kind not in "iu" or int(self.counts.min()) < 0:
-            raise _bad(self.source, "loads must be whole numbers that are not negative", str(self.counts.dtype))
+            why = f"{self.counts.dtype}, the lowest is {self.counts.min()}"
+            raise bad_content(self.source, "loads must be whole numbers that are not negative", why)
+        if int(self.counts.max()) > MOST_TOKENS:
+            raise bad_content(self.source, "a count is larger than any recording's", f"it is {self.counts.max()}")
         if len(self.layer_ids) != self.counts.shape[1] or len(set(self.layer_ids)) != len(self.layer_ids):
             why = f"{len(set(self.layer_ids))} numbers for {self.counts.shape[1]} layers"
-            raise _bad(self.source, "every layer needs a number of its own", why)
+            raise bad_content(self.source, "every layer needs a number of its own", why)
+        if min(self.layer_ids) < 0:
+            raise bad_content(self.source, "layers are counted from 0", f"one is {min(self.layer_ids)}")
+        times = self.origin.iterations
+        if times is not None and len(times) != self.windows:
+            why = f"{len(times)} iterations for {self.windows} windows"
+            raise bad_content(self.source, "every window needs an iteration", why)
 
     @property
     def windows(self) -> int:
         """W."""
         return int(self.counts.shape[0])
 
-    def chosen(self, first: int, last: int) -> LoadSet:
-        """The windows from `first` to `last`, both in it."""
-        return LoadSet(self.counts[first : last + 1], self.layer_ids, self.source, self.notes)
+    def merged(self, size: int) -> LoadSet:
+        """Sums of so many windows each, of all for 0; the oldest ones that fill no sum are left out.
 
-
-@dataclass(frozen=True, eq=False)
-class PlacementSet:
-    """The expert of each slot int32 [L, P] of the layers `layer_ids`; slot s lies on rank s // (P / R)."""
-
-    slots: NDArray[np.int32]
-    ranks: int
-    experts: int
-    layer_ids: tuple[int, ...]
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LossReport:
-    """What a format could not hold, in words."""
-
-    lost: tuple[str, ...] = ()
-
-
-def read_counts(path: Path, *, tokens_per_window: int = 4096) -> LoadSet:
-    """Loads of a run folder, of an ``.npz``, or of SGLang's JSON.
-
-    An ``.npz`` holds ``counts`` [windows, layers, experts] or ``topk_ids`` [tokens, layers, K], which become windows of
-    so many tokens; those after the last full one are left out. SGLang's ``--init-expert-location`` holds
-    ``logical_count`` of every layer, or of every step and layer; layers whose rows are all zero are dense and left out.
-
-    Raises:
-        ScenarioError: E040, E041 the file cannot be read or is of another kind, see `moe_eplb.core.recorded`.
-    """
-    file = path / RUN_LOADS if path.is_dir() else path
-    if file.suffix == ".json":
-        return _of_sglang(file)
-    found = recorded.load(file)
-    if found.counts is not None:
-        return LoadSet(found.counts.astype(np.int64), _layer_ids(file, found.layers), str(path))
-    ids = found.topk_ids
-    assert ids is not None
-    full = len(ids) // tokens_per_window
-    if not full:
-        hint = f"use --tokens-per-window {len(ids)} or fewer"
-        raise _bad(str(path), "the file has fewer tokens than one window", f"{len(ids)} of {tokens_per_window}", hint)
-    counts = np.zeros((full, found.layers, found.experts), np.int64)
-    for window in range(full):
-        part = ids[window * tokens_per_window : (window + 1) * tokens_per_window]
-        for layer in range(found.layers):
-            counts[window, layer] = np.bincount(part[:, layer].reshape(-1), minlength=found.experts)
-    left = len(ids) - full * tokens_per_window
-    notes = (f"{left} tokens after the last full window are left out",) if left else ()
-    return LoadSet(counts, _layer_ids(file, found.layers), str(path), notes)
-
-
-def _of_sglang(path: Path) -> LoadSet:
-    try:
-        data = orjson.loads(read_input(path, _MOST_JSON))
-    except (OSError, ValueError) as error:
-        raise ScenarioError("E040", "the loads cannot be read", why=str(error), where=str(path)) from error
-    rows = data.get("logical_count") if isinstance(data, dict) else None
-    try:
-        found = np.array(rows, np.float64)
-    except (TypeError, ValueError) as error:
-        raise _bad(str(path), "'logical_count' is no table of numbers", str(error)) from error
-    found = found[np.newaxis] if found.ndim == 2 else found
-    if found.ndim != 3 or not np.isfinite(found).all() or (found != np.rint(found)).any() or (found < 0).any():
-        why = f"'logical_count' of shape {list(found.shape)}"
-        raise _bad(str(path), "loads are whole numbers by layer and expert that are not negative", why)
-    routed = np.flatnonzero(found.sum(axis=(0, 2)) > 0)
-    if not len(routed):
-        raise _bad(str(path), "no layer has any load", f"{found.shape[1]} layers")
-    dense = found.shape[1] - len(routed)
-    notes = (f"{dense} layers without any load are taken for dense ones",) if dense else ()
-    return LoadSet(found[:, routed].astype(np.int64), tuple(routed.tolist()), str(path), notes)
-
-
-def _layer_ids(path: Path, layers: int) -> tuple[int, ...]:
-    """The file's own numbers of its layers; counted from 0 where it has none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            numbers = file["layer_ids"] if "layer_ids" in file.files else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise _bad(str(path), "the layers' numbers cannot be read", str(error)) from error
-    if numbers is None:
-        return tuple(range(layers))
-    if numbers.shape != (layers,) or numbers.dtype.kind not in "iu":
-        raise _bad(str(path), "'layer_ids' does not fit the loads", f"{numbers.dtype} {list(numbers.shape)}")
-    return tuple(int(number) for number in numbers)
-
-
-def require_fit(loads: LoadSet, placement: PlacementSet) -> PlacementSet:
-    """A placement of the layers of loads, in their order; rows by order alone are taken for them.
-
-    Raises:
-        UsageError: E195 it is of other layers or experts.
-    """
-    if placement.layer_ids == tuple(range(len(loads.layer_ids))):
-        placement = replace(placement, layer_ids=loads.layer_ids)
-    rows = dict(zip(placement.layer_ids, placement.slots, strict=True))
-    if set(loads.layer_ids) < set(rows):  # dense layers have rows in some forms
-        placement = replace(
-            placement, layer_ids=loads.layer_ids, slots=np.stack([rows[layer] for layer in loads.layer_ids])
+        Raises:
+            UsageError: E195 there are fewer windows.
+        """
+        size = size or self.windows
+        if size > self.windows:
+            raise UsageError("E195", f"{size} windows cannot be summed", why=f"there are {self.windows}")
+        left = self.windows % size
+        counts = self.counts[left:].reshape(-1, size, *self.counts.shape[1:]).sum(axis=1)
+        notes = (
+            (*self.notes, f"the {left} first windows fill no sum of {size} and are left out") if left else self.notes
         )
-    if placement.layer_ids != loads.layer_ids or placement.experts != loads.counts.shape[2]:
-        why = (
-            f"{len(placement.layer_ids)} layers of {placement.experts} experts there, "
-            f"{len(loads.layer_ids)} of {loads.counts.shape[2]} in the loads"
-        )
-        raise UsageError("E195", "the placement is not one of these layers and experts", why=why)
-    return placement
+        times = self.origin.iterations
+        origin = replace(self.origin, iterations=None if times is None else times[left::size])
+        return replace(self, counts=counts, notes=notes, origin=origin)
+
+    def numbered_as(self, layer_ids: tuple[int, ...]) -> LoadSet:
+        """The same with the model's own numbers of its layers.
+
+        Raises:
+            UsageError: E195 there are not as many, or the file has other ones.
+        """
+        require_numbers(self, layer_ids)
+        return replace(self, layer_ids=layer_ids, numbered=True)
 
 
-def _bad(source: str, what: str, why: str, hint: str = "") -> ScenarioError:
-    return ScenarioError("E041", what, why=why, hint=hint, where=source)
+def require_numbers(found: Numbered, layer_ids: tuple[int, ...]) -> None:
+    """E195 unless these can be the numbers of the layers that were found."""
+    if len(layer_ids) != len(found.layer_ids) or len(set(layer_ids)) != len(layer_ids):
+        why = f"{len(set(layer_ids))} numbers for {len(found.layer_ids)} layers"
+        raise UsageError("E195", "these are not the layers of the file", why=why, hint="give each layer a number")
+    if found.numbered and layer_ids != found.layer_ids:
+        why = f"{layers_text(found.layer_ids)} in the file, {layers_text(layer_ids)} asked for"
+        raise UsageError("E195", "the file numbers its layers itself", why=why, hint="leave the numbers out")
+
+
+def slots_counted(source: str, counted: int, experts: int) -> ScenarioError:
+    """The error for TensorRT-LLM's statistics of a run in which its balancer was on."""
+    return ScenarioError(
+        "E198", "these are counts of slots, not of experts", where=source,
+        why=f"{counted} are counted, there are {experts} experts: the balancer (EPLB) was on when they were recorded",
+        hint="record again without a load balancer configuration, which counts experts, or correct their number",
+    )  # fmt: skip
+
+
+def layers_text(layer_ids: Sequence[int]) -> str:
+    """Numbers in short: ``3-60`` or ``0,7,15``."""
+    parts: list[list[int]] = []
+    for number in layer_ids:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][-1:] = [number] if len(parts[-1]) > 1 else [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def bad_content(source: object, what: str, why: str, hint: str = "") -> ScenarioError:
+    """E041: a file can be read, but is not what it should be."""
+    return ScenarioError("E041", what, why=why, hint=hint, where=str(source))

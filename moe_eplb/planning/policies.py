@@ -170,6 +170,7 @@ def _from_current(
 ) -> tuple[Slots, tuple[str, ...]]:
     """From what is there to what greedy would reach, with as few moves as that takes, or as the budget allows."""
     from moe_eplb.planning import kernels
+    from moe_eplb.planning.kernels import labels
 
     if problem.current is None:
         raise UsageError("E191", "this policy needs the placement that is there", hint="give it, or use refine")
@@ -182,6 +183,7 @@ def _from_current(
     taken = _shared(tops, moves, steps, left, enough)
     slots = home.copy()
     kernels.replay_steps(logs, taken, slots)
+    labels.settle_layers(slots, problem.current.astype(np.int32), problem.first_slot)
     if problem.max_moves is not None and forced > problem.max_moves:
         note = (*note, f"{forced} slots had to change, beyond the budget of {problem.max_moves}")
     return slots, note

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_eplb.planning.formats.placements import FORMS, read_placement
+from moe_eplb.planning.formats.placements import read_placement
+from moe_eplb.planning.formats.registry import PLACEMENTS as FORMS
 
 from .conftest import Call
 

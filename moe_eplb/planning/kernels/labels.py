@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_eplb.planning.kernels.compiled import compiled
 
-__all__ = ["relabel", "relabel_layers"]
+__all__ = ["relabel", "relabel_layers", "settle_layers"]
 
 
 @compiled
@@ -52,6 +52,26 @@ def _assign(cost):
 
 
 @compiled
+def _settle(held, home, begin, out):
+    """Put a rank's experts into its slots from `begin` on; those that lie there in `home` keep their slot."""
+    size = len(held)
+    taken, filled = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    for place in range(size):
+        for index in range(size):
+            if taken[index] == 0 and held[index] == home[begin + place]:
+                out[begin + place] = held[index]
+                taken[index] = filled[place] = 1
+                break
+    index = 0
+    for place in range(size):
+        if filled[place] == 0:
+            while taken[index] == 1:
+                index += 1
+            out[begin + place] = held[index]
+            taken[index] = 1
+
+
+@compiled
 def relabel(slots, home, first, experts, out):
     """The same sets of experts on other ranks and slots, so that as many as possible lie where they lay in `home`.
 
@@ -59,7 +79,6 @@ def relabel(slots, home, first, experts, out):
     expert that lay there keeps its slot. All ranks must have as many slots.
     """
     ranks = len(first) - 1
-    size = first[1] - first[0]
     there = np.zeros((ranks, experts), np.int16)
     for rank in range(ranks):
         for slot in range(first[rank], first[rank + 1]):
@@ -80,21 +99,15 @@ def relabel(slots, home, first, experts, out):
     match = _assign(cost)
     for new in range(ranks):
         rank = match[new]
-        taken = np.zeros(size, np.uint8)
-        for slot in range(first[rank], first[rank + 1]):
-            out[slot] = -1
-            for index in range(size):
-                if taken[index] == 0 and slots[first[new] + index] == home[slot]:
-                    out[slot] = home[slot]
-                    taken[index] = 1
-                    break
-        index = 0
-        for slot in range(first[rank], first[rank + 1]):
-            if out[slot] < 0:
-                while taken[index] == 1:
-                    index += 1
-                out[slot] = slots[first[new] + index]
-                taken[index] = 1
+        _settle(slots[first[new] : first[new + 1]], home, first[rank], out)
+
+
+@compiled
+def settle_layers(slots, homes, first):
+    """Reorder the slots of each rank [L, P] in place, so that experts which stay on a rank stay in their slot."""
+    for layer in range(len(slots)):
+        for rank in range(len(first) - 1):
+            _settle(slots[layer, first[rank] : first[rank + 1]].copy(), homes[layer], first[rank], slots[layer])
 
 
 @compiled
