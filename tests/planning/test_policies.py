@@ -247,7 +247,12 @@ def test_kernels_are_the_same_compiled_and_plain(monkeypatch: pytest.MonkeyPatch
     loads = np.exp(rng.normal(0, 1, (2, 12)))
     problem = Problem(loads, 3, 18)
     compiled = solve(problem, "refine").slots
-    modules = (kernels, kernels.greedy, kernels.search, kernels.restarts, kernels.labels)
+    drifted = Problem(loads * np.exp(rng.normal(0, 0.2, loads.shape)), 3, 18, current=compiled)
+    moved = solve(drifted, "incremental").slots
+    modules = (
+        kernels, kernels.greedy, kernels.search, kernels.steps, kernels.fixes, kernels.state, kernels.restarts,
+        kernels.labels,
+    )  # fmt: skip
     plain = {
         (module, name): getattr(module, name).py_func
         for module in modules
@@ -259,3 +264,4 @@ def test_kernels_are_the_same_compiled_and_plain(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, name, function)
     with np.errstate(over="ignore"):
         assert np.array_equal(solve(problem, "refine").slots, compiled)
+        assert np.array_equal(solve(drifted, "incremental").slots, moved)
