@@ -31,10 +31,12 @@ from moe_eplb.planning.problem import Problem  # noqa: E402
 from moe_eplb.planning.replay import Setting, replay  # noqa: E402
 
 LAYERS, EXPERTS = 58, 256
-SIZES = {"EP8": (8, 288), "EP32": (32, 288), "EP72": (72, 288), "EP320": (320, 320)}
+SIZES = {"EP8": (8, 288), "EP32": (32, 288), "EP72": (72, 288), "EP320": (320, 320),
+         "EP320, 2 slots": (320, 640)}  # fmt: skip
 QUALITY = {"EP8": 0.998, "EP32": 0.998, "EP72": 0.985}
 MS = {("greedy", "EP32"): 3.0, ("refine", "EP32"): 10.0, ("incremental", "EP32"): 20.0, ("greedy", "EP320"): 10.0,
-      ("refine", "EP320"): 50.0}  # fmt: skip
+      ("refine", "EP320"): 50.0, ("incremental", "EP320"): 50.0, ("greedy", "EP320, 2 slots"): 10.0,
+      ("refine", "EP320, 2 slots"): 50.0, ("incremental", "EP320, 2 slots"): 50.0}  # fmt: skip
 REPEAT = 15
 
 

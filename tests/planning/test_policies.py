@@ -100,6 +100,37 @@ def test_greedy_with_duplicates_is_the_published_algorithm(problem: Problem) -> 
         assert np.allclose(np.sort(one), np.sort(other))
 
 
+def _greedy_by_scanning(load: np.ndarray, ranks: int, size: int) -> list[list[int]] | None:
+    """Without duplicates, with lists and scans: what each rank holds; None where two experts would change places."""
+    counts = planner.replicate(load, min(ranks * size, ranks * len(load)))
+    if max(counts) > ranks:
+        return None
+    held, loads = [list[int]() for _ in range(ranks)], [0.0] * ranks
+    for expert in sorted(range(len(load)), key=lambda e: -load[e] / counts[e]):
+        for _ in range(counts[expert]):
+            fits = [r for r in range(ranks) if len(held[r]) < size and expert not in held[r]]
+            if not fits:
+                return None
+            best = min(fits, key=lambda r: loads[r])
+            held[best].append(expert)
+            loads[best] += load[expert] / counts[expert]
+    return held
+
+
+def test_greedy_with_heaps_is_that_of_scanning_all() -> None:
+    rng, same = np.random.default_rng(4), 0
+    for case in range(400):
+        ranks, experts = int(rng.integers(1, 9)), int(rng.integers(4, 33))
+        size = min(-(-experts // ranks) + int(rng.integers(0, 4)), experts)
+        load = rng.integers(0, 9, experts).astype(float) if case % 2 else rng.random(experts)
+        expected = _greedy_by_scanning(load, ranks, size)
+        if expected is not None:
+            mine = solve(Problem(load[np.newaxis], ranks, ranks * size), "greedy").slots.reshape(ranks, size)
+            assert mine.tolist() == expected
+            same += 1
+    assert same > 200
+
+
 def test_a_thousand_random_loads_are_balanced_as_published() -> None:
     rng = np.random.default_rng(1)
     for _ in range(1000):

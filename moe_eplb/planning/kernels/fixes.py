@@ -9,23 +9,12 @@ from __future__ import annotations
 from moe_eplb.planning.kernels.compiled import compiled
 from moe_eplb.planning.kernels.steps import cost
 
-__all__ = ["find_fix", "order_ranks"]
+__all__ = ["find_fix"]
 
 _TRIES = 30
 """Sets of three ranks that are tried at most."""
 _SLACK = 0.001
 """Share of the target that three ranks must have room beyond what they need: with less, slots that fit are rare."""
-
-
-@compiled
-def order_ranks(held, order):
-    """Ranks by their load, lightest first, into `order` [R], which already is nearly so."""
-    for index in range(1, len(order)):
-        rank, at = order[index], index
-        while at > 0 and held[order[at - 1]] > held[rank]:
-            order[at] = order[at - 1]
-            at -= 1
-        order[at] = rank
 
 
 @compiled

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from moe_eplb.planning.kernels.compiled import compiled
-from moe_eplb.planning.kernels.fixes import find_fix, order_ranks
+from moe_eplb.planning.kernels.fixes import find_fix
 from moe_eplb.planning.kernels.state import exchange, new_state, replace, set_layer, weigh
-from moe_eplb.planning.kernels.steps import best_replace, best_swap
+from moe_eplb.planning.kernels.steps import best_replace, best_swap, order_ranks
 
 __all__ = ["improve", "replay_steps", "step_layers", "stepwise"]
 
@@ -15,15 +15,6 @@ _LITTLE = 2e-4
 """Share of the largest load: exchanges that bring no more than this are weighed against changes of replicas."""
 _ENOUGH = 1e-6
 """Share of the largest load that a step must bring."""
-
-
-@compiled
-def _heaviest(held):
-    a = 0
-    for rank in range(1, len(held)):
-        if held[rank] > held[a]:
-            a = rank
-    return a
 
 
 @compiled
@@ -38,13 +29,14 @@ def improve(state, duplicates, target, most_steps):
     Returns:
         The largest rank load.
     """
-    free = np.empty(0, np.int32)
+    free, order = np.empty(0, np.int32), np.argsort(state.held)
     for _ in range(most_steps):
-        a = _heaviest(state.held)
+        order_ranks(state.held, order)
+        a = order[-1]
         top = state.held[a]
         if top <= target:
             break
-        gain, one, two = best_swap(state, a, duplicates, free, 2, np.inf)
+        gain, one, two = best_swap(state, a, order, duplicates, free, 2, np.inf)
         slot, new = -1, -1
         if gain <= top * _LITTLE:
             _, slot, new = best_replace(state, a, duplicates, free, 2, np.inf, max(gain, top * _ENOUGH))
@@ -69,11 +61,10 @@ def _find_step(state, a, target, order, duplicates, home, budget, chosen):
     if slot >= 0 and value >= need:
         chosen[0] = slot
         return 1, new
-    order_ranks(state.held, order)
     kind = find_fix(state, a, target, order, duplicates, home, budget, chosen)
     if kind > 0:
         return kind, -1
-    gain, one, two = best_swap(state, a, duplicates, home, budget, need)
+    gain, one, two = best_swap(state, a, order, duplicates, home, budget, need)
     if slot >= 0 and value >= gain:
         chosen[0] = slot
         return 1, new
@@ -106,10 +97,11 @@ def stepwise(state, duplicates, target, home, budget, tops, moves, log):
     Returns:
         The steps made.
     """
-    order, chosen = np.arange(len(state.held)), np.empty(3, np.int64)
+    order, chosen = np.argsort(state.held), np.empty(3, np.int64)
     moved, steps = 0, 0
     while True:
-        a = _heaviest(state.held)
+        order_ranks(state.held, order)
+        a = order[-1]
         tops[steps], moves[steps] = state.held[a], moved
         if state.held[a] <= target or steps == len(log):
             return steps

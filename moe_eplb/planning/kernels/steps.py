@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from moe_eplb.planning.kernels.compiled import compiled, inlined
 
-__all__ = ["best_replace", "best_swap", "cost"]
+__all__ = ["best_replace", "best_swap", "cost", "order_ranks"]
+
+
+@compiled
+def order_ranks(held, order):
+    """Ranks by their load, lightest first, into `order` [R], which already is nearly so."""
+    for index in range(1, len(order)):
+        rank, at = order[index], index
+        while at > 0 and held[order[at - 1]] > held[rank]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = rank
 
 
 @inlined
@@ -31,19 +42,21 @@ def wanted(value, need):
 
 
 @compiled
-def best_swap(state, a, duplicates, home, budget, need):
+def best_swap(state, a, order, duplicates, home, budget, need):
     """The exchange of a slot of rank `a` that lowers the larger of both ranks most for each moved slot.
+
+    `order` is that of `order_ranks`: no exchange with a rank brings more than half its distance to `a`, and those after
+    it are nearer.
 
     Returns:
         Its worth, and both slots; -1 for none.
     """
     slots, first, held, share, free = state.slots, state.first, state.held, state.share, len(home) == 0
     best, best_one, best_two = 0.0, -1, -1
-    for b in range(len(held)):
+    for b in order:
         gap = held[a] - held[b]
-        # No exchange with `b` brings more than half the gap.
-        if b == a or gap <= 0.0 or worth(gap * 0.5, need) * (1.0 if free else 2.0) <= best:
-            continue
+        if gap <= 0.0 or worth(gap * 0.5, need) * (1.0 if free else 2.0) <= best:
+            break
         for one in range(first[a], first[a + 1]):
             x = slots[one]
             if x < 0 or (not duplicates and state.lies[x, b] > 0):
@@ -149,16 +162,21 @@ def _more_elsewhere(state, a, duplicates, home, budget, need, least):
     slots, first, counts, held, lies = state.slots, state.first, state.counts, state.held, state.lies
     share, up, down, head, follow, rank_of = state.share, state.up, state.down, state.head, state.follow, state.rank_of
     best, best_slot, best_new, top = least, -1, -1, held[a]
+    most = 0.0
+    for source in range(first[a], first[a + 1]):
+        new = slots[source]
+        if new >= 0:
+            most = max(most, (share[new] - down[new]) * lies[new, a])
     for slot in range(len(slots)):
         old, b = slots[slot], rank_of[slot]
-        if old < 0 or counts[old] < 2 or b == a or held[b] >= top:
+        if old < 0 or counts[old] < 2 or b == a or held[b] >= top or most <= wanted(best * 0.5, need):
             continue
-        worst, _ = _worst_of(old, b, a, held, lies, share, up, head, follow, rank_of)
+        worst, where = _worst_of(old, b, a, held, lies, share, up, head, follow, rank_of)
         crowded = worst >= top - wanted(best * 0.5, need)
         again = held[b] - share[old] + (lies[old, b] - 1) * (up[old] - share[old])
         for source in range(first[a], first[a + 1]):
             new = slots[source]
-            if new < 0 or old == new or (crowded and counts[new] < 2) or (not duplicates and lies[new, b] > 0):
+            if new < 0 or old == new or (crowded and lies[new, where] == 0) or (not duplicates and lies[new, b] > 0):
                 continue
             price = cost(slot, old, new, home)
             gain = wanted(best * max(price, 0.5), need)
