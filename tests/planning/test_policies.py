@@ -102,9 +102,10 @@ def test_greedy_with_duplicates_is_the_published_algorithm(problem: Problem) -> 
 
 def _greedy_by_scanning(load: np.ndarray, ranks: int, size: int) -> list[list[int]] | None:
     """Without duplicates, with lists and scans: what each rank holds; None where two experts would change places."""
-    counts = planner.replicate(load, min(ranks * size, ranks * len(load)))
-    if max(counts) > ranks:
-        return None
+    counts = [1] * len(load)
+    for _ in range(ranks * size - len(load)):
+        open_to_more = [e for e in range(len(load)) if counts[e] < ranks]
+        counts[max(open_to_more, key=lambda e: load[e] / counts[e])] += 1
     held, loads = [list[int]() for _ in range(ranks)], [0.0] * ranks
     for expert in sorted(range(len(load)), key=lambda e: -load[e] / counts[e]):
         for _ in range(counts[expert]):
