@@ -46,7 +46,7 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
 @click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")
 @click.option("--to", "target", type=click.Choice(_FORMS), default="json", show_default=True, help="Form of that file.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-@format_option("text", "json")
+@format_option("text", "json", "html")
 def command(
     loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
     allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
@@ -62,6 +62,7 @@ def command(
     Examples:
       eplbctl plan loads.npz --ranks 32 --slots 288
       eplbctl plan loads.npz --ranks 8 --slots 288 --current now.json --policy greedy,incremental --min-gain 2
+      eplbctl plan loads.npz --ranks 32 --slots 288 --policy static,greedy,refine --format html > plan.html
       eplbctl plan loads.npz --ranks 8 --slots 288 --policy refine -o placement.yaml --to tensorrt_llm
     """
     from eplbctl.render import plans as render
@@ -75,7 +76,10 @@ def command(
     gain = None if min_gain is None else min_gain / 100
     solutions = _solved(problem, policies)
     certificates = _certified(problem, solutions, gain)
-    made = render.plans_text(read, certificates) if form == "text" else render.plans_json(read, certificates)
+    if form == "html":
+        made = _page(read, problem, solutions, certificates)
+    else:
+        made = render.plans_text(read, certificates) if form == "text" else render.plans_json(read, certificates)
     Destination(None).write(made)
     if output is not None:
         _write(read, problem, solutions[-1], output, target)
@@ -121,6 +125,13 @@ def _certified(problem: Problem, solutions: list[Solution], gain: float | None) 
     from moe_eplb.planning.certificate import certify
 
     return [certify(problem, solution, min_gain=gain) for solution in solutions]
+
+
+def _page(loads: LoadSet, problem: Problem, solutions: list[Solution], certificates: list[Certificate]) -> str:
+    from eplbctl.render.plan_page import plans_page
+    from moe_eplb.planning.heat import LEVELS, slot_levels
+
+    return plans_page(loads, certificates, [slot_levels(problem, solution) for solution in solutions], LEVELS)
 
 
 def _write(loads: LoadSet, problem: Problem, solution: Solution, output: Path, form: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moe_eplb.planning.loads import LoadSet
     from moe_eplb.planning.replay import Replayed
 
-__all__ = ["plans_json", "plans_text", "replay_json", "replay_text"]
+__all__ = ["compared", "notes", "plans_json", "plans_text", "replay_json", "replay_text"]
 
 _WORST = 8
 _SHADES = " .:-=+*#%@"
@@ -23,8 +23,8 @@ _SHADES = " .:-=+*#%@"
 
 def plans_text(loads: LoadSet, plans: Sequence[Certificate]) -> str:
     """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
-    parts = tables_text([_compared(plans), _layers(loads, plans[-1])])
-    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *_notes(loads, plans)])
+    parts = tables_text([compared(plans), _layers(loads, plans[-1])])
+    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes(loads, plans)])
 
 
 def plans_json(loads: LoadSet, plans: Sequence[Certificate]) -> str:
@@ -58,7 +58,8 @@ def _heading(loads: LoadSet, plan: Certificate) -> str:
     return f"{loads.source}: newest of {loads.windows} windows; {where}"
 
 
-def _compared(plans: Sequence[Certificate]) -> Table:
+def compared(plans: Sequence[Certificate]) -> Table:
+    """A row for each policy."""
     heads = (
         "policy",
         "balancedness",
@@ -121,9 +122,10 @@ def _shade(imbalance: float) -> str:
     return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log(imbalance / 0.01) / math.log(50) * (len(_SHADES) - 1)))]
 
 
-def _notes(loads: LoadSet, plans: Sequence[Certificate]) -> Iterator[str]:
-    notes = [*loads.notes, *(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
-    yield from dict.fromkeys(notes)
+def notes(loads: LoadSet, plans: Sequence[Certificate]) -> Iterator[str]:
+    """What readers and policies had to say, each once."""
+    said = [*loads.notes, *(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
+    yield from dict.fromkeys(said)
 
 
 def _replayed(loads: LoadSet, one: Replayed) -> tuple[Any, ...]:
