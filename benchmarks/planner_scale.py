@@ -34,12 +34,13 @@ COLOURS = {"static": "#6b7482", "greedy": "#0072b2", "refine": "#b34d00", "incre
 MARKS = {"static": "s", "greedy": "o", "refine": "^", "incremental": "D"}
 HEAD = """# Planning at scale, simulated
 
-Made by `python benchmarks/planner_scale.py --seed {seed}` on {cpu}, one thread, without compiling; the fastest of
-{repeat} plans. The machine is shared with others: medians were up to {slower:.1f} times as long. Loads are drawn
-(lognormal, deviation 1), {layers} layers of {experts} experts; nothing ran on these ranks. `incremental` starts from what
-`refine` made before a walk of {walk:.0%}, and stops at greedy's balance. Balancedness is the mean rank load / the
-largest, both summed over layers; no placement on these slots can reach more than the bound, which is low where a hot
-expert has fewer replicas than there are ranks for it.
+Made by `python benchmarks/planner_scale.py --seed {seed}`
+({cpu}, one thread, without compiling; the fastest of {repeat} plans).
+The machine is shared with others: medians were up to {slower:.1f} times as long. Loads are drawn (lognormal,
+deviation 1), {layers} layers of {experts} experts; nothing ran on these ranks. `incremental` starts from what `refine`
+made before a walk of {walk:.0%} and goes as far as greedy's balance. Balancedness is the mean rank load / the largest,
+both summed over layers; no placement on these slots reaches more than the bound, which is low where they are too few to
+split a hot expert as often as it takes.
 
 ![planning time and balancedness by ranks](planner_scale.svg)
 

@@ -41,6 +41,9 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
 @click.option("--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
 @click.option("--time-budget-ms", type=click.FloatRange(0.1), help="Answer with the best so far after so long.")
 @click.option("--min-gain", type=click.FloatRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
+@click.option(
+    "--decode-pairs", type=click.IntRange(1), metavar="PAIRS", help="Score what a step of so many tokens x top-k reads."
+)
 @click.option("--tokens-per-window", type=click.IntRange(1), default=4096, show_default=True, help="Of a file of ids.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
 @click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")
@@ -50,7 +53,8 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend")
 def command(
     loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
     allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
-    tokens_per_window: int, seed: int, output: Path | None, target: str, force: bool, form: str,
+    decode_pairs: int | None, tokens_per_window: int, seed: int, output: Path | None, target: str, force: bool,
+    form: str,
 ) -> ExitCode:  # fmt: skip
     """Place experts for LOADS, and say how good that is, how good it could be, and what moving there costs.
 
@@ -75,7 +79,7 @@ def command(
     problem = _problem(read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed)
     gain = None if min_gain is None else min_gain / 100
     solutions = _solved(problem, policies)
-    certificates = _certified(problem, solutions, gain)
+    certificates = _certified(problem, solutions, gain, decode_pairs)
     if form == "html":
         made = _page(read, problem, solutions, certificates)
     else:
@@ -121,10 +125,10 @@ def _solved(problem: Problem, policies: str) -> list[Solution]:
     return [solve(problem, name) for name in names]
 
 
-def _certified(problem: Problem, solutions: list[Solution], gain: float | None) -> list[Certificate]:
+def _certified(problem: Problem, solutions: list[Solution], gain: float | None, pairs: int | None) -> list[Certificate]:
     from moe_eplb.planning.certificate import certify
 
-    return [certify(problem, solution, min_gain=gain) for solution in solutions]
+    return [certify(problem, solution, min_gain=gain, decode_pairs=pairs) for solution in solutions]
 
 
 def _page(loads: LoadSet, problem: Problem, solutions: list[Solution], certificates: list[Certificate]) -> str:

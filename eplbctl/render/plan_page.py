@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from eplbctl.render.html import cells, digest, template
 from eplbctl.render.inert import inert
-from eplbctl.render.plans import compared, notes
+from eplbctl.render.plans import compared, decoded, notes
 from eplbctl.render.png import data_uri, png
 from eplbctl.render.tables import Table
 
@@ -43,7 +43,7 @@ def plans_page(
     made: str = environment.from_string(template("plan.html.j2")).render(
         title=inert(f"Plans for {loads.source}", 2000), facts=_facts(loads, plans[0]),
         notes=[inert(text, 2000) for text in notes(loads, plans)],
-        tables=[cells(part) for part in (compared(plans), _costs(plans), _layers(loads, plans)) if part.rows],
+        tables=[cells(part) for part in _tables(loads, plans) if part.rows],
         maps=[_map(plan, rows, palette) for plan, rows in zip(plans, levels, strict=True)],
         per_rank=f"{plans[0].slots / plans[0].ranks:g}", style=Markup(style), style_hash=digest(style),
     )  # fmt: skip
@@ -56,6 +56,10 @@ def _facts(loads: LoadSet, plan: Certificate) -> list[tuple[str, str]]:
         ("experts", f"{plan.experts} in {plan.slots} slots of {plan.ranks} ranks"), ("layers", str(len(plan.layers))),
     ]  # fmt: skip
     return [(name, inert(value, 2000)) for name, value in facts]
+
+
+def _tables(loads: LoadSet, plans: Sequence[Certificate]) -> list[Table]:
+    return [compared(plans), decoded(plans), _costs(plans), _layers(loads, plans)]
 
 
 def _costs(plans: Sequence[Certificate]) -> Table:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moe_eplb.planning.loads import LoadSet
     from moe_eplb.planning.replay import Replayed
 
-__all__ = ["compared", "notes", "plans_json", "plans_text", "replay_json", "replay_text"]
+__all__ = ["compared", "decoded", "notes", "plans_json", "plans_text", "replay_json", "replay_text"]
 
 _WORST = 8
 _SHADES = " .:-=+*#%@"
@@ -23,7 +23,7 @@ _SHADES = " .:-=+*#%@"
 
 def plans_text(loads: LoadSet, plans: Sequence[Certificate]) -> str:
     """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
-    parts = tables_text([compared(plans), _layers(loads, plans[-1])])
+    parts = tables_text([compared(plans), decoded(plans), _layers(loads, plans[-1])])
     return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes(loads, plans)])
 
 
@@ -85,6 +85,19 @@ def compared(plans: Sequence[Certificate]) -> Table:
         f"Balancedness of what is there: {before:.4f}." if before is not None else "Nothing is there yet (--current)."
     )
     return Table("Policies", heads, rows, note)
+
+
+def decoded(plans: Sequence[Certificate]) -> Table:
+    """What a decode step reads under each policy; without rows where it was not asked for."""
+    scores = [(plan.policy, plan.decode) for plan in plans if plan.decode is not None]
+    rows = [
+        (policy, f"{score.touched:.2f}", f"{score.balancedness:.4f}", f"{score.read_us:,.1f}")
+        for policy, score in scores
+    ]
+    pairs = scores[0][1].pairs if scores else 0
+    note = "Expected, for pairs that are routed independently by the newest window's loads; each expert is read once."
+    heads = ("policy", "experts read on the worst rank", "balancedness of reads", "us to read, all layers")
+    return Table(f"A decode step of {pairs:,} routed pairs", heads, rows, note)
 
 
 def _windows(count: float | None) -> str:

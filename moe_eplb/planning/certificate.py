@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_eplb.planning.bounds import lower_bounds
+from moe_eplb.planning.decode import DecodeScore, score_decode
 from moe_eplb.planning.problem import Loads, Problem, Solution, rank_loads
 
 __all__ = ["Certificate", "LayerRow", "Links", "certify"]
@@ -16,7 +17,7 @@ __all__ = ["Certificate", "LayerRow", "Links", "certify"]
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """How fast weights move, in GB/s, how large a slot is, and what a routed token costs on its rank."""
+    """How fast weights move and are read, in GB/s, how large a slot is, and what a routed token costs on its rank."""
 
     slot_bytes: int = 44_040_192
     same_rank_gb_s: float = 1500.0
@@ -24,6 +25,7 @@ class Links:
     cross_node_gb_s: float = 25.0
     host_gb_s: float = 50.0
     us_per_token: float = 0.05
+    memory_gb_s: float = 3350.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Certificate:
         saved_us: What one window's steps get shorter by.
         break_even: Windows after which the moves have paid; infinite if never, None if nothing was there.
         pays: Whether the gain is at least what the gate asks for; None without a gate.
+        decode: What a decode step reads; None where no size of one was given.
     """
 
     policy: str
@@ -77,6 +80,7 @@ class Certificate:
     plan_ms: float
     finished: bool
     notes: tuple[str, ...]
+    decode: DecodeScore | None = None
 
     @property
     def gain(self) -> float | None:
@@ -92,12 +96,14 @@ class Certificate:
 
 
 def certify(
-    problem: Problem, solution: Solution, links: Links | None = None, min_gain: float | None = None
-) -> Certificate:
+    problem: Problem, solution: Solution, links: Links | None = None, min_gain: float | None = None,
+    decode_pairs: int | None = None,
+) -> Certificate:  # fmt: skip
     """The certificate of a plan on the newest window.
 
     Args:
         min_gain: The least growth of the balancedness, as a share, for which a plan pays.
+        decode_pairs: Routed (token, k) pairs of a decode step, to score what it reads too.
     """
     links = links or Links()
     load, edges = problem.newest, problem.first_slot
@@ -128,6 +134,9 @@ def certify(
         break_even=_break_even(saved, milliseconds), min_gain=min_gain,
         pays=None if min_gain is None or gain is None else gain >= min_gain,
         plan_ms=solution.milliseconds, finished=solution.finished, notes=tuple(solution.notes),
+        decode=None if decode_pairs is None else score_decode(
+            problem, solution.slots, decode_pairs, links.slot_bytes, links.memory_gb_s
+        ),
     )  # fmt: skip
 
 
