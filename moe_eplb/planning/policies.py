@@ -203,8 +203,8 @@ def _steps_from(
             break
         part = slice(first, first + step)
         kernels.step_layers(
-            load[part], home[part], problem.first_slot, problem.allow_duplicates, targets[part], budgets[part],
-            tops[part], moves[part], logs[part], steps[part],
+            load[part], home[part], problem.first_slot, problem.room, problem.allow_duplicates, targets[part],
+            budgets[part], tops[part], moves[part], logs[part], steps[part],
         )  # fmt: skip
     return tops, moves, logs, steps
 

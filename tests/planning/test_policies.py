@@ -181,6 +181,22 @@ def test_little_moves_where_loads_drift(ranks: int) -> None:
     assert int((answer.slots != current).sum()) <= 0.1 * int((kept != current).sum())
 
 
+def test_loads_that_drift_far_do_not_leave_incremental_behind() -> None:
+    """Experts that become hot need replicas of others, which no single step can take away."""
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 0.5, (2, 64))
+    current, moved = solve(Problem(np.exp(logits), 8, 80), "refine").slots, 0
+    for _ in range(60):
+        logits = logits + rng.normal(0, 0.15, logits.shape)
+        problem = Problem(np.exp(logits), 8, 80, current=current)
+        answer = solve(problem, "incremental")
+        _require_legal(answer, problem)
+        assert _tops(answer, problem).sum() <= 1.002 * _tops(solve(problem, "greedy"), problem).sum()
+        moved += int((answer.slots != current).sum())
+        current = answer.slots
+    assert moved < 0.25 * 60 * current.size
+
+
 def test_labels_change_so_that_slots_stay() -> None:
     rng = np.random.default_rng(5)
     slots = solve(Problem(rng.random((1, 32)), 4, 40), "greedy").slots

@@ -6,10 +6,11 @@ import numpy as np
 
 from moe_eplb.planning.kernels.compiled import compiled
 from moe_eplb.planning.kernels.fixes import find_fix
+from moe_eplb.planning.kernels.greedy import replicate
 from moe_eplb.planning.kernels.state import exchange, new_state, replace, set_layer, weigh
 from moe_eplb.planning.kernels.steps import best_replace, best_swap, order_ranks
 
-__all__ = ["improve", "replay_steps", "step_layers", "stepwise"]
+__all__ = ["improve", "recount", "replay_steps", "step_layers", "stepwise"]
 
 _LITTLE = 2e-4
 """Share of the largest load: exchanges that bring no more than this are weighed against changes of replicas."""
@@ -84,25 +85,39 @@ def _do_step(state, kind, new, chosen):
 
 
 @compiled
-def stepwise(state, duplicates, target, home, budget, tops, moves, log):
+def _note(state, home, chosen, kind, steps, moved, tops, moves, log):
+    """Write down a step of so many slots that was made; the slots that differ from `home` after it."""
+    log[steps] = -1
+    for index in range(kind):
+        slot = chosen[index]
+        moved += home[slot] != state.slots[slot]
+        log[steps, 2 * index], log[steps, 2 * index + 1] = slot, state.slots[slot]
+    tops[steps + 1], moves[steps + 1] = state.held.max(), moved
+    return moved
+
+
+@compiled
+def stepwise(state, duplicates, target, home, budget, steps, tops, moves, log):
     """Lower the largest rank load with few moved slots until `target`, a local optimum, or the budget.
 
     Args:
-        state: Of the layer, at `home` [P], changed in place.
+        state: Of the layer, changed in place.
         target: Largest rank load at which to stop.
+        home: Slots [P] that moves are counted against.
         budget: Slots that may differ from `home`.
+        steps: Steps that were made before.
         tops, moves, log: The largest load [N + 1] and the slots that differ [N + 1] after each step, and for each step
-            up to three slots with their new experts [N, 6], -1 for none; N is the most steps.
+            up to three slots with their new experts [N, 6], -1 for none; N is the most steps. Those of the steps
+            before are there.
 
     Returns:
-        The steps made.
+        The steps made, with those before.
     """
     order, chosen = np.argsort(state.held), np.empty(3, np.int64)
-    moved, steps = 0, 0
+    moved = moves[steps]
     while True:
         order_ranks(state.held, order)
         a = order[-1]
-        tops[steps], moves[steps] = state.held[a], moved
         if state.held[a] <= target or steps == len(log):
             return steps
         kind, new = _find_step(state, a, target, order, duplicates, home, budget - moved, chosen)
@@ -111,23 +126,55 @@ def stepwise(state, duplicates, target, home, budget, tops, moves, log):
         for index in range(kind):
             moved -= home[chosen[index]] != state.slots[chosen[index]]
         _do_step(state, kind, new, chosen)
-        log[steps] = -1
-        for index in range(kind):
-            slot = chosen[index]
-            moved += home[slot] != state.slots[slot]
-            log[steps, 2 * index], log[steps, 2 * index + 1] = slot, state.slots[slot]
+        moved = _note(state, home, chosen, kind, steps, moved, tops, moves, log)
         steps += 1
 
 
 @compiled
-def step_layers(loads, homes, first, duplicates, targets, budgets, tops, moves, logs, steps):
-    """`stepwise` from `homes` [L, P] for every layer; how many steps into `steps`."""
-    state = new_state(loads.shape[1], first)
+def recount(state, duplicates, total, most, home, budget, steps, tops, moves, log):
+    """Give each expert as many replicas as its load deserves (`replicate`), wherever that weighs least.
+
+    For where no single step helps any more: an expert that has become hot needs another replica, but what makes room
+    for it makes other ranks heavier than they may be. Steps from there lower the largest load again. Arguments are
+    those of `stepwise`, and of `replicate`; returns the steps made, with those before.
+    """
+    counts, chosen, moved = np.empty(len(state.load), np.int64), np.empty(3, np.int64), moves[steps]
+    replicate(state.load, total, most, counts)
+    for new in range(len(counts)):
+        while state.counts[new] < counts[new] and steps < len(log):
+            best, best_top = -1, np.inf
+            for slot in range(len(state.slots)):
+                old, rank = state.slots[slot], state.rank_of[slot]
+                if old < 0 or state.counts[old] <= counts[old] or (not duplicates and state.lies[new, rank] > 0):
+                    continue
+                if state.held[rank] - state.share[old] < best_top:
+                    best, best_top = slot, state.held[rank] - state.share[old]
+            if best < 0 or moved + 1 > budget:
+                break
+            moved -= home[best] != state.slots[best]
+            replace(state, best, new)
+            chosen[0] = best
+            moved = _note(state, home, chosen, 1, steps, moved, tops, moves, log)
+            steps += 1
+    return steps
+
+
+@compiled
+def step_layers(loads, homes, first, room, duplicates, targets, budgets, tops, moves, logs, steps):
+    """`stepwise` from `homes` [L, P] for every layer, and again with replicas counted anew where that is not enough."""
+    state, total, open_ranks = new_state(loads.shape[1], first), 0, 0
+    for rank in range(len(room)):
+        total += room[rank]
+        open_ranks += room[rank] > 0
+    most = total if duplicates else open_ranks
     for layer in range(len(loads)):
-        set_layer(state, loads[layer], homes[layer])
-        steps[layer] = stepwise(
-            state, duplicates, targets[layer], homes[layer], budgets[layer], tops[layer], moves[layer], logs[layer]
-        )
+        home, target, budget, log = homes[layer], targets[layer], budgets[layer], logs[layer]
+        tops[layer, 0], moves[layer, 0] = set_layer(state, loads[layer], home), 0
+        made = stepwise(state, duplicates, target, home, budget, 0, tops[layer], moves[layer], log)
+        if tops[layer, made] > target:
+            made = recount(state, duplicates, total, most, home, budget, made, tops[layer], moves[layer], log)
+            made = stepwise(state, duplicates, target, home, budget, made, tops[layer], moves[layer], log)
+        steps[layer] = made
 
 
 @compiled
