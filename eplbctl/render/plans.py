@@ -65,6 +65,7 @@ def compared(plans: Sequence[Certificate]) -> Table:
         "balancedness",
         "worst layer",
         "above bound",
+        "free split",
         "moved",
         "ms to move",
         "pays after",
@@ -74,7 +75,8 @@ def compared(plans: Sequence[Certificate]) -> Table:
     rows = [
         (
             plan.policy, f"{plan.balancedness:.4f}", f"{min(row.balancedness for row in plan.layers):.4f}",
-            f"{plan.gap:.2%}", f"{plan.moved:,} of {plan.kept + plan.moved:,}" if plan.before is not None else "-",
+            f"{plan.gap:.2%}", f"{plan.free_balancedness:.4f}",
+            f"{plan.moved:,} of {plan.kept + plan.moved:,}" if plan.before is not None else "-",
             f"{plan.migration_ms:,.1f}" if plan.before is not None else "-", _windows(plan.break_even),
             {None: "-", True: "pays", False: "does not pay"}[plan.pays], f"{plan.plan_ms:.1f}",
         )
@@ -84,6 +86,7 @@ def compared(plans: Sequence[Certificate]) -> Table:
     note = (
         f"Balancedness of what is there: {before:.4f}." if before is not None else "Nothing is there yet (--current)."
     )
+    note += " Free split: its balancedness if tokens went to replicas in the best shares instead of equal ones."
     return Table("Policies", heads, rows, note)
 
 

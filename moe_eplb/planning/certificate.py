@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_eplb.planning.bounds import lower_bounds
+from moe_eplb.planning.bounds import free_split, lower_bounds
 from moe_eplb.planning.decode import DecodeScore, score_decode
 from moe_eplb.planning.problem import Loads, Problem, Solution, rank_loads
 
@@ -49,6 +49,7 @@ class Certificate:
     Attributes:
         balancedness: Sum over layers of the mean rank load / sum of the largest, which is what time goes by.
         mean_balancedness: Mean over layers of mean / largest, as others print it.
+        free_balancedness: The first of these if dispatch divided each expert's tokens among its replicas at best.
         before: The first of these for what was there, None if nothing was.
         gap: The share by which all largest loads together lie above their bounds.
         kept, moved: Slots.
@@ -67,6 +68,7 @@ class Certificate:
     layers: tuple[LayerRow, ...]
     balancedness: float
     mean_balancedness: float
+    free_balancedness: float
     before: float | None
     gap: float
     kept: int
@@ -129,6 +131,7 @@ def certify(
             for layer in range(problem.layers)
         ),
         balancedness=balance, mean_balancedness=float(np.mean(each)),
+        free_balancedness=_ratio(means, free_split(problem, solution.slots, load)),
         before=before, gap=_gap(float(largest.sum()), float(bounds.sum())), kept=int((~changed).sum()),
         moved=int(changed.sum()), bytes_by_link=by_link, migration_ms=milliseconds, saved_us=saved,
         break_even=_break_even(saved, milliseconds), min_gain=min_gain,
