@@ -181,6 +181,14 @@ def test_little_moves_where_loads_drift(ranks: int) -> None:
     assert int((answer.slots != current).sum()) <= 0.1 * int((kept != current).sum())
 
 
+def test_many_ranks_keep_what_is_theirs() -> None:
+    """Beyond what is matched exactly: the same placement with its ranks in another order comes back as it was."""
+    slots = np.arange(400, dtype=np.int32)[np.newaxis]
+    out = np.empty_like(slots)
+    kernels.relabel_layers(slots.reshape(200, 2)[::-1].reshape(1, -1).copy(), slots, np.arange(0, 402, 2), 400, out)
+    assert np.array_equal(out, slots)
+
+
 def test_loads_that_drift_far_do_not_leave_incremental_behind() -> None:
     """Experts that become hot need replicas of others, which no single step can take away."""
     rng = np.random.default_rng(2)
