@@ -43,16 +43,19 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
 @click.option("--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
 @click.option("--time-budget-ms", type=click.FloatRange(0.1), help="Answer with the best so far after so long.")
 @click.option("--min-gain", type=click.FloatRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
+@click.option(
+    "--decode-pairs", type=click.IntRange(1), metavar="PAIRS", help="Score what a step of so many tokens x top-k reads."
+)
 @loads_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
 @click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")
 @click.option("--to", "target", type=click.Choice(_FORMS), default="json", show_default=True, help="Form of that file.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-@format_option("text", "json")
+@format_option("text", "json", "html")
 def command(
     loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
     allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
-    reading: Reading, seed: int, output: Path | None, target: str, force: bool, form: str,
+    decode_pairs: int | None, reading: Reading, seed: int, output: Path | None, target: str, force: bool, form: str,
 ) -> ExitCode:  # fmt: skip
     """Place experts for LOADS, and say how good that is, how good it could be, and what moving there costs.
 
@@ -65,6 +68,7 @@ def command(
     Examples:
       eplbctl plan loads.npz --ranks 32 --slots 288
       eplbctl plan loads.npz --ranks 8 --slots 288 --current now.json --policy greedy,incremental --min-gain 2
+      eplbctl plan loads.npz --ranks 32 --slots 288 --policy static,greedy,refine --format html > plan.html
       eplbctl plan loads.npz --ranks 8 --slots 288 --policy refine -o placement.yaml --to tensorrt_llm
     """
     from eplbctl.render import plans as render
@@ -77,11 +81,15 @@ def command(
     problem = _problem(read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed)
     gain = None if min_gain is None else min_gain / 100
     solutions = _solved(problem, policies)
-    certificates = _certified(problem, solutions, gain)
+    certificates = _certified(problem, solutions, gain, decode_pairs)
     written = None if output is None else _write(read, problem, solutions[-1], output, target)
-    made = render.plans_text if form == "text" else render.plans_json
     current_read = None if placed is None else placed.read
-    Destination(None).write(made(read, certificates, written, current_read))
+    if form == "html":
+        made = _page(read, problem, solutions, certificates, current_read)
+    else:
+        render_as = render.plans_text if form == "text" else render.plans_json
+        made = render_as(read, certificates, written, current_read)
+    Destination(None).write(made)
     return ExitCode.INVALID if certificates[-1].pays is False else ExitCode.VALID
 
 
@@ -117,10 +125,21 @@ def _solved(problem: Problem, policies: str) -> list[Solution]:
     return [solve(problem, name) for name in names]
 
 
-def _certified(problem: Problem, solutions: list[Solution], gain: float | None) -> list[Certificate]:
+def _certified(problem: Problem, solutions: list[Solution], gain: float | None, pairs: int | None) -> list[Certificate]:
     from moe_eplb.planning.certificate import certify
 
-    return [certify(problem, solution, min_gain=gain) for solution in solutions]
+    return [certify(problem, solution, min_gain=gain, decode_pairs=pairs) for solution in solutions]
+
+
+def _page(
+    loads: LoadSet, problem: Problem, solutions: list[Solution], certificates: list[Certificate],
+    current: LossReport | None,
+) -> str:  # fmt: skip
+    from eplbctl.render.plan_page import plans_page
+    from moe_eplb.planning.heat import LEVELS, slot_levels
+
+    levels = [slot_levels(problem, solution) for solution in solutions]
+    return plans_page(loads, certificates, levels, LEVELS, current)
 
 
 def _write(loads: LoadSet, problem: Problem, solution: Solution, output: Path, form: str) -> LossReport:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from moe_eplb.analysis.exposed import Stretch
     from moe_eplb.analysis.trace_report import TraceReport
 
-__all__ = ["page"]
+__all__ = ["cells", "digest", "page", "template"]
 
 _SCRIPTS = ("report.data.js", "report.draw.js", "report.map.js", "report.js")
 _MARKS = {Status.VALID: "✓", Status.UNKNOWN: "?", Status.INVALID: "✗"}
@@ -60,17 +60,17 @@ def page(report: TraceReport, capture: Capture, title: str, selection: Selection
     """
     timeline = make_timeline(capture, selection)
     data = timeline_data(timeline, inert)
-    style, script = _text("report.css"), _script()
+    style, script = template("report.css"), _script()
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    made = environment.from_string(_text("report.html.j2")).render(
+    made = environment.from_string(template("report.html.j2")).render(
         title=inert(title), facts=_facts(report, timeline), warnings=_texts([report.incomplete]),
         notes=_texts(_remarks(report)), checks=_checks(report.checks),
         picture_notes=_texts(data.pop("notes")), stretches=_stretches(report.exposed, timeline),
-        summary=_cells(next((t for t in tables(report) if t.title == "Overlap"), None)),
-        tables=[_cells(t) for t in tables(report) if t.rows and t.title not in _ELSEWHERE],
-        layers=_cells(_layers(timeline)), map_note=timeline.heat.note, map_most=_most(timeline),
+        summary=cells(next((t for t in tables(report) if t.title == "Overlap"), None)),
+        tables=[cells(t) for t in tables(report) if t.rows and t.title not in _ELSEWHERE],
+        layers=cells(_layers(timeline)), map_note=timeline.heat.note, map_most=_most(timeline),
         has_balancer=report.pairs["balancer"].whole.total > 0,
-        style=Markup(style), style_hash=_digest(style), script=Markup(script), script_hash=_digest(script),
+        style=Markup(style), style_hash=digest(style), script=Markup(script), script_hash=digest(script),
         data=_json(data | _looks() | _marks(report.exposed, timeline) | {"asked": bool(report.selection)}),
     )  # fmt: skip
     return made
@@ -105,7 +105,7 @@ def _checks(checks: Sequence[CheckResult]) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def _cells(part: Table | None) -> dict[str, Any] | None:
+def cells(part: Table | None) -> dict[str, Any] | None:
     """A table whose cells know whether they are numbers or names; None for one without rows."""
     if part is None or not part.rows:
         return None
@@ -196,12 +196,14 @@ def _script() -> str:
 
 def _scripts() -> Iterator[str]:
     for name in _SCRIPTS:
-        yield _text(name)
+        yield template(name)
 
 
-def _text(name: str) -> str:
+def template(name: str) -> str:
+    """A file that pages are made of."""
     return resources.files("eplbctl").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """How a page's own script or style is named in its Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eplbctl.render.interchange import loads_row, loads_told, loss_row, loss_told
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moe_eplb.planning.loads import LoadSet, LossReport
     from moe_eplb.planning.replay import Replayed
 
-__all__ = ["plans_json", "plans_text", "replay_json", "replay_text"]
+__all__ = ["compared", "decoded", "notes", "planned_for", "plans_json", "plans_text", "replay_json", "replay_text"]
 
 _WORST = 8
 _SHADES = " .:-=+*#%@"
@@ -26,10 +26,8 @@ def plans_text(
     loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
 ) -> str:
     """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
-    parts = tables_text([_compared(plans), _layers(loads, plans[-1])])
-    told = [] if current is None else [loss_told("the current placement", current)]
-    notes = [*dict.fromkeys(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)]
-    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes, loads_told(loads), *told])
+    parts = tables_text([compared(plans), decoded(plans), _layers(loads, plans[-1])])
+    return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes(loads, plans, current)])
 
 
 def plans_json(
@@ -67,18 +65,26 @@ def replay_json(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, r
 
 def _heading(loads: LoadSet, plan: Certificate) -> str:
     where = f"{plan.experts} experts in {plan.slots} slots of {plan.ranks} ranks, {len(plan.layers)} layers"
-    of = f"newest of {loads.windows} windows" if loads.windows > 1 else "one window"
-    if loads.windows > 1 and not loads.origin.in_order:
-        of = f"last of {loads.windows} windows, whose order is not known (--merge 0 sums them)"
-    return f"{loads.source}: {of}; {where}"
+    return f"{loads.source}: {planned_for(loads)}; {where}"
 
 
-def _compared(plans: Sequence[Certificate]) -> Table:
+def planned_for(loads: LoadSet) -> str:
+    """Which window plans are made for."""
+    if loads.windows == 1:
+        return "one window"
+    if not loads.origin.in_order:
+        return f"last of {loads.windows} windows, whose order is not known (--merge 0 sums them)"
+    return f"newest of {loads.windows} windows"
+
+
+def compared(plans: Sequence[Certificate]) -> Table:
+    """A row for each policy."""
     heads = (
         "policy",
         "balancedness",
         "worst layer",
         "above bound",
+        "free split",
         "moved",
         "ms to move",
         "pays after",
@@ -88,7 +94,8 @@ def _compared(plans: Sequence[Certificate]) -> Table:
     rows = [
         (
             plan.policy, f"{plan.balancedness:.4f}", f"{min(row.balancedness for row in plan.layers):.4f}",
-            f"{plan.gap:.2%}", f"{plan.moved:,} of {plan.kept + plan.moved:,}" if plan.before is not None else "-",
+            f"{plan.gap:.2%}", f"{plan.free_balancedness:.4f}",
+            f"{plan.moved:,} of {plan.kept + plan.moved:,}" if plan.before is not None else "-",
             f"{plan.migration_ms:,.1f}" if plan.before is not None else "-", _windows(plan.break_even),
             {None: "-", True: "pays", False: "does not pay"}[plan.pays], f"{plan.plan_ms:.1f}",
         )
@@ -98,7 +105,21 @@ def _compared(plans: Sequence[Certificate]) -> Table:
     note = (
         f"Balancedness of what is there: {before:.4f}." if before is not None else "Nothing is there yet (--current)."
     )
+    note += " Free split: its balancedness if tokens went to replicas in the best shares instead of equal ones."
     return Table("Policies", heads, rows, note)
+
+
+def decoded(plans: Sequence[Certificate]) -> Table:
+    """What a decode step reads under each policy; without rows where it was not asked for."""
+    scores = [(plan.policy, plan.decode) for plan in plans if plan.decode is not None]
+    rows = [
+        (policy, f"{score.touched:.2f}", f"{score.balancedness:.4f}", f"{score.read_us:,.1f}")
+        for policy, score in scores
+    ]
+    pairs = scores[0][1].pairs if scores else 0
+    note = "Expected, for pairs that are routed independently by the newest window's loads; each expert is read once."
+    heads = ("policy", "experts read on the worst rank", "balancedness of reads", "us to read, all layers")
+    return Table(f"A decode step of {pairs:,} routed pairs", heads, rows, note)
 
 
 def _windows(count: float | None) -> str:
@@ -134,6 +155,14 @@ def _shade(imbalance: float) -> str:
     if imbalance <= 0.01:
         return _SHADES[0]
     return _SHADES[min(len(_SHADES) - 1, 1 + int(math.log(imbalance / 0.01) / math.log(50) * (len(_SHADES) - 1)))]
+
+
+def notes(loads: LoadSet, plans: Sequence[Certificate], current: LossReport | None) -> Iterator[str]:
+    """What policies had to say, each once, and how the files were read."""
+    yield from dict.fromkeys(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)
+    yield loads_told(loads)
+    if current is not None:
+        yield loss_told("the current placement", current)
 
 
 def _replayed(loads: LoadSet, one: Replayed) -> tuple[Any, ...]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_eplb.core.errors import UsageError
-from moe_eplb.planning.problem import Loads, Problem
+from moe_eplb.planning.problem import Loads, Problem, Slots
 
-__all__ = ["Bounds", "exact_optimum", "lower_bounds"]
+__all__ = ["Bounds", "exact_optimum", "free_split", "lower_bounds"]
 
 _MOST_EXACT = 64
 """Slots beyond which the exact optimum is not looked for."""
@@ -53,6 +53,18 @@ def lower_bounds(problem: Problem, load: Loads) -> list[Bounds]:
         smallest = np.sort(row / max(most, 1))[: least_room - 1]
         found.append(Bounds(float(row.sum()) / ranks, replica, replica + float(smallest.sum())))
     return found
+
+
+def free_split(problem: Problem, slots: Slots, load: Loads) -> Loads:
+    """What a dispatch that divides an expert's tokens among its replicas as it likes could bring a placement to.
+
+    The least largest rank load [L] of placements [L, P]: no choice of replicas beats it, equal shares are above it.
+    """
+    from moe_eplb.planning import kernels
+
+    least: Loads = np.empty(len(load))
+    kernels.free_split_layers(load, slots, problem.first_slot, least)
+    return least
 
 
 def exact_optimum(load: Sequence[float], ranks: int, slots: int, *, time_limit_s: float = 10.0) -> float | None:

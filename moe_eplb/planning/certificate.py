@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_eplb.planning.bounds import lower_bounds
+from moe_eplb.planning.bounds import free_split, lower_bounds
+from moe_eplb.planning.decode import DecodeScore, score_decode
 from moe_eplb.planning.problem import Loads, Problem, Solution, rank_loads
 
 __all__ = ["Certificate", "LayerRow", "Links", "certify"]
@@ -16,7 +17,7 @@ __all__ = ["Certificate", "LayerRow", "Links", "certify"]
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """How fast weights move, in GB/s, how large a slot is, and what a routed token costs on its rank."""
+    """How fast weights move and are read, in GB/s, how large a slot is, and what a routed token costs on its rank."""
 
     slot_bytes: int = 44_040_192
     same_rank_gb_s: float = 1500.0
@@ -24,6 +25,7 @@ class Links:
     cross_node_gb_s: float = 25.0
     host_gb_s: float = 50.0
     us_per_token: float = 0.05
+    memory_gb_s: float = 3350.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Certificate:
     Attributes:
         balancedness: Sum over layers of the mean rank load / sum of the largest, which is what time goes by.
         mean_balancedness: Mean over layers of mean / largest, as others print it.
+        free_balancedness: The first of these if dispatch divided each expert's tokens among its replicas at best.
         before: The first of these for what was there, None if nothing was.
         gap: The share by which all largest loads together lie above their bounds.
         kept, moved: Slots.
@@ -55,6 +58,7 @@ class Certificate:
         saved_us: What one window's steps get shorter by.
         break_even: Windows after which the moves have paid; infinite if never, None if nothing was there.
         pays: Whether the gain is at least what the gate asks for; None without a gate.
+        decode: What a decode step reads; None where no size of one was given.
     """
 
     policy: str
@@ -64,6 +68,7 @@ class Certificate:
     layers: tuple[LayerRow, ...]
     balancedness: float
     mean_balancedness: float
+    free_balancedness: float
     before: float | None
     gap: float
     kept: int
@@ -77,6 +82,7 @@ class Certificate:
     plan_ms: float
     finished: bool
     notes: tuple[str, ...]
+    decode: DecodeScore | None = None
 
     @property
     def gain(self) -> float | None:
@@ -92,12 +98,14 @@ class Certificate:
 
 
 def certify(
-    problem: Problem, solution: Solution, links: Links | None = None, min_gain: float | None = None
-) -> Certificate:
+    problem: Problem, solution: Solution, links: Links | None = None, min_gain: float | None = None,
+    decode_pairs: int | None = None,
+) -> Certificate:  # fmt: skip
     """The certificate of a plan on the newest window.
 
     Args:
         min_gain: The least growth of the balancedness, as a share, for which a plan pays.
+        decode_pairs: Routed (token, k) pairs of a decode step, to score what it reads too.
     """
     links = links or Links()
     load, edges = problem.newest, problem.first_slot
@@ -123,11 +131,15 @@ def certify(
             for layer in range(problem.layers)
         ),
         balancedness=balance, mean_balancedness=float(np.mean(each)),
+        free_balancedness=_ratio(means, free_split(problem, solution.slots, load)),
         before=before, gap=_gap(float(largest.sum()), float(bounds.sum())), kept=int((~changed).sum()),
         moved=int(changed.sum()), bytes_by_link=by_link, migration_ms=milliseconds, saved_us=saved,
         break_even=_break_even(saved, milliseconds), min_gain=min_gain,
         pays=None if min_gain is None or gain is None else gain >= min_gain,
         plan_ms=solution.milliseconds, finished=solution.finished, notes=tuple(solution.notes),
+        decode=None if decode_pairs is None else score_decode(
+            problem, solution.slots, decode_pairs, links.slot_bytes, links.memory_gb_s
+        ),
     )  # fmt: skip
 
 

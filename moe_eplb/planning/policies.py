@@ -197,7 +197,7 @@ def _steps_from(
 
     layers, most = problem.layers, 2 * problem.slots
     tops, moves = np.zeros((layers, most + 1)), np.zeros((layers, most + 1), np.int64)
-    logs, steps = np.zeros((layers, most, 4), np.int32), np.zeros(layers, np.int64)
+    logs, steps = np.zeros((layers, most, 6), np.int32), np.zeros(layers, np.int64)
     budgets = np.full(layers, problem.slots, np.int64)
     step = layers if clock.end == np.inf else _CHUNK
     for first in range(0, layers, step):
@@ -205,8 +205,8 @@ def _steps_from(
             break
         part = slice(first, first + step)
         kernels.step_layers(
-            load[part], home[part], problem.first_slot, problem.allow_duplicates, targets[part], budgets[part],
-            tops[part], moves[part], logs[part], steps[part],
+            load[part], home[part], problem.first_slot, problem.room, problem.allow_duplicates, targets[part],
+            budgets[part], tops[part], moves[part], logs[part], steps[part],
         )  # fmt: skip
     return tops, moves, logs, steps
 
@@ -245,7 +245,23 @@ def _shared(
         taken[layer] = end
         budget -= price
         whole += float(tops[layer, end] - tops[layer, begin])
+    _trim(tops, moves, taken, enough - whole)
     return taken
+
+
+def _trim(tops: Loads, moves: NDArray[np.int64], taken: NDArray[np.int64], spare: float) -> None:
+    """Take back last steps for as long as the largest loads' sum stays enough: the most moved slots first."""
+    while True:
+        best, where, back = 0, -1, 0
+        for layer, end in enumerate(taken.tolist()):
+            more, saved = tops[layer, :end] - tops[layer, end], moves[layer, end] - moves[layer, :end]
+            saved = np.where(more <= spare, saved, 0)
+            if end and int(saved.max()) > best:
+                best, where, back = int(saved.max()), layer, int(np.argmax(saved))
+        if where < 0:
+            return
+        spare -= float(tops[where, back] - tops[where, taken[where]])
+        taken[where] = back
 
 
 def _usable(problem: Problem) -> tuple[Slots, tuple[str, ...]]:

@@ -43,6 +43,17 @@ def test_policies_side_by_side(call: Call, loads: Path) -> None:
     assert plans["layer_ids"] == [1, 2, 4]
 
 
+def test_decode_steps_are_scored_by_what_they_read(call: Call, loads: Path) -> None:
+    asked = ("plan", str(loads), *SIZE, "--decode-pairs", "64")
+    text = call(*asked).out
+    plans = json.loads(call(*asked, "--format", "json").out)["plans"]
+    assert "A decode step of 64 routed pairs" in text
+    for plan in plans:
+        assert 0 < plan["decode"]["touched"] <= 6
+        assert f"{plan['decode']['read_us']:,.1f}" in text
+    assert "decode step" not in call("plan", str(loads), *SIZE).out
+
+
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_placements_in_every_form(call: Call, loads: Path, form: str) -> None:
     answer = call("plan", str(loads), *SIZE, "-o", "p", "--to", form)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_eplb.core.errors import UsageError
-from moe_eplb.planning.bounds import exact_optimum, lower_bounds
+from moe_eplb.planning.bounds import exact_optimum, free_split, lower_bounds
 from moe_eplb.planning.certificate import Links, certify
 from moe_eplb.planning.policies import solve
 from moe_eplb.planning.problem import Problem, Solution
@@ -60,6 +60,43 @@ def test_the_example_whose_optimum_is_known() -> None:
     assert exact_optimum([600, 560, 120, 120, 20, 10, 10, 10], 8, 16, time_limit_s=60) == pytest.approx(
         196.6667, abs=1e-3
     )
+
+
+def _free_by_linear_program(load: np.ndarray, slots: list[int], ranks: int) -> float:
+    from scipy.optimize import linprog
+
+    size, held = len(slots) // ranks, [slot for slot, expert in enumerate(slots) if expert >= 0]
+    column = {slot: number for number, slot in enumerate(held)}
+    equal = np.zeros((len(load), len(held) + 1))
+    less = np.zeros((ranks, len(held) + 1))
+    for slot in held:
+        equal[slots[slot], column[slot]] = 1
+        less[slot // size, column[slot]] = 1
+    less[:, -1] = -1
+    goal = np.zeros(len(held) + 1)
+    goal[-1] = 1
+    return float(linprog(goal, A_ub=less, b_ub=np.zeros(ranks), A_eq=equal, b_eq=load).fun)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_free_split_is_that_of_the_linear_program(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranks = int(rng.integers(2, 8))
+    experts = int(rng.integers(ranks, 4 * ranks))
+    size = min(-(-experts // ranks) + int(rng.integers(0, 3)), experts)
+    load = np.round(np.exp(rng.normal(0, 1.5, (2, experts))) * 10)
+    problem = Problem(load, ranks, ranks * size)
+    slots = solve(problem, "static").slots
+    found = free_split(problem, slots, load)
+    for layer in range(2):
+        assert found[layer] == pytest.approx(_free_by_linear_program(load[layer], slots[layer].tolist(), ranks))
+    equal = Solution("x", slots, 0.0).rank_loads(load, problem).max(axis=1)
+    assert (found <= equal * (1 + 1e-9)).all()
+
+
+def test_a_free_split_of_nothing_and_with_empty_ranks() -> None:
+    problem = Problem(np.array([[0.0, 0.0], [3.0, 1.0]]), 2, 4, masked_ranks=(1,))
+    assert free_split(problem, np.array([[0, 1, -1, -1]] * 2, np.int32), problem.newest).tolist() == [0.0, 4.0]
 
 
 def test_too_large_for_an_exact_optimum() -> None:

@@ -10,23 +10,56 @@ __all__ = ["floor_of", "greedy_layer", "greedy_layers", "replicate"]
 
 
 @compiled
+def _sink(keys, ids, at, size):
+    """Let an entry of a heap sink to where it belongs: the least key on top, of equals the least id."""
+    key, one = keys[at], ids[at]
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and (
+            keys[child + 1] < keys[child] or (keys[child + 1] == keys[child] and ids[child + 1] < ids[child])
+        ):
+            child += 1
+        if keys[child] > key or (keys[child] == key and ids[child] > one):
+            break
+        keys[at], ids[at] = keys[child], ids[child]
+        at = child
+    keys[at], ids[at] = key, one
+
+
+@compiled
+def _rise(keys, ids, key, one, size):
+    """Add an entry to a heap of so many; how many there are then."""
+    at = size
+    while at > 0:
+        parent = (at - 1) // 2
+        if keys[parent] < key or (keys[parent] == key and ids[parent] < one):
+            break
+        keys[at], ids[at] = keys[parent], ids[parent]
+        at = parent
+    keys[at], ids[at] = key, one
+    return size + 1
+
+
+@compiled
 def replicate(load, total, most, counts):
     """Replicas of each expert into `counts` [E]: one each, the next to the largest load per replica, lower ids first.
 
     No expert gets more than `most`. Optimal for the largest load per replica.
     """
     experts = len(load)
-    share = np.empty(experts)
+    keys, ids = np.empty(experts), np.arange(experts)
+    counts[:] = 1
     for expert in range(experts):
-        counts[expert] = 1
-        share[expert] = load[expert] if most > 1 else -1.0
+        keys[expert] = -load[expert] if most > 1 else 1.0
+    for at in range(experts // 2 - 1, -1, -1):
+        _sink(keys, ids, at, experts)
     for _ in range(total - experts):
-        chosen = 0
-        for expert in range(1, experts):
-            if share[expert] > share[chosen]:
-                chosen = expert
+        chosen = ids[0]
         counts[chosen] += 1
-        share[chosen] = load[chosen] / counts[chosen] if counts[chosen] < most else -1.0
+        keys[0] = -load[chosen] / counts[chosen] if counts[chosen] < most else 1.0
+        _sink(keys, ids, 0, experts)
 
 
 @compiled
@@ -49,7 +82,7 @@ def _holds(expert, begin, count, slots):
 
 
 @compiled
-def _make_room(expert, share, first, room, used, held, slots, last):
+def _make_room(expert, share, first, room, used, held, slots):
     """Put a replica where another expert lay, and that one into a rank that has room but holds the replica's expert."""
     ranks = len(room)
     best_slot, best_rank, best_open, best_top = -1, -1, -1, np.inf
@@ -72,7 +105,16 @@ def _make_room(expert, share, first, room, used, held, slots, last):
     held[best_open] += share[other]
     slots[best_slot] = expert
     held[best_rank] += share[expert] - share[other]
-    last[best_rank] = expert
+
+
+@compiled
+def _open_ranks(room, used, held, keys, ids):
+    """A heap of the ranks that have room, the least loaded on top; how many."""
+    count = 0
+    for rank in range(len(room)):
+        if used[rank] < room[rank]:
+            count = _rise(keys, ids, held[rank], rank, count)
+    return count
 
 
 @compiled
@@ -90,25 +132,36 @@ def greedy_layer(load, first, room, duplicates, slots):
     counts = np.empty(experts, np.int64)
     replicate(load, total, total if duplicates else open_ranks, counts)
     share = load / counts
-    order = np.argsort(-share, kind="mergesort")
-    used = np.zeros(ranks, np.int64)
-    held = np.zeros(ranks)
-    last = np.full(ranks, -1, np.int64)
+    used, held = np.zeros(ranks, np.int64), np.zeros(ranks)
+    keys, ids, aside = np.empty(ranks), np.empty(ranks, np.int64), np.empty(ranks, np.int64)
+    count = _open_ranks(room, used, held, keys, ids)
     slots[:] = -1
-    for expert in order:
+    for expert in np.argsort(-share, kind="mergesort"):
+        left_out, crowded = 0, False
         for _ in range(counts[expert]):
-            best = -1
-            for rank in range(ranks):
-                open_to_it = used[rank] < room[rank] and (duplicates or last[rank] != expert)
-                if open_to_it and (best < 0 or held[rank] < held[best]):
-                    best = rank
-            if best < 0:
-                _make_room(expert, share, first, room, used, held, slots, last)
+            if count == 0:
+                _make_room(expert, share, first, room, used, held, slots)
+                crowded = True
                 continue
+            best = ids[0]
             slots[first[best] + used[best]] = expert
             used[best] += 1
             held[best] += share[expert]
-            last[best] = expert
+            if duplicates and used[best] < room[best]:
+                keys[0] = held[best]
+            else:
+                count -= 1
+                keys[0], ids[0] = keys[count], ids[count]
+                if used[best] < room[best]:
+                    aside[left_out] = best
+                    left_out += 1
+            if count > 0:
+                _sink(keys, ids, 0, count)
+        if crowded:
+            count = _open_ranks(room, used, held, keys, ids)
+        else:
+            for index in range(left_out):
+                count = _rise(keys, ids, held[aside[index]], aside[index], count)
 
 
 @compiled

@@ -8,6 +8,9 @@ from moe_eplb.planning.kernels.compiled import compiled
 
 __all__ = ["relabel", "relabel_layers", "settle_layers"]
 
+_MOST_EXACT = 128
+"""Ranks beyond which they are matched one after the other: the best matching's time grows with their third power."""
+
 
 @compiled
 def _assign(cost):
@@ -72,10 +75,26 @@ def _settle(held, home, begin, out):
 
 
 @compiled
+def _assign_in_turn(cost):
+    """For each row, in their order, the column with the least cost that is still free [N, N]."""
+    count = len(cost)
+    match, taken = np.empty(count, np.int64), np.zeros(count, np.uint8)
+    for row in range(count):
+        best = -1
+        for column in range(count):
+            if taken[column] == 0 and (best < 0 or cost[row, column] < cost[row, best]):
+                best = column
+        match[row] = best
+        taken[best] = 1
+    return match
+
+
+@compiled
 def relabel(slots, home, first, experts, out):
     """The same sets of experts on other ranks and slots, so that as many as possible lie where they lay in `home`.
 
-    Ranks are matched by the largest sum of common experts (Kuhn-Munkres, shortest augmenting paths); within a rank an
+    Ranks are matched by the largest sum of common experts (Kuhn-Munkres, shortest augmenting paths; in turn where
+    there are more than 128); within a rank an
     expert that lay there keeps its slot. All ranks must have as many slots.
     """
     ranks = len(first) - 1
@@ -96,7 +115,7 @@ def relabel(slots, home, first, experts, out):
                 seen[expert] += 1
                 common += seen[expert] <= there[rank, expert]
             cost[new, rank] = -common
-    match = _assign(cost)
+    match = _assign(cost) if ranks <= _MOST_EXACT else _assign_in_turn(cost)
     for new in range(ranks):
         rank = match[new]
         _settle(slots[first[new] : first[new + 1]], home, first[rank], out)

@@ -6,7 +6,8 @@ import numpy as np
 
 from moe_eplb.planning.kernels.compiled import compiled
 from moe_eplb.planning.kernels.greedy import floor_of
-from moe_eplb.planning.kernels.search import improve, measure
+from moe_eplb.planning.kernels.search import improve
+from moe_eplb.planning.kernels.state import exchange, new_state, replace, set_layer
 
 __all__ = ["kick", "refine_layers"]
 
@@ -22,38 +23,18 @@ def _draw(state, below):
 
 
 @compiled
-def kick(load, slots, first, duplicates, state, strength):
-    """Exchange and replace some slots at random; `state` is one uint64 of a xorshift generator, changed in place."""
-    ranks, experts = len(first) - 1, len(load)
-    counts, held = np.empty(experts, np.int64), np.empty(ranks)
-    lies = np.empty((experts, ranks), np.int16)
-    measure(load, slots, first, counts, held, lies)
-    total = len(slots)
-    rank_of = np.empty(total, np.int64)
-    for rank in range(ranks):
-        rank_of[first[rank] : first[rank + 1]] = rank
+def kick(state, duplicates, random, strength):
+    """Exchange and replace some slots at random; `random` is one uint64 of a xorshift generator, changed in place."""
+    slots, lies, total = state.slots, state.lies, len(state.slots)
     for _ in range(strength):
-        one, two = _draw(state, total), _draw(state, total)
-        x, y, a, b = slots[one], slots[two], rank_of[one], rank_of[two]
+        one, two = _draw(random, total), _draw(random, total)
+        x, y, a, b = slots[one], slots[two], state.rank_of[one], state.rank_of[two]
         if x < 0 or y < 0 or a == b or x == y:
             continue
-        if _draw(state, 2) == 0 and counts[x] > 1 and (duplicates or lies[y, a] == 0):
-            slots[one] = y
-            counts[x] -= 1
-            counts[y] += 1
-            lies[x, a] -= 1
-            lies[y, a] += 1
+        if _draw(random, 2) == 0 and state.counts[x] > 1 and (duplicates or lies[y, a] == 0):
+            replace(state, one, y)
         elif duplicates or (lies[x, b] == 0 and lies[y, a] == 0):
-            slots[one], slots[two] = y, x
-            lies[x, a] -= 1
-            lies[x, b] += 1
-            lies[y, a] += 1
-            lies[y, b] -= 1
-
-
-@compiled
-def _nothing():
-    return np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64), np.empty((0, 4), np.int32)
+            exchange(state, one, two)
 
 
 @compiled
@@ -67,24 +48,23 @@ def refine_layers(loads, first, room, duplicates, tolerance, most_steps, kicks, 
     for rank in range(ranks):
         total += room[rank]
         open_ranks += room[rank] > 0
-    none, no_tops, no_moves, no_log = _nothing()
-    state = np.array([seed * 2654435761 + 88172645463325252], np.uint64)
+    random = np.array([seed * 2654435761 + 88172645463325252], np.uint64)
+    state = new_state(experts, first)
     for layer in range(len(loads)):
         load = loads[layer]
         mean = load.sum() / max(open_ranks, 1)
         bound = max(mean, floor_of(load, total, total if duplicates else open_ranks))
         target = bound * (1.0 + tolerance)
-        top, _ = improve(load, slots[layer], first, duplicates, target, none, 0, most_steps, no_tops, no_moves, no_log)
-        best = slots[layer].copy()
-        trial = np.empty(len(best), np.int32)
+        set_layer(state, load, slots[layer])
+        best = improve(state, duplicates, target, most_steps)
+        slots[layer] = state.slots
         for turn in range(kicks):
-            if top <= target:
+            if best <= target:
                 break
-            trial[:] = best
-            kick(load, trial, first, duplicates, state, 2 + turn % 4)
-            found, _ = improve(load, trial, first, duplicates, target, none, 0, most_steps, no_tops, no_moves, no_log)
-            if found < top:
-                top = found
-                best[:] = trial
-        slots[layer] = best
-    return experts
+            kick(state, duplicates, random, 2 + turn % 4)
+            found = improve(state, duplicates, target, most_steps)
+            if found < best:
+                best = found
+                slots[layer] = state.slots
+            else:
+                set_layer(state, load, slots[layer])

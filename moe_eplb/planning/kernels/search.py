@@ -1,281 +1,180 @@
-"""Local search on one layer: exchanges of slots and changes of replicas that lower the largest rank load.
-
-A layer's state is its slots [P], the replicas of each expert [E], the load of each rank [R], how many replicas of each
-expert lie on each rank [E, R], and what a replica of each expert carries [E].
-"""
+"""Local search on one layer: steps that lower the largest rank load, until it is low enough or none does."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from moe_eplb.planning.kernels.compiled import compiled
+from moe_eplb.planning.kernels.fixes import find_fix
+from moe_eplb.planning.kernels.greedy import replicate
+from moe_eplb.planning.kernels.state import exchange, new_state, replace, set_layer, weigh
+from moe_eplb.planning.kernels.steps import best_replace, best_swap, order_ranks
 
-__all__ = ["improve", "measure", "replay_steps", "step_layers"]
+__all__ = ["improve", "recount", "replay_steps", "step_layers", "stepwise"]
 
-
-@compiled
-def measure(load, slots, first, counts, held, lies):
-    """The state of a placement: replicas [E], rank loads [R], replicas on each rank [E, R]; the largest rank load."""
-    counts[:] = 0
-    lies[:] = 0
-    for rank in range(len(held)):
-        for slot in range(first[rank], first[rank + 1]):
-            if slots[slot] >= 0:
-                counts[slots[slot]] += 1
-                lies[slots[slot], rank] += 1
-    top = 0.0
-    for rank in range(len(held)):
-        held[rank] = 0.0
-        for slot in range(first[rank], first[rank + 1]):
-            if slots[slot] >= 0:
-                held[rank] += load[slots[slot]] / counts[slots[slot]]
-        top = max(top, held[rank])
-    return top
+_LITTLE = 2e-4
+"""Share of the largest load: exchanges that bring no more than this are weighed against changes of replicas."""
+_ENOUGH = 1e-6
+"""Share of the largest load that a step must bring."""
 
 
 @compiled
-def _cost(slot, old, new, home):
-    """How many more slots than before differ from `home` when a slot's expert changes."""
-    if len(home) == 0:
-        return 1
-    return int(home[slot] != new) - int(home[slot] != old)
-
-
-@compiled
-def _worth(gain, need):
-    """What lowers a rank further than it has to be is worth little more than what lowers it that far."""
-    return gain if gain <= need else need + (gain - need) * 0.01
-
-
-@compiled
-def _wanted(worth, need):
-    """What must be gained for so much worth, the inverse of `_worth`."""
-    return worth if worth <= need else need + (worth - need) * 100.0
-
-
-@compiled
-def _best_swap(a, share, slots, first, held, lies, duplicates, home, budget, need):
-    """The exchange of a slot of rank `a` that lowers the larger of both ranks most for each moved slot."""
-    ranks = len(held)
-    top = held[a]
-    best_gain, best_one, best_two, best_rank = 0.0, -1, -1, -1
-    for b in range(ranks):
-        gap = top - held[b]
-        if b == a or gap <= 0.0:
-            continue
-        # No exchange with `b` brings more than half the gap.
-        if len(home) == 0 and gap * 0.5 <= best_gain:
-            continue
-        for one in range(first[a], first[a + 1]):
-            x = slots[one]
-            if x < 0 or (not duplicates and lies[x, b] > 0):
-                continue
-            for two in range(first[b], first[b + 1]):
-                y = slots[two]
-                if y < 0:
-                    continue
-                difference = share[x] - share[y]
-                if difference <= 0.0 or difference >= gap:
-                    continue
-                gain = min(difference, gap - difference)
-                if len(home) == 0:
-                    if gain <= best_gain:
-                        continue
-                    price = 1
-                else:
-                    price = _cost(one, x, y, home) + _cost(two, y, x, home)
-                    if price > budget:
-                        continue
-                    gain = _worth(gain, need) / price if price > 0 else gain * 2.0
-                    if gain <= best_gain:
-                        continue
-                if not duplicates and lies[y, a] > 0:
-                    continue
-                best_gain, best_one, best_two, best_rank = gain, one, two, b
-    return best_gain, best_one, best_two, best_rank
-
-
-@compiled
-def _after_replace(rank, old, new, share, up, down, held, lies, most):
-    """The largest load of the ranks that an expert's replacement touches, or `most` as soon as one reaches it."""
-    more, less = up[old] - share[old], down[new] - share[new]
-    largest = held[rank] + lies[old, rank] * more + lies[new, rank] * less - up[old] + down[new]
-    if largest >= most:
-        return most
-    for other in range(len(held)):
-        if other != rank and lies[old, other] > 0:
-            largest = max(largest, held[other] + lies[old, other] * more + lies[new, other] * less)
-            if largest >= most:
-                return most
-    return largest
-
-
-@compiled
-def _best_replace(a, slots, first, counts, share, up, down, held, lies, duplicates, home, budget, from_gain, need):
-    """The change of one slot's expert that lowers rank `a` most for each moved slot.
-
-    Either a slot of `a` takes a lighter replica, or a slot elsewhere takes a replica of an expert that lies on `a`.
-    """
-    ranks, top = len(held), held[a]
-    best_gain, best_slot, best_new = from_gain, -1, -1
-    for slot in range(first[a], first[a + 1]):
-        old = slots[slot]
-        if old < 0 or counts[old] < 2:
-            continue
-        for new in range(len(share)):
-            if share[old] - down[new] <= best_gain * 0.5 or new == old or (not duplicates and lies[new, a] > 0):
-                continue
-            price = _cost(slot, old, new, home)
-            wanted = _wanted(best_gain * max(price, 0.5), need)
-            if price > budget or share[old] - down[new] <= wanted:
-                continue
-            after = _after_replace(a, old, new, share, up, down, held, lies, top - wanted)
-            if after >= top - wanted:
-                continue
-            gain = _worth(top - after, need) / max(price, 0.5)
-            if gain > best_gain:
-                best_gain, best_slot, best_new = gain, slot, new
-    for source in range(first[a], first[a + 1]):
-        new = slots[source]
-        if new < 0 or (share[new] - down[new]) * lies[new, a] <= best_gain * 0.5:
-            continue
-        less = (share[new] - down[new]) * lies[new, a]
-        for b in range(ranks):
-            if b == a or held[b] >= top or (not duplicates and lies[new, b] > 0):
-                continue
-            for slot in range(first[b], first[b + 1]):
-                old = slots[slot]
-                if old < 0 or old == new or counts[old] < 2:
-                    continue
-                price = _cost(slot, old, new, home)
-                wanted = _wanted(best_gain * max(price, 0.5), need)
-                # Rank `a` gets lighter by its share of the new replica, and heavier if it holds what was replaced.
-                after = held[a] - less + lies[old, a] * (up[old] - share[old])
-                if price > budget or top - after <= wanted:
-                    continue
-                largest = max(after, _after_replace(b, old, new, share, up, down, held, lies, top - wanted))
-                if largest >= top - wanted:
-                    continue
-                gain = _worth(top - largest, need) / max(price, 0.5)
-                if gain > best_gain:
-                    best_gain, best_slot, best_new = gain, slot, new
-    return best_gain, best_slot, best_new
-
-
-@compiled
-def _shares(expert, load, counts, share, up, down):
-    """What a replica of an expert carries, and what it would with one replica fewer and one more."""
-    count = max(counts[expert], 1)
-    share[expert] = load[expert] / count
-    up[expert] = load[expert] / (count - 1) if count > 1 else np.inf
-    down[expert] = load[expert] / (count + 1)
-
-
-@compiled
-def _exchange(one, two, a, b, slots, share, held, lies):
-    """Slot `one` of rank `a` and slot `two` of rank `b` change their experts."""
-    x, y = slots[one], slots[two]
-    slots[one], slots[two] = y, x
-    held[a] += share[y] - share[x]
-    held[b] += share[x] - share[y]
-    lies[x, a] -= 1
-    lies[x, b] += 1
-    lies[y, a] += 1
-    lies[y, b] -= 1
-
-
-@compiled
-def _do_replace(slot, rank, new, load, slots, counts, share, up, down, held, lies):
-    old = slots[slot]
-    more, less = up[old] - share[old], down[new] - share[new]
-    lies[old, rank] -= 1
-    held[rank] -= share[old]
-    for other in range(len(held)):
-        held[other] += lies[old, other] * more + lies[new, other] * less
-    counts[old] -= 1
-    counts[new] += 1
-    _shares(old, load, counts, share, up, down)
-    _shares(new, load, counts, share, up, down)
-    lies[new, rank] += 1
-    held[rank] += share[new]
-    slots[slot] = new
-
-
-@compiled
-def improve(load, slots, first, duplicates, target, home, budget, most_steps, tops, moves, log):
-    """Lower the largest rank load by exchanges and changes of replicas until `target`, a local optimum, or the budget.
+def improve(state, duplicates, target, most_steps):
+    """Lower the largest rank load by exchanges and changes of replicas until `target` or a local optimum.
 
     Args:
-        load: [E]. slots: [P], changed in place. first: [R + 1].
+        state: Of the layer, changed in place.
         target: Largest rank load at which to stop.
-        home: Slots [P] that moves are counted against, empty when they are free.
-        budget: Slots that may differ from `home`.
-        most_steps: N, after which to stop.
-        tops, moves, log: The largest load [N + 1] and the slots that differ [N + 1] after each step, and for each step
-            two slots with their new experts [N, 4], -1 for none; or empty.
+        most_steps: After which to stop.
 
     Returns:
-        The largest rank load and the steps made.
+        The largest rank load.
     """
-    ranks, experts = len(first) - 1, len(load)
-    counts, held = np.empty(experts, np.int64), np.empty(ranks)
-    lies = np.empty((experts, ranks), np.int16)
-    measure(load, slots, first, counts, held, lies)
-    share, up, down = np.empty(experts), np.empty(experts), np.empty(experts)
-    for expert in range(experts):
-        _shares(expert, load, counts, share, up, down)
-    bound = len(home) > 0
-    moved = 0
-    if bound:
-        for slot in range(len(slots)):
-            moved += home[slot] != slots[slot]
-    steps = 0
-    while True:
-        a = 0
-        for rank in range(1, ranks):
-            if held[rank] > held[a]:
-                a = rank
-        top = held[a]
-        if len(tops) > 0:
-            tops[steps], moves[steps] = top, moved
-        if top <= target or steps == most_steps:
+    free, order = np.empty(0, np.int32), np.argsort(state.held)
+    for _ in range(most_steps):
+        order_ranks(state.held, order)
+        a = order[-1]
+        top = state.held[a]
+        if top <= target:
             break
-        left, need = (budget - moved, top - target) if bound else (2, np.inf)
-        enough = top * 1e-6
-        gain, one, two, b = _best_swap(a, share, slots, first, held, lies, duplicates, home, left, need)
+        gain, one, two = best_swap(state, a, order, duplicates, free, 2, np.inf)
         slot, new = -1, -1
-        if bound or gain <= top * 2e-4:
-            _, slot, new = _best_replace(
-                a, slots, first, counts, share, up, down, held, lies, duplicates, home, left, max(gain, enough), need
-            )
+        if gain <= top * _LITTLE:
+            _, slot, new = best_replace(state, a, duplicates, free, 2, np.inf, max(gain, top * _ENOUGH))
         if slot >= 0:
-            moved += _cost(slot, slots[slot], new, home)
-            rank = np.searchsorted(first, slot, side="right") - 1
-            _do_replace(slot, rank, new, load, slots, counts, share, up, down, held, lies)
-            one, two = slot, -1
-        elif gain > enough:
-            moved += _cost(one, slots[one], slots[two], home) + _cost(two, slots[two], slots[one], home)
-            _exchange(one, two, a, b, slots, share, held, lies)
+            replace(state, slot, new)
+        elif gain > top * _ENOUGH:
+            exchange(state, one, two)
         else:
             break
-        if len(tops) > 0:
-            log[steps, 0], log[steps, 1], log[steps, 2], log[steps, 3] = one, slots[one], two, -1
-            if two >= 0:
-                log[steps, 3] = slots[two]
-        steps += 1
-    return measure(load, slots, first, counts, held, lies), steps
+    return weigh(state)
 
 
 @compiled
-def step_layers(loads, homes, first, duplicates, targets, budgets, tops, moves, logs, steps):
-    """`improve` from `homes` [L, P] for every layer, N steps at most, written down; how many into `steps`."""
-    most = tops.shape[1] - 1
+def _find_step(state, a, target, order, duplicates, home, budget, chosen):
+    """The next step for rank `a`: its kind (0 none, 1 a change of a replica, 2 or 3 an exchange) and a new expert.
+
+    One moved slot that does it, then two or three that do, then whatever brings most for each moved slot.
+    """
+    top = state.held[a]
+    need = top - target
+    value, slot, new = best_replace(state, a, duplicates, home, budget, need, top * _ENOUGH)
+    if slot >= 0 and value >= need:
+        chosen[0] = slot
+        return 1, new
+    kind = find_fix(state, a, target, order, duplicates, home, budget, chosen)
+    if kind > 0:
+        return kind, -1
+    gain, one, two = best_swap(state, a, order, duplicates, home, budget, need)
+    if slot >= 0 and value >= gain:
+        chosen[0] = slot
+        return 1, new
+    if gain > top * _ENOUGH:
+        chosen[0], chosen[1] = one, two
+        return 2, -1
+    return 0, -1
+
+
+@compiled
+def _do_step(state, kind, new, chosen):
+    """Make a step; in a round each slot takes the expert of the one before it."""
+    if kind == 1:
+        replace(state, chosen[0], new)
+    for index in range(1, kind):
+        exchange(state, chosen[0], chosen[index])
+
+
+@compiled
+def _note(state, home, chosen, kind, steps, moved, tops, moves, log):
+    """Write down a step of so many slots that was made; the slots that differ from `home` after it."""
+    log[steps] = -1
+    for index in range(kind):
+        slot = chosen[index]
+        moved += home[slot] != state.slots[slot]
+        log[steps, 2 * index], log[steps, 2 * index + 1] = slot, state.slots[slot]
+    tops[steps + 1], moves[steps + 1] = state.held.max(), moved
+    return moved
+
+
+@compiled
+def stepwise(state, duplicates, target, home, budget, steps, tops, moves, log):
+    """Lower the largest rank load with few moved slots until `target`, a local optimum, or the budget.
+
+    Args:
+        state: Of the layer, changed in place.
+        target: Largest rank load at which to stop.
+        home: Slots [P] that moves are counted against.
+        budget: Slots that may differ from `home`.
+        steps: Steps that were made before.
+        tops, moves, log: The largest load [N + 1] and the slots that differ [N + 1] after each step, and for each step
+            up to three slots with their new experts [N, 6], -1 for none; N is the most steps. Those of the steps
+            before are there.
+
+    Returns:
+        The steps made, with those before.
+    """
+    order, chosen = np.argsort(state.held), np.empty(3, np.int64)
+    moved = moves[steps]
+    while True:
+        order_ranks(state.held, order)
+        a = order[-1]
+        if state.held[a] <= target or steps == len(log):
+            return steps
+        kind, new = _find_step(state, a, target, order, duplicates, home, budget - moved, chosen)
+        if kind == 0:
+            return steps
+        for index in range(kind):
+            moved -= home[chosen[index]] != state.slots[chosen[index]]
+        _do_step(state, kind, new, chosen)
+        moved = _note(state, home, chosen, kind, steps, moved, tops, moves, log)
+        steps += 1
+
+
+@compiled
+def recount(state, duplicates, total, most, home, budget, steps, tops, moves, log):
+    """Give each expert as many replicas as its load deserves (`replicate`), wherever that weighs least.
+
+    For where no single step helps any more: an expert that has become hot needs another replica, but what makes room
+    for it makes other ranks heavier than they may be. Steps from there lower the largest load again. Arguments are
+    those of `stepwise`, and of `replicate`; returns the steps made, with those before.
+    """
+    counts, chosen, moved = np.empty(len(state.load), np.int64), np.empty(3, np.int64), moves[steps]
+    replicate(state.load, total, most, counts)
+    for new in range(len(counts)):
+        while state.counts[new] < counts[new] and steps < len(log):
+            best, best_top = -1, np.inf
+            for slot in range(len(state.slots)):
+                old, rank = state.slots[slot], state.rank_of[slot]
+                if old < 0 or state.counts[old] <= counts[old] or (not duplicates and state.lies[new, rank] > 0):
+                    continue
+                if state.held[rank] - state.share[old] < best_top:
+                    best, best_top = slot, state.held[rank] - state.share[old]
+            if best < 0 or moved + 1 > budget:
+                break
+            moved -= home[best] != state.slots[best]
+            replace(state, best, new)
+            chosen[0] = best
+            moved = _note(state, home, chosen, 1, steps, moved, tops, moves, log)
+            steps += 1
+    return steps
+
+
+@compiled
+def step_layers(loads, homes, first, room, duplicates, targets, budgets, tops, moves, logs, steps):
+    """`stepwise` from `homes` [L, P] for every layer, and again with replicas counted anew where that is not enough."""
+    state, total, open_ranks = new_state(loads.shape[1], first), 0, 0
+    for rank in range(len(room)):
+        total += room[rank]
+        open_ranks += room[rank] > 0
+    most = total if duplicates else open_ranks
     for layer in range(len(loads)):
-        slots = homes[layer].copy()
-        _, steps[layer] = improve(
-            loads[layer], slots, first, duplicates, targets[layer], homes[layer], budgets[layer], most, tops[layer],
-            moves[layer], logs[layer],
-        )  # fmt: skip
+        home, target, budget, log = homes[layer], targets[layer], budgets[layer], logs[layer]
+        tops[layer, 0], moves[layer, 0] = set_layer(state, loads[layer], home), 0
+        made = stepwise(state, duplicates, target, home, budget, 0, tops[layer], moves[layer], log)
+        if tops[layer, made] > target:
+            made = recount(state, duplicates, total, most, home, budget, made, tops[layer], moves[layer], log)
+            made = stepwise(state, duplicates, target, home, budget, made, tops[layer], moves[layer], log)
+        steps[layer] = made
 
 
 @compiled
@@ -283,6 +182,6 @@ def replay_steps(logs, steps, slots):
     """Make the first so many steps of each layer's log on its slots [L, P]."""
     for layer in range(len(slots)):
         for step in range(steps[layer]):
-            slots[layer, logs[layer, step, 0]] = logs[layer, step, 1]
-            if logs[layer, step, 2] >= 0:
-                slots[layer, logs[layer, step, 2]] = logs[layer, step, 3]
+            for at in (0, 2, 4):
+                if logs[layer, step, at] >= 0:
+                    slots[layer, logs[layer, step, at]] = logs[layer, step, at + 1]
