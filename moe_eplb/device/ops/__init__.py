@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_eplb.device.ops import plain
-from moe_eplb.device.ops.plain import Choice
+from moe_eplb.device.ops.plain import FP8, Choice, quantize_rows
 
 __all__ = [
+    "FP8",
     "Choice",
     "add_blocks",
     "combine",
@@ -23,8 +24,11 @@ __all__ = [
     "pack_rows",
     "permute",
     "permute_rows",
+    "permute_rows_fp8",
+    "quantize_rows",
     "route",
     "swiglu",
+    "swiglu_fp8",
     "top_k",
 ]
 
@@ -68,10 +72,24 @@ def permute_rows(
     return rows, position, offs
 
 
+def permute_rows_fp8(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `plain.permute_rows_fp8`."""
+    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries)
+    return rows, scale, position, offs
+
+
 def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
     """See `plain.swiglu`."""
     result: Tensor = _at(rows).swiglu(rows, offs)
     return result
+
+
+def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `plain.swiglu_fp8`."""
+    values, scale = _at(rows).swiglu_fp8(rows, offs)
+    return values, scale
 
 
 def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FP8",
     "Choice",
     "add_blocks",
     "combine",
@@ -16,13 +17,25 @@ __all__ = [
     "pack_rows",
     "permute",
     "permute_rows",
+    "permute_rows_fp8",
+    "quantize_rows",
     "route",
     "swiglu",
+    "swiglu_fp8",
     "top_k",
 ]
 
 Choice = Literal["default", "renormalize_naive", "renormalize", "sigmoid"]
 """How `top_k` chooses and scales."""
+
+FP8 = torch.float8_e4m3fn
+"""What rows are quantised to: 4 bits of exponent, 3 of mantissa, no infinity."""
+
+LARGEST = 448.0
+"""The largest value of `FP8`, which the largest element of a row becomes."""
+
+LEAST_MAX = 2.0**-60
+"""Rows whose elements are all smaller are scaled as if one were this large, so that no scale is zero or subnormal."""
 
 BLOCK = 1024
 """Entries per block; the round-robin over replicas starts again in each (TensorRT-LLM's routing kernel)."""
@@ -96,11 +109,35 @@ def permute_rows(
         position, offs: As for `permute`.
     """
     position, offs = permute(slots, groups, cells)
-    flat, size = position.flatten().long(), slots.numel() if entries is None else entries
-    # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
-    source = torch.zeros(size + 1, dtype=torch.int64, device=slots.device)
-    source.scatter_(0, torch.where(flat >= 0, flat, size), torch.arange(flat.numel(), device=slots.device))
-    return hidden[source[:size].div(max(1, slots.shape[1]), rounding_mode="floor")], position, offs
+    return hidden[_sources(position, slots.numel() if entries is None else entries)], position, offs
+
+
+def permute_rows_fp8(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`permute_rows` of the hidden states as `quantize_rows` gives them; each is quantised once for all its entries.
+
+    Returns:
+        rows: `FP8` [N, D] and scale: float32 [N]; both hold anything after the last group's end.
+        position, offs: As for `permute`.
+    """
+    position, offs = permute(slots, groups, cells)
+    source = _sources(position, slots.numel() if entries is None else entries)
+    rows, scale = quantize_rows(hidden)
+    return rows[source], scale[source], position, offs
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., D] as `FP8` [..., D] and float32 scales [...], with ``row = fp8 * scale`` but for rounding.
+
+    A row's scale is its largest magnitude divided by `LARGEST`; a row of zeros stays one. Where an element is infinite
+    or undefined the scale is not finite either, so that no product with the row can be.
+    """
+    values = rows.to(torch.float32)
+    largest = values.abs().amax(dim=-1).clamp(min=LEAST_MAX) if rows.shape[-1] else values.new_zeros(rows.shape[:-1])
+    # Not `LARGEST / largest`, which torch rounds twice.
+    inverse = torch.full_like(largest, LARGEST) / largest
+    return (values * inverse.unsqueeze(-1)).to(FP8), largest * (1 / LARGEST)
 
 
 def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
@@ -108,8 +145,15 @@ def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
 
     With `offs` int32 [G] rows after its last end are nobody's, and their results hold anything.
     """
-    up, gate = rows.to(torch.float32).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(rows.dtype)
+    return _swiglu(rows).to(rows.dtype)
+
+
+def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`swiglu` quantised from float32 by `quantize_rows`: `FP8` [N, I] and scales float32 [N].
+
+    With `offs` int32 [G] rows after its last end are nobody's, and what comes of them holds anything.
+    """
+    return quantize_rows(_swiglu(rows))
 
 
 def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -170,6 +214,20 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     elif method == "sigmoid":
         best = best.sigmoid()
     return ids.to(torch.int32), best.contiguous()
+
+
+def _swiglu(rows: Tensor) -> Tensor:
+    up, gate = rows.to(torch.float32).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _sources(position: Tensor, size: int) -> Tensor:
+    """int64 [size]: the row whose entry stands at each place, 0 where none does."""
+    flat = position.flatten().long()
+    # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
+    source = torch.zeros(size + 1, dtype=torch.int64, device=position.device)
+    source.scatter_(0, torch.where(flat >= 0, flat, size), torch.arange(flat.numel(), device=position.device))
+    return source[:size].div(max(1, position.shape[1]), rounding_mode="floor")
 
 
 def _groups_of(flat: Tensor, groups: int, cells: Tensor | None) -> Tensor:

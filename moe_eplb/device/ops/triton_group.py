@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["permute", "permute_rows"]
+__all__ = ["permute", "permute_few", "permute_rows", "with_dense_rows"]
 
 _BLOCK = 128
 _CHUNK = 2048
@@ -36,7 +36,7 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
     position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
     if not slots.numel():
         return position, torch.zeros(groups, dtype=torch.int32, device=slots.device)
-    slots = _with_dense_rows(slots)
+    slots = with_dense_rows(slots)
     entries, blocks = slots.numel(), triton.cdiv(slots.numel(), _BLOCK)
     offs = torch.empty(groups, dtype=torch.int32, device=slots.device)
     below, first = torch.empty(2, groups, blocks, dtype=torch.int32, device=slots.device).unbind()
@@ -54,14 +54,22 @@ def permute_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `plain.permute_rows`."""
     size = slots.numel() if entries is None else entries
-    hidden = _with_dense_rows(hidden)
+    hidden = with_dense_rows(hidden)
     rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if not slots.numel() or slots.numel() > _SMALL:
         position, offs = permute(slots, groups, cells)
         if rows.numel():
             _copy(hidden, position, rows)
         return rows, position, offs
-    return (rows, *_permute_small(hidden, _with_dense_rows(slots), groups, cells, rows))
+    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, rows))
+
+
+def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`permute`, in one launch where there are few entries, as in a decode step."""
+    if not slots.numel() or slots.numel() > _SMALL:
+        return permute(slots, groups, cells)
+    nothing = torch.empty(slots.shape[0], 0, dtype=torch.float32, device=slots.device)
+    return _permute_small(nothing, with_dense_rows(slots), groups, cells, nothing)
 
 
 def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
@@ -94,7 +102,8 @@ def _table(slots: Tensor, groups: int, cells: Tensor | None) -> tuple[Tensor, in
     return (slots, groups) if cells is None else (cells, cells.numel())
 
 
-def _with_dense_rows(tensor: Tensor) -> Tensor:
+def with_dense_rows(tensor: Tensor) -> Tensor:
+    """A 2-dimensional tensor whose rows are dense, itself where it has them; rows may be strided."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_eplb.device.ops.triton_choose import histogram, route, top_k
+from moe_eplb.device.ops.triton_fp8 import permute_rows_fp8, swiglu_fp8
 from moe_eplb.device.ops.triton_group import permute, permute_rows
 from moe_eplb.device.ops.triton_rows import add_blocks, combine, pack_rows, swiglu
 
@@ -13,7 +14,9 @@ __all__ = [
     "pack_rows",
     "permute",
     "permute_rows",
+    "permute_rows_fp8",
     "route",
     "swiglu",
+    "swiglu_fp8",
     "top_k",
 ]

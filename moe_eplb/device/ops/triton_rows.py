@@ -32,7 +32,7 @@ def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
         tile = _ELEMENTS // block
         _swiglu[(triton.cdiv(count, tile), triton.cdiv(width, block))](
             rows.contiguous(), result, result if offs is None else offs, count, width, 0 if offs is None else len(offs),
-            tile, block,
+            offs is not None, tile, block,
         )  # fmt: skip
     return result
 
@@ -82,10 +82,12 @@ def _dividing(width: int, blocks: tuple[int, ...]) -> int:
 
 
 @triton.jit(do_not_specialize=["count"])
-def _swiglu(rows, result, offs, count, width, groups, tile: tl.constexpr, block: tl.constexpr):
+def _swiglu(
+    rows, result, offs, count, width, groups, bounded: tl.constexpr, tile: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     end = count
-    if groups > 0:
+    if bounded:  # known at compile time: without ends the pointer is another tensor's, of another type
         end = tl.minimum(tl.load(offs + groups - 1), count)
     if tl.program_id(0) * tile < end:
         column = tl.program_id(1) * block + tl.arange(0, block)
