@@ -10,12 +10,12 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from moe_eplb.core.dtypes import ITEM_BYTES, expert_tensor_bytes, state_dtype
 from moe_eplb.core.scenario_model import Scenario
 from moe_eplb.core.schedule import update_groups
 
 __all__ = ["Memory", "MoveTime", "memory_of", "move_time"]
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _HOST_ALIGN = 256
 
 
@@ -123,15 +123,10 @@ def _with_moves(scenario: Scenario, held: Memory) -> Memory:
     )
 
 
-def _feed_forward(hidden: int, intermediate: int) -> tuple[int, int]:
-    """Elements of ``w3_w1`` [2I, D] and ``w2`` [D, I]."""
-    return 2 * intermediate * hidden, hidden * intermediate
-
-
 def _layer_slots_bytes(scenario: Scenario) -> int:
     """All slots of one layer on one rank."""
     model = scenario.model
-    return scenario.slots_per_rank * sum(_feed_forward(model.hidden, model.intermediate)) * _ITEM_BYTES[model.dtype]
+    return scenario.slots_per_rank * sum(expert_tensor_bytes(model.dtype, model.hidden, model.intermediate))
 
 
 def _update_bytes(scenario: Scenario) -> int:
@@ -145,9 +140,9 @@ def _update_bytes(scenario: Scenario) -> int:
 def _router_bytes(scenario: Scenario) -> int:
     """[E, D], in float32 where no checkpoint says otherwise; deepseek_v3 has a bias [E] where its router chooses."""
     model = scenario.model
-    item = _ITEM_BYTES[model.dtype if model.hf is not None else "float32"]
+    item = ITEM_BYTES[state_dtype(model.dtype) if model.hf is not None else "float32"]
     biased = model.routing.method == "deepseek_v3" and scenario.workload.kind == "model"
-    return model.layers * model.experts * (model.hidden * item + (_ITEM_BYTES["float32"] if biased else 0))
+    return model.layers * model.experts * (model.hidden * item + (ITEM_BYTES["float32"] if biased else 0))
 
 
 def _shared_bytes(scenario: Scenario) -> int:
@@ -156,14 +151,15 @@ def _shared_bytes(scenario: Scenario) -> int:
     if not model.shared_intermediate:
         return 0
     gate = model.hidden if model.hf is not None and model.routing.method != "deepseek_v3" else 0
-    elements = sum(_feed_forward(model.hidden, model.shared_intermediate)) + gate
-    return model.layers * elements * _ITEM_BYTES[model.dtype]
+    dtype = state_dtype(model.dtype)
+    expert = sum(expert_tensor_bytes(dtype, model.hidden, model.shared_intermediate))
+    return model.layers * (expert + gate * ITEM_BYTES[dtype])
 
 
 def _host_shares(scenario: Scenario) -> list[int]:
     """For each rank, its part of one layer's host copies, whose tensors are aligned."""
     model, ranks = scenario.model, scenario.ranks
-    sizes = [elements * _ITEM_BYTES[model.dtype] for elements in _feed_forward(model.hidden, model.intermediate)]
+    sizes = expert_tensor_bytes(model.dtype, model.hidden, model.intermediate)
     expert = sum(-(-size // _HOST_ALIGN) * _HOST_ALIGN for size in sizes)
     return [((rank + 1) * model.experts // ranks - rank * model.experts // ranks) * expert for rank in range(ranks)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moe_eplb.core.dtypes import FP8, ITEM_BYTES
 from moe_eplb.core.problem import Problem
 from moe_eplb.core.yaml_source import Loc
 
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["problems"]
 
-_ROW_BYTES, _ITEM_BYTES = 16, {"float32": 4, "bfloat16": 2}
+_ROW_BYTES = 16
 _OF_DEEPSEEK_V3 = ("groups", "top_groups", "scale", "normalize")
 
 
 def problems(s: Scenario) -> Iterator[Problem]:
     """Everything wrong with the model of a scenario."""
-    for rule in (_experts, _alignment, _routing, _repeats, _checkpoint):
+    for rule in (_experts, _alignment, _fp8, _routing, _repeats, _checkpoint):
         yield from rule(s)
     if s.model.part == "whole":
         yield from _whole_model(s)
@@ -34,7 +35,7 @@ def _experts(s: Scenario) -> Iterator[Problem]:
 
 
 def _alignment(s: Scenario) -> Iterator[Problem]:
-    item = _ITEM_BYTES[s.model.dtype]
+    item = ITEM_BYTES[s.model.dtype]
     step = _ROW_BYTES // item
     for name in ("hidden", "intermediate"):
         size = getattr(s.model, name)
@@ -42,6 +43,17 @@ def _alignment(s: Scenario) -> Iterator[Problem]:
             what = f"{name} {size} does not fit grouped GEMM: {size * item} bytes of {s.model.dtype} are no multiple"
             hint = f"{name}: {max(step, round(size / step) * step)} is the nearest that fits"
             yield Problem(("model", name), f"{what} of {_ROW_BYTES}", "" if s.model.hf else hint, "E152")
+
+
+def _fp8(s: Scenario) -> Iterator[Problem]:
+    if s.model.dtype != FP8:
+        return
+    if s.model.backend == "fused":
+        what = "the batched product of backend 'fused' takes no scales, which fp8 experts have"
+        yield Problem(("model", "backend"), what, "use backend 'wide_ep' or 'grouped', or dtype 'bfloat16'", "E158")
+    if s.model.part == "whole":
+        what = "a whole model is loaded in one dtype, and none computes in fp8"
+        yield Problem(("model", "dtype"), what, "use part 'blocks', or dtype 'bfloat16'")
 
 
 def _routing(s: Scenario) -> Iterator[Problem]:

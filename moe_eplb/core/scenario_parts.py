@@ -50,8 +50,10 @@ class Model(Section):
 
     `shared_intermediate`: size of an expert that every token uses beside the routed ones, 0 for none.
     `repeated_layers`: layers that run more than once an iteration, as one shared by MTP steps does, and how often.
-    `hf`: folder of a Hugging Face checkpoint, whose ``config.json`` gives all sizes; without weights in it they are
-    drawn from the seed. `part`: the checkpoint's MoE ``blocks`` alone, or the ``whole`` model generating text.
+    `dtype`: of weights and hidden states; with ``float8_e4m3fn`` only the routed experts are fp8, with a scale for each
+    row, and all else is bfloat16. `hf`: folder of a Hugging Face checkpoint, whose ``config.json`` gives all sizes;
+    without weights in it they are drawn from the seed. `part`: the checkpoint's MoE ``blocks`` alone, or the ``whole``
+    model generating text.
     """
 
     layers: int = Field(ge=1, le=4096)
@@ -61,7 +63,7 @@ class Model(Section):
     intermediate: int = Field(default=32, ge=1, le=1 << 16)
     shared_intermediate: int = Field(default=0, ge=0, le=1 << 16)
     repeated_layers: dict[int, Annotated[int, Field(ge=2, le=16)]] = {}
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float8_e4m3fn"] = "float32"
     backend: Literal["wide_ep", "grouped", "fused"] = "wide_ep"
     routing: Routing = Routing()
     hf: str | None = None

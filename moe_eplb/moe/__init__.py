@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_eplb.moe.create_moe import BackendName, create_moe
-from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots
+from moe_eplb.moe.experts import ExpertSlots
 from moe_eplb.moe.fused_moe import FusedMoE
 from moe_eplb.moe.grouped_moe import GroupedMoE
 from moe_eplb.moe.routing import (
@@ -17,6 +17,7 @@ from moe_eplb.moe.routing import (
 )
 from moe_eplb.moe.routing_rule import RoutingRule
 from moe_eplb.moe.shape import MoeShape
+from moe_eplb.moe.weight_names import WEIGHT_NAMES
 from moe_eplb.moe.wide_ep import WideEPMoE
 
 __all__ = [

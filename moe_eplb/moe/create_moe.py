@@ -10,6 +10,7 @@ import torch
 from moe_eplb.balancer import get_moe_load_balancer
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import AuxStreamType, Device, Stream
+from moe_eplb.device.ops import FP8
 from moe_eplb.moe.fused_moe import FusedMoE
 from moe_eplb.moe.grouped_moe import GroupedMoE
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
@@ -34,25 +35,28 @@ def create_moe(
     aux_stream_dict: Mapping[AuxStreamType, Stream] | None = None,
     layer_idx: int = 0,
     moe_max_num_tokens: int | None = None,
+    expert_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> WideEPMoE | GroupedMoE | FusedMoE:
     """Make a MoE layer; K is the routing method's.
 
     Args:
         routing_method: Chooses experts.
-        num_experts, hidden_size, intermediate_size, dtype: Sizes E, D, I and the dtype of weights and hidden states.
+        num_experts, hidden_size, intermediate_size, dtype: Sizes E, D, I and the dtype of hidden states.
         device: Where the work runs.
         backend: "wide_ep" spreads experts over ranks and can be balanced; "grouped" and "fused" keep all on each rank.
         aux_stream_dict: Model-wide auxiliary streams. "wide_ep" takes the dictionary, the others the stream
             MoeChunkingOverlap alone; None makes own streams.
         layer_idx: Number of the layer in records.
         moe_max_num_tokens: The most tokens of one pass (of all ranks together with "wide_ep"); None for no limit.
+        expert_dtype: Of the experts' weights: `dtype`, or float8_e4m3fn with a scale for each row beside bfloat16.
         options: Further arguments of `WideEPMoE`; the other backends take only `ep_rank` and `ep_size`, for records.
 
     Raises:
-        BalancerError: E140 when a stream is missing, E158 when the backend does not exist or cannot do what is asked.
+        BalancerError: E140 when a stream is missing, E158 when the backend does not exist or cannot do what is asked,
+            E187 when the two dtypes do not fit, E188 when the device cannot multiply fp8.
     """
-    shape = MoeShape(num_experts, routing_method.top_k, hidden_size, intermediate_size, dtype)
+    shape = MoeShape(num_experts, routing_method.top_k, hidden_size, intermediate_size, dtype, expert_dtype)
     if backend == "wide_ep":
         return WideEPMoE(
             routing_method,
@@ -64,6 +68,13 @@ def create_moe(
             **options,
         )
     _check_local(backend, options)
+    if backend == "fused" and shape.weight_dtype is FP8:
+        raise BalancerError(
+            "E158",
+            "backend 'fused' has no fp8 experts",
+            why="its batched product takes no scales",
+            hint="use backend 'grouped', or dtype bfloat16",
+        )
     aux_stream = None
     if aux_stream_dict is not None:
         aux_stream = required_stream(

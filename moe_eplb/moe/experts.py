@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
+from moe_eplb.device.ops import FP8
+from moe_eplb.moe.fp8 import in_expert_dtype, require_fp8, scaled_product
+from moe_eplb.moe.weight_names import scale_name, weight_names
 
 __all__ = [
-    "WEIGHT_NAMES",
     "ExpertSlots",
     "Grouped",
     "Grouping",
@@ -26,9 +28,6 @@ __all__ = [
     "group_by_slot",
     "sum_over_k",
 ]
-
-WEIGHT_NAMES = ("w3_w1", "w2")
-"""Names of a slot's tensors: "w3_w1" [2I, D], the rows of w3 before those of w1, and "w2" [D, I]."""
 
 _ROW_BYTES = 16
 
@@ -61,6 +60,8 @@ class Grouped(NamedTuple):
     """int32 [M, K]: the row of each entry, -1 for none."""
     offs: Tensor
     """int32 [S + X]: end of each cell's entries."""
+    row_scale: Tensor | None = None
+    """float32 [N], where the rows are fp8."""
 
 
 def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:
@@ -95,15 +96,20 @@ def sum_over_k(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dt
 class ExpertSlots(nn.Module):
     """The S slots of a rank: one tensor a weight name, "w3_w1" [S + X, 2I, D] and "w2" [S + X, D, I].
 
+    In fp8, "w3_w1_scale" [S + X, 2I] and "w2_scale" [S + X, D] beside them.
+
     Slots live in S + X cells, the rows of these tensors; the X spare ones are where the balancer may write the experts
     that come next. Without spare cells it overwrites single slots in place. The tensors keep their addresses for the
     life of the module.
 
     Attributes:
         slot_cells: int32 [S], the cell of each slot; slot s lives in cell s at first.
+        dtype: Of the matrices.
+        names: Of all tensors.
 
     Raises:
-        BalancerError: E152 when a row of D or I elements is not a multiple of 16 bytes, which grouped GEMM needs.
+        BalancerError: E152 when a row of D or I elements is not a multiple of 16 bytes, which grouped GEMM needs; E188
+            when the device cannot multiply fp8.
     """
 
     def __init__(
@@ -118,14 +124,21 @@ class ExpertSlots(nn.Module):
         super().__init__()
         _check_alignment(hidden_size, intermediate_size, dtype)
         self.num_slots, self.spare = num_slots, spare
+        self.dtype, self.names = dtype, weight_names(dtype)
+        if dtype is FP8:
+            require_fp8(device or torch.device("cpu"))
         self.slot_cells = torch.arange(num_slots, dtype=torch.int32, device=device)
         shapes = {
             "w3_w1": (num_slots + spare, 2 * intermediate_size, hidden_size),
             "w2": (num_slots + spare, hidden_size, intermediate_size),
         }
         for name, shape in shapes.items():
-            weight = torch.zeros(shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+            self._add(name, torch.zeros(shape, dtype=dtype, device=device))
+            if scale_name(name) in self.names:
+                self._add(scale_name(name), torch.zeros(shape[:2], dtype=torch.float32, device=device))
+
+    def _add(self, name: str, weight: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def weight(self, name: str) -> Tensor:
         """The tensor of all cells: the very storage that `grouped_ffn` reads."""
@@ -142,7 +155,7 @@ class ExpertSlots(nn.Module):
     def by_cell(self) -> list[dict[str, Tensor]]:
         """For each cell, its tensors by name."""
         return [
-            {name: self.cell_tensor(cell, name) for name in WEIGHT_NAMES} for cell in range(self.num_slots + self.spare)
+            {name: self.cell_tensor(cell, name) for name in self.names} for cell in range(self.num_slots + self.spare)
         ]
 
     def group(self, hidden: Tensor, slots: Tensor, entries: int | None = None) -> Grouped:
@@ -153,36 +166,52 @@ class ExpertSlots(nn.Module):
             slots: Local slots; those outside [0, S) have no entry.
             entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
         """
-        cells = self.slot_cells if self.spare else None
-        return Grouped(*ops.permute_rows(hidden, slots, self.num_slots + self.spare, cells, entries))
+        cells, groups = self.slot_cells if self.spare else None, self.num_slots + self.spare
+        if self.dtype is FP8:
+            rows, row_scale, position, offs = ops.permute_rows_fp8(hidden, slots, groups, cells, entries)
+            return Grouped(rows, position, offs, row_scale)
+        return Grouped(*ops.permute_rows(hidden, slots, groups, cells, entries))
 
     def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
         """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""
         return _Slots(self)
 
     def load(self, local_slot: int, weights: Mapping[str, Tensor]) -> None:
-        """Copy an expert's tensors, by name, into a slot.
+        """Copy an expert's tensors, by name, into a slot; matrices without scales are quantised where slots are fp8.
 
         Raises:
-            BalancerError: E153 when a tensor is missing or has another shape than the slot's.
+            BalancerError: E153 when a tensor is missing or has another shape or dtype than the slot's.
         """
-        for name in WEIGHT_NAMES:
+        weights = self.fitted(weights)
+        for name in self.names:
             target, source = self.slot_tensor(local_slot, name), weights.get(name)
-            if source is None or source.shape != target.shape:
+            if source is None or (source.shape, source.dtype) != (target.shape, target.dtype):
                 raise BalancerError(
                     "E153",
                     f"expert weight {name} does not fit its slot",
-                    why=f"slot {tuple(target.shape)}, expert {'none' if source is None else tuple(source.shape)}",
-                    hint=f"an expert needs the tensors {', '.join(WEIGHT_NAMES)}, the rows of w3 before those of w1",
+                    why=f"slot {_described(target)}, expert {'none' if source is None else _described(source)}",
+                    hint=f"an expert needs the tensors {', '.join(self.names)}, the rows of w3 before those of w1",
                 )
             target.copy_(source)
 
-    def grouped_ffn(self, rows: Tensor, offs: Tensor) -> Tensor:
+    def fitted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An expert's tensors as slots hold them, see `in_expert_dtype`."""
+        return in_expert_dtype(weights, self.dtype)
+
+    def grouped_ffn(self, rows: Tensor, offs: Tensor, row_scale: Tensor | None = None) -> Tensor:
         """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] that are grouped by cell, as `offs` int32 [S + X] says.
 
-        Outputs of rows after the last end hold anything.
+        Where the experts are fp8, so are the rows, with `row_scale` float32 [N], and outputs are bfloat16. Outputs of
+        rows after the last end hold anything.
         """
+        if self.dtype is FP8:
+            assert row_scale is not None, "fp8 rows come with scales"
+            activated, scale = ops.swiglu_fp8(self._scaled(rows, row_scale, "w3_w1", offs), offs)
+            return self._scaled(activated, scale, "w2", offs)
         return self._multiply(ops.swiglu(self._multiply(rows, "w3_w1", offs), offs), "w2", offs)
+
+    def _scaled(self, rows: Tensor, row_scale: Tensor, name: str, offs: Tensor) -> Tensor:
+        return scaled_product(rows, row_scale, self.weight(name), self.weight(scale_name(name)), offs)
 
     def _multiply(self, rows: Tensor, name: str, offs: Tensor) -> Tensor:
         weight = self.weight(name).transpose(1, 2)
@@ -213,7 +242,11 @@ class _Slots(Sequence[Mapping[str, Tensor]]):
             return [self[index] for index in range(*slot.indices(len(self)))]
         if not 0 <= slot < len(self):
             raise IndexError(slot)
-        return {name: self._experts.slot_tensor(slot, name) for name in WEIGHT_NAMES}
+        return {name: self._experts.slot_tensor(slot, name) for name in self._experts.names}
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _multiply_by_cell(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:

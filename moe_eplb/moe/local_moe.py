@@ -61,7 +61,7 @@ class LocalMoE(nn.Module, ABC):
         self._streams = ChunkStreams(device, self.aux_stream)
         self.probe: Probe | None = None
         self.experts = ExpertSlots(
-            shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.dtype, device.torch_device
+            shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.weight_dtype, device.torch_device
         )
 
     def placement(self) -> Placement:

@@ -17,7 +17,7 @@ from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
 from moe_eplb.moe.chunking import Chunk, ChunkStreams
 from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received
-from moe_eplb.moe.experts import WEIGHT_NAMES, ExpertSlots, entries_of, sum_over_k
+from moe_eplb.moe.experts import ExpertSlots, entries_of, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.splitter import Splitter
@@ -93,7 +93,7 @@ class WideEPMoE(nn.Module):
         self._streams = ChunkStreams(device, overlap_stream(membership.streams, device, moe_max_num_tokens))
         self.layer_load_balancer: SingleLayerMoeLoadBalancer | None = membership.balancer
         self.experts = ExpertSlots(
-            self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.dtype, device.torch_device,
+            self.slots_per_rank, shape.hidden_size, shape.intermediate_size, shape.weight_dtype, device.torch_device,
             spare=0 if membership.balancer is None else membership.balancer.spare_slots,
         )  # fmt: skip
         self.allreduce: AllReduce | None = make_allreduce(membership, path, statistics_group)
@@ -124,7 +124,8 @@ class WideEPMoE(nn.Module):
         """Fill this rank's slots, and give the balancer the host copies and slots that it asks for.
 
         Args:
-            expert_weights: Gives an expert's tensors by id: "w3_w1" [2I, D] and "w2" [D, I].
+            expert_weights: Gives an expert's tensors by id: "w3_w1" [2I, D] and "w2" [D, I]; where experts are fp8
+                they are quantised unless their scales are given too.
         """
         slots: dict[int, list[int]] = {}
         for slot, expert in enumerate(self._stages.local_slot_experts()):
@@ -132,14 +133,15 @@ class WideEPMoE(nn.Module):
         shared = self._begin_sharing(self.layer_load_balancer)
         # Once an expert, because each may have to be read from a file.
         for expert in sorted(slots.keys() | shared):
-            self._load_expert(expert, expert_weights(expert), slots.get(expert, ()), share=expert in shared)
+            weights = self.experts.fitted(expert_weights(expert))
+            self._load_expert(expert, weights, slots.get(expert, ()), share=expert in shared)
 
     def _load_expert(self, expert: int, weights: Mapping[str, Tensor], slots: Sequence[int], *, share: bool) -> None:
         for slot in slots:
             self.experts.load(slot, weights)
         if share and self.layer_load_balancer is not None:
-            for name in WEIGHT_NAMES:
-                self.layer_load_balancer.share_expert_weight(expert, name, weights[name].to(self.shape.dtype))
+            for name in self.experts.names:
+                self.layer_load_balancer.share_expert_weight(expert, name, weights[name])
 
     def _begin_sharing(self, balancer: SingleLayerMoeLoadBalancer | None) -> set[int]:
         """Tell the balancer where the slots are; the experts whose host copy it wants."""
@@ -236,8 +238,8 @@ class WideEPMoE(nn.Module):
 
     def _compute(self, received: Received, dtype: torch.dtype) -> Tensor:
         def compute() -> tuple[Tensor, Tensor, Tensor]:
-            rows, position, offs = self.experts.group(received.hidden, received.slots, received.entries)
-            output = self.experts.grouped_ffn(rows, offs)
+            rows, position, offs, scale = self.experts.group(received.hidden, received.slots, received.entries)
+            output = self.experts.grouped_ffn(rows, offs, scale)
             return sum_over_k(output, position, received.scales, dtype), position, offs
 
         most = received.slots.numel() if received.entries is None else received.entries

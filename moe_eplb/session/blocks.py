@@ -16,9 +16,10 @@ from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import AuxStreamType, Device
 from moe_eplb.models import MoeBlock, SharedExpert, Weights, build_block, make_aux_streams, open_weights
 from moe_eplb.moe import SuppliedMoeRoutingMethod, create_moe
+from moe_eplb.moe.fp8 import in_expert_dtype
 from moe_eplb.session.master import Master
 from moe_eplb.session.routing import make_routing_method
-from moe_eplb.session.weights import MasterWeights, seeded_generator, torch_dtype
+from moe_eplb.session.weights import MasterWeights, expert_dtype, seeded_generator, torch_dtype
 
 __all__ = ["FamilyBlocks", "PlainBlocks"]
 
@@ -43,7 +44,7 @@ class PlainBlocks:
         moe = create_moe(
             make_routing_method(self._scenario, layer, self._device), num_experts=model.experts,
             hidden_size=model.hidden, intermediate_size=model.intermediate, dtype=torch_dtype(model.dtype),
-            device=self._device, aux_stream_dict=self._streams, **options,
+            expert_dtype=expert_dtype(model.dtype), device=self._device, aux_stream_dict=self._streams, **options,
         )  # fmt: skip
         generator = seeded_generator("router", self._scenario.seed, layer)
         router: Tensor = torch.randn(model.hidden, model.experts, generator=generator) * model.hidden**-0.5
@@ -88,14 +89,15 @@ class FamilyBlocks:
         number = self._architecture.moe_layers[layer]
         block = build_block(
             self._architecture, self._weights, number, self._device, streams=self._streams,
-            dtype=torch_dtype(self._scenario.model.dtype), **options,
+            dtype=torch_dtype(self._scenario.model.dtype), expert_dtype=expert_dtype(self._scenario.model.dtype),
+            **options,
         )  # fmt: skip
         if self._scenario.workload.kind != "model":
             block.moe.routing_method = SuppliedMoeRoutingMethod(self._architecture.top_k)
         return block
 
     def _expert(self, number: int, expert: int) -> dict[str, Tensor]:
-        return self._in_dtype(self._weights.expert(number, expert))
+        return in_expert_dtype(self._weights.expert(number, expert), expert_dtype(self._scenario.model.dtype))
 
     def _in_dtype(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = torch_dtype(self._scenario.model.dtype)

@@ -29,7 +29,7 @@ from moe_eplb.session.folder import events_path, evidence_path
 from moe_eplb.session.groups import Groups
 from moe_eplb.session.model import Model, make_model
 from moe_eplb.session.result import Progress
-from moe_eplb.session.weights import torch_dtype
+from moe_eplb.session.weights import expert_dtype
 
 __all__ = ["run_rank"]
 
@@ -122,7 +122,7 @@ class _Run:
         self._device.sink.end(token)
 
     def _watch_layers(self) -> None:
-        dtype = torch_dtype(self._scenario.model.dtype)
+        dtype = expert_dtype(self._scenario.model.dtype)
         for index, (block, master) in enumerate(zip(self._model.blocks, self._model.masters, strict=True)):
             block.moe.probe = self._gatherer
             slots, placement = block.moe.experts.by_slot(), block.moe.placement

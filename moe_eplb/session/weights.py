@@ -7,19 +7,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moe_eplb.core.dtypes import FP8, state_dtype
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.models.weights import seeded_generator
+from moe_eplb.moe.fp8 import in_expert_dtype
 
-__all__ = ["MasterWeights", "seeded_generator", "torch_dtype"]
+__all__ = ["MasterWeights", "expert_dtype", "seeded_generator", "torch_dtype"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, FP8: torch.float8_e4m3fn}
+
+
+def expert_dtype(name: str) -> torch.dtype:
+    """The dtype of the routed experts' matrices where a scenario's is `name`."""
+    return _DTYPES[name]
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that a scenario calls `name`."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    """The dtype of everything else there."""
+    return _DTYPES[state_dtype(name)]
 
 
 class MasterWeights:
     """Weights of the E experts of one layer, the same on every rank: ``w3_w1`` [2I, D] and ``w2`` [D, I] by expert.
+
+    Experts in fp8 have their rows' scales too. The shared expert never is: then it is bfloat16.
 
     Attributes:
         shared: The same two of the shared expert, or None.
@@ -31,11 +42,12 @@ class MasterWeights:
     ) -> None:  # fmt: skip
         generator = seeded_generator("weights", seed, layer)
         up, down = _drawn(generator, experts, hidden, intermediate)
-        self._up, self._down = up.to(dtype), down.to(dtype)
+        self._experts = in_expert_dtype({"w3_w1": up, "w2": down}, dtype)
         self.shared: dict[str, Tensor] | None = None
         if shared:
             up, down = _drawn(seeded_generator("shared", seed, layer), 1, hidden, shared)
-            self.shared = {"w3_w1": up[0].to(dtype), "w2": down[0].to(dtype)}
+            shared_dtype = torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
+            self.shared = {"w3_w1": up[0].to(shared_dtype), "w2": down[0].to(shared_dtype)}
 
     @classmethod
     def of(cls, scenario: Scenario, layer: int) -> MasterWeights:
@@ -43,12 +55,12 @@ class MasterWeights:
         model = scenario.model
         return cls(
             scenario.seed, layer, experts=model.experts, hidden=model.hidden, intermediate=model.intermediate,
-            shared=model.shared_intermediate, dtype=torch_dtype(model.dtype),
+            shared=model.shared_intermediate, dtype=expert_dtype(model.dtype),
         )  # fmt: skip
 
     def __call__(self, expert: int) -> Mapping[str, Tensor]:
         """The tensors of one expert by name; callers must not write to them."""
-        return {"w3_w1": self._up[expert], "w2": self._down[expert]}
+        return {name: tensor[expert] for name, tensor in self._experts.items()}
 
 
 def _drawn(generator: torch.Generator, experts: int, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:

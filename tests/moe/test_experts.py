@@ -72,7 +72,7 @@ def test_entries_are_grouped_by_the_cells_that_hold_their_slots(
     wanted = sorted(
         (cells[s], row, k, s) for row, line in enumerate(table) for k, s in enumerate(line) if 0 <= s < SLOTS
     )
-    rows, position, offs = experts.group(hidden, slots, len(wanted) if exact else None)
+    rows, position, offs, _ = experts.group(hidden, slots, len(wanted) if exact else None)
     found = entries_of(slots, position, offs)
     assert list(zip(found.row.tolist(), found.k.tolist(), found.slot.tolist(), strict=True)) == [e[1:] for e in wanted]
     assert torch.equal(rows[: len(wanted)], hidden[found.row])
@@ -88,7 +88,7 @@ def test_rows_after_the_last_end_change_nothing(dtype: torch.dtype) -> None:
     scales = torch.rand(3, 2)
     outputs = []
     for entries in (3, None):
-        rows, position, offs = experts.group(hidden, slots, entries)
+        rows, position, offs, _ = experts.group(hidden, slots, entries)
         rows[3:] = float("nan")
         output = experts.grouped_ffn(rows, offs)
         output[3:] = float("nan")
@@ -114,7 +114,7 @@ def test_a_slot_computes_with_the_weights_of_its_cell() -> None:
     experts.slot_cells.copy_(torch.tensor([6, 1, 0, 3, 5]))
     slots = torch.tensor([[0, 4], [2, 1], [3, 0]], dtype=torch.int32)
     hidden, scales = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5)), torch.ones(3, 2)
-    rows, position, offs = experts.group(hidden, slots)
+    rows, position, offs, _ = experts.group(hidden, slots)
     got = sum_over_k(experts.grouped_ffn(rows, offs), position, scales)
     cells = experts.slot_cells[slots.long()].flatten()
     weights = [experts.weight(name) for name in ("w3_w1", "w2")]

@@ -8,6 +8,7 @@ from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.judges.measured import judge_received
 from moe_eplb.analysis.judges.planning import Due, judge_plan_contents
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
+from moe_eplb.core.dtypes import expert_tensor_bytes
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.schedule import UpdateSchedule
@@ -91,9 +92,9 @@ def _judge_commits(folder: RunFolder, findings: Findings) -> None:
 
 
 def _slot_bytes(folder: RunFolder) -> int:
-    """Bytes of one expert's weights: w1, w3 and w2 of I x D values each."""
+    """Bytes of one expert's weights: w1, w3 and w2 of I x D values each, and their rows' scales where they have any."""
     model = folder.scenario.model
-    return 3 * model.hidden * model.intermediate * {"float32": 4, "bfloat16": 2}[model.dtype]
+    return sum(expert_tensor_bytes(model.dtype, model.hidden, model.intermediate))
 
 
 def _judge_contents(folder: RunFolder, moved: dict[tuple[Place, int], int], findings: Findings) -> None:
