@@ -10,13 +10,13 @@ from torch import Tensor
 
 __all__ = ["TOLERANCE", "Difference", "compare", "reference_output", "shared_reference"]
 
-TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 1e-1}
+TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 0.12}
 """Largest allowed max|a-b| / max|b| by weight dtype.
 
 In fp8 the reference has the very weights, but not the activations: each of their elements is rounded to 3 bits of
 mantissa, by 2.6 % of itself in the mean square, before either product. Gate and up share the first rounding, the second
-adds to it, so that outputs are 4 to 5 % of their own mean square off, and the largest difference about as much of the
-largest output. An entry that went to another expert is off by 140 % of its part.
+adds to it: outputs are 4 to 5 % off, and the largest difference is as large a part of the largest output, or up to 9 %
+of it where there are few outputs. An entry that another expert computed is off by 140 % of its part.
 """
 
 

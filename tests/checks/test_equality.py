@@ -33,6 +33,17 @@ def test_reference_by_hand() -> None:
             assert float(y[token, d]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_reference_multiplies_rows_by_their_scales() -> None:
+    scales = [torch.rand(6, generator=GENERATOR) + 0.5, torch.rand(4, generator=GENERATOR) + 0.5]
+
+    def quantized(expert: int) -> dict[str, torch.Tensor]:
+        up, down = UP[expert] / scales[0].unsqueeze(1), DOWN[expert] / scales[1].unsqueeze(1)
+        return {"w3_w1": up, "w2": down, "w3_w1_scale": scales[0], "w2_scale": scales[1]}
+
+    x, ids, weight = torch.randn(2, 4, generator=GENERATOR), torch.tensor([[2, 0], [1, 2]]), torch.rand(2, 2)
+    torch.testing.assert_close(reference_output(x, ids, weight, quantized), reference_output(x, ids, weight, master))
+
+
 def test_ratio_is_relative_to_the_largest_element() -> None:
     reference = torch.tensor([[1.0, -10.0]])
     assert compare(reference + torch.tensor([[0.0, 0.01]]), reference).ratio == pytest.approx(0.001, rel=1e-3)

@@ -38,6 +38,7 @@ workload: {tokens_per_rank: 4}
 balancer: {slots_per_rank: 5, layer_updates_per_iter: 2, empty_group: never}
 """
 BFLOAT16 = ("model.dtype=bfloat16", "model.hidden=24", "model.intermediate=8")
+FP8 = ("model.dtype=float8_e4m3fn", "model.hidden=48", "model.intermediate=16")
 R1 = """\
 ranks: 32
 iterations: 10
@@ -68,8 +69,8 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), (*BFLOAT16, "model.shared_intermediate=16"), ("balancer.layer_updates_per_iter=0",),
-     ("balancer=null",), ("balancer=null", "model.backend=grouped")],
+    [(), (*BFLOAT16, "model.shared_intermediate=16"), (*FP8, "model.shared_intermediate=16"),
+     ("balancer.layer_updates_per_iter=0",), ("balancer=null",), ("balancer=null", "model.backend=grouped")],
     ids=str,
 )  # fmt: skip
 def test_a_run_measures_the_same(overrides: tuple[str, ...], pool: RankPool, tmp_path: Path) -> None:
@@ -89,13 +90,23 @@ def _same_as_measured(one: Scenario, pool: RankPool, folder: Path) -> None:
     assert (memory.host_bytes > 0) is (one.balancer_off_reason() is None)
 
 
+def test_experts_in_fp8_are_bytes_and_a_scale_for_each_row() -> None:
+    memory = memory_of(scenario(*FP8))
+    expert = 3 * 48 * 16 + 4 * (2 * 16 + 48)
+    assert (memory.slots_bytes, memory.update_bytes) == (3 * 5 * expert, 5 * expert)
+    # The host copy's tensors begin at multiples of 256 bytes, scales too.
+    assert memory.host_bytes == 3 * 7 * (2 * 16 * 48 + 48 * 16 + 256 + 256)
+
+
 def test_routers_and_shared_experts_are_those_of_the_blocks() -> None:
     family = "{name: one, ranks: 1, iterations: 1, model: {hf: %s, part: blocks}, workload: {kind: model}}"
     ones = [scenarios.loads(family % folder, "one.yaml") for folder in sorted((SHIPPED / "data").glob("tiny_*"))]
     assert {one.model.shared_intermediate > 0 for one in ones} == {True, False}
     deepseek = "model.routing={method: deepseek_v3}"
     ones += [scenario(deepseek, "workload.kind=model", "ranks=1", "balancer=null")]
-    ones += [scenario(*more, "model.shared_intermediate=16", "ranks=1", "balancer=null") for more in ((), BFLOAT16)]
+    ones += [
+        scenario(*more, "model.shared_intermediate=16", "ranks=1", "balancer=null") for more in ((), BFLOAT16, FP8)
+    ]
     for one in ones:
         model = make_model(one, 0, get_device("cpu", NullSink()), Groups(None, None, None, None))
         routers = [block.router for block in model.blocks]

@@ -79,6 +79,8 @@ def test_models_that_can_be(overrides: list[str]) -> None:
         ("float32", "intermediate", 33, "132 bytes of float32", "intermediate: 32 is the nearest"),
         ("bfloat16", "hidden", 68, "136 bytes of bfloat16", "hidden: 64 is the nearest"),
         ("bfloat16", "intermediate", 31, "62 bytes of bfloat16", "intermediate: 32 is the nearest"),
+        ("float8_e4m3fn", "hidden", 72, "72 bytes of float8_e4m3fn", "hidden: 64 is the nearest"),
+        ("float8_e4m3fn", "intermediate", 8, "8 bytes of float8_e4m3fn", "intermediate: 16 is the nearest"),
     ],
 )
 def test_rows_that_grouped_gemm_cannot_take(dtype: str, key: str, size: int, message: str, hint: str) -> None:
@@ -90,6 +92,13 @@ def test_rows_that_grouped_gemm_cannot_take(dtype: str, key: str, size: int, mes
     nearest = int(error.hint.split()[1])
     assert getattr(load(BASE, f"model.dtype={dtype}", f"model.{key}={nearest}").model, key) == nearest
     assert load(BASE, *overrides, "calls=[start_iter]").calls is not None
+
+
+def test_a_batched_product_takes_no_scales() -> None:
+    local = ("balancer=null", "model.dtype=float8_e4m3fn")
+    assert load(BASE, *local, "model.backend=grouped").model.backend == "grouped"
+    error = refused(BASE, *local, "model.backend=fused", code="E158")
+    assert "takes no scales" in error.what
 
 
 def test_a_checkpoint_s_sizes_cannot_be_chosen() -> None:
@@ -105,6 +114,7 @@ def test_a_checkpoint_s_sizes_cannot_be_chosen() -> None:
         (["workload.tokens_per_rank=0"], "a rank without sequences has nothing to generate"),
         (["workload.tokens_per_rank=[3, 0]"], "a rank without sequences has nothing to generate"),
         (["model.backend=grouped"], "backend 'grouped' cannot stand in a whole model"),
+        (["model.dtype=float8_e4m3fn"], "a whole model is loaded in one dtype, and none computes in fp8"),
         (["model.repeated_layers={1: 2}"], "'repeated_layers' has no effect with a whole model"),
         (["model.part=null"], "which part of the checkpoint?"),
         (["workload.ragged=0.5"], "'ragged' has no effect with steps 'generate'"),

@@ -37,7 +37,7 @@ def variant(path: Path, mode: str) -> list[str] | None:
         changes.append("balancer.state=device")
     if mode != "graph":
         return [*changes, "share_gpus=true"] if scenario.ranks > GPUS else changes
-    changes += ["execution=graph", "model.dtype=bfloat16"]
+    changes += ["execution=graph"] + ["model.dtype=bfloat16"] * (scenario.model.dtype == "float32")
     return changes if scenario.ranks <= GPUS else [*changes, "balancer.alone=true", "ranks=1", *_on_one_rank(scenario)]
 
 

@@ -20,8 +20,11 @@ TOKENS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 700, 24, 512, 256, 4
 FEW = 9
 
 
-def _layer(device: Device, dispatch: str) -> WideEPMoE:
-    shape = MoeShape(EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, torch.bfloat16)
+DTYPES = [torch.bfloat16, torch.float8_e4m3fn]
+
+
+def _layer(device: Device, dispatch: str, dtype: torch.dtype = torch.bfloat16) -> WideEPMoE:
+    shape = MoeShape(EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, torch.bfloat16, dtype)
     layer = WideEPMoE(RenormalizeNaiveMoeRoutingMethod(TOP_K), shape, device, num_slots=EXPERTS + 3, dispatch=dispatch)
     generator = torch.Generator().manual_seed(1)
 
@@ -54,10 +57,13 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [FEW, TOKENS])
 @pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
-def test_a_replay_computes_what_the_exact_path_does(untimed: Device, dispatch: str, tokens: int) -> None:
-    layer = _layer(untimed, dispatch)
+def test_a_replay_computes_what_the_exact_path_does(
+    untimed: Device, dispatch: str, tokens: int, dtype: torch.dtype
+) -> None:
+    layer = _layer(untimed, dispatch, dtype)
     x, logits = _inputs(tokens, 0)
     with torch.inference_mode():
         for _ in range(2):
@@ -74,14 +80,18 @@ def test_a_replay_computes_what_the_exact_path_does(untimed: Device, dispatch: s
             layer._dispatcher.static_shapes = False
             wanted = layer(new_x, new_logits)
             layer._dispatcher.static_shapes = True
-            assert torch.equal(y, wanted)
+            if dtype is torch.bfloat16:
+                assert torch.equal(y, wanted)
+            else:  # its GEMM adds in an order that goes by the number of rows, and what is rounded then by a step
+                assert (y - wanted).abs().max() <= 0.03 * wanted.abs().max()
             assert wanted.abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, FEW, TOKENS])
 @pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
-def test_an_eager_forward_waits_for_nothing(untimed: Device, dispatch: str, tokens: int) -> None:
-    layer = _layer(untimed, dispatch)
+def test_an_eager_forward_waits_for_nothing(untimed: Device, dispatch: str, tokens: int, dtype: torch.dtype) -> None:
+    layer = _layer(untimed, dispatch, dtype)
     x, logits = _inputs(tokens, 0)
     with torch.inference_mode():
         layer(x, logits, [tokens])

@@ -35,12 +35,15 @@ moe_max_num_tokens: 6
 """
 )
 # An odd number of chunks: the last one is not on the caller's stream, which would imply a join of the others.
+FP8 = SKEWED + SIZES.replace("}", ", dtype: float8_e4m3fn}") + "dispatch: alltoall\n"
 ROUTED = SIZES + "workload: {kind: model, tokens_per_rank: [32, 5]}\n"
 PATHS = {
     "gathered": PLAIN + "dispatch: alltoall\n",
     "local_ids": PLAIN + "dispatch: allgather\n",
     "global_ids": PLAIN + "dispatch: allgather\nstatistics: global_ids\n",
     "state_on_device": PLAIN + "dispatch: alltoall\n",
+    "fp8": FP8,
+    "fp8_state_on_device": FP8,
     "routed": ROUTED + "dispatch: alltoall\n",
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
@@ -70,6 +73,8 @@ MEANT_FOR = {
     "tables_without_cells": ("attestation", "state_on_device"),
     "every_vote_counts_as_yes": ("agreement", "state_on_device"),
     "device_keeps_its_load": ("effect", "state_on_device"),
+    "scales_stay_behind": ("attestation", "fp8"),
+    "scales_stay_behind_in_cells": ("attestation", "fp8_state_on_device"),
     "leaked_segment": ("leaks", "gathered"),
 }
 
@@ -77,7 +82,7 @@ MEANT_FOR = {
 def run(folder: Path, path: str, bug: str | None) -> tuple[int, dict[str, Any]]:
     """Exit code and verdict of the scenario, with or without a planted bug."""
     scenario = folder / "planted.yaml"
-    state = "device" if path == "state_on_device" else "host"
+    state = "device" if path.endswith("state_on_device") else "host"
     scenario.write_text(BASE.replace("never}", f"never, state: {state}}}") + PATHS[path])
     environment = os.environ | {"PYTHONPATH": f"{PLANTED}{os.pathsep}{ROOT}"}
     environment.pop("PLANTED_BUG", None)

@@ -13,7 +13,7 @@ from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["attestation", "equality", "exactly_once"]
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float8_e4m3fn": 1e-1}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float8_e4m3fn": 0.12}
 """Largest allowed max|a-b| / max|b| by the model's dtype. The judge's own: evidence must not loosen its own measure.
 
 Why fp8's is so large, `moe_eplb.checks.equality` says.

@@ -239,6 +239,30 @@ def tables_without_cells(module: ModuleType) -> None:
     module.take_over = half
 
 
+def scales_stay_behind(module: ModuleType) -> None:
+    """On every rank a commit writes the matrices of the experts that come, and not the scales of their rows."""
+    write = module.SlotWeights.write
+
+    def without_scales(self: Any, staged: Any) -> None:
+        matrices = [one for one in staged.tensors if not one[1].endswith("_scale")]
+        write(self, dataclasses.replace(staged, tensors=matrices))
+
+    module.SlotWeights.write = without_scales
+
+
+def scales_stay_behind_in_cells(module: ModuleType) -> None:
+    """The same where experts are written into free cells: the scales of what was there before are left in them."""
+    write = module.CellWeights.write
+
+    def without_scales(self: Any, slot: int, cell: int, expert: int, host: Any, staged: Any) -> None:
+        scales = {name: tensor.clone() for name, tensor in self._cells[cell].items() if name.endswith("_scale")}
+        write(self, slot, cell, expert, host, staged)
+        for name, tensor in scales.items():
+            self._cells[cell][name].copy_(tensor)
+
+    module.CellWeights.write = without_scales
+
+
 def every_vote_counts_as_yes(module: ModuleType) -> None:
     """The device commits whatever it holds, while rank 1 plans from another load than the others."""
     settle = module.settle
@@ -292,5 +316,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "tables_without_cells": ("moe_eplb.device.control.plain", tables_without_cells),
     "every_vote_counts_as_yes": ("moe_eplb.device.control.plain", every_vote_counts_as_yes),
     "device_keeps_its_load": ("moe_eplb.device.control.plain", device_keeps_its_load),
+    "scales_stay_behind": ("moe_eplb.balancer.migrate", scales_stay_behind),
+    "scales_stay_behind_in_cells": ("moe_eplb.balancer.cells", scales_stay_behind_in_cells),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
