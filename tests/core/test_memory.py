@@ -77,8 +77,9 @@ def test_a_run_measures_the_same(overrides: tuple[str, ...], pool: RankPool, tmp
     _same_as_measured(scenario(*overrides), pool, tmp_path)
 
 
-def test_a_run_of_a_checkpoints_blocks_measures_the_same(pool: RankPool, tmp_path: Path) -> None:
-    _same_as_measured(scenarios.load(SHIPPED / "models" / "qwen2_moe_blocks.yaml"), pool, tmp_path)
+@pytest.mark.parametrize("overrides", [[], ["model.dtype=float8_e4m3fn"]], ids=str)
+def test_a_run_of_a_checkpoints_blocks_measures_the_same(overrides: list[str], pool: RankPool, tmp_path: Path) -> None:
+    _same_as_measured(scenarios.load(SHIPPED / "models" / "qwen2_moe_blocks.yaml", overrides), pool, tmp_path)
 
 
 def _same_as_measured(one: Scenario, pool: RankPool, folder: Path) -> None:

@@ -171,6 +171,30 @@ def test_outputs_are_within_the_tolerance_and_a_wrong_expert_is_far_outside(toke
     assert compare(_output(experts, hidden, wrong).cpu(), wanted).ratio > 2 * TOLERANCE[FP8]
 
 
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "tokens", "top_k"),
+    [(16, 16, 1, 1), (16, 16, 8, 2), (64, 48, 48, 4), (256, 128, 64, 8), (1024, 512, 16, 8)],
+)
+def test_random_layers_of_any_size_are_within_the_tolerance(
+    hidden: int, intermediate: int, tokens: int, top_k: int
+) -> None:
+    for seed in range(12):
+        torch.manual_seed(seed)
+        drawn = [
+            {"w3_w1": torch.randn(2 * intermediate, hidden), "w2": torch.randn(hidden, intermediate)} for _ in range(8)
+        ]
+        masters = [in_expert_dtype({n: w * w.shape[1] ** -0.5 for n, w in one.items()}, FP8) for one in drawn]
+        experts = ExpertSlots(8, hidden, intermediate, FP8, DEVICE)
+        for slot, weights in enumerate(masters):
+            experts.load(slot, weights)
+        x, scales = torch.randn(tokens, hidden).bfloat16(), torch.softmax(torch.randn(tokens, top_k), dim=1)
+        ids = torch.rand(tokens, 8).argsort(dim=1)[:, :top_k].int()
+        rows, position, offs, row_scale = experts.group(x.to(DEVICE), ids.to(DEVICE))
+        output = experts.grouped_ffn(rows, offs, row_scale)
+        y = sum_over_k(output, position, scales.to(DEVICE), torch.bfloat16).cpu()
+        assert compare(y, reference_output(x, ids, scales, masters.__getitem__)).ratio <= TOLERANCE[FP8]
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_scales_of_another_expert_change_the_output(shift: int) -> None:
     experts, hidden, slots = _experts(), _hidden(40), _slots(40)

@@ -1,0 +1,43 @@
+"""Compiles the kernels that stream rows down to Hopper's machine code, which takes no GPU; an error ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_eplb.device.ops import triton_fp8, triton_rows
+
+HOPPER = GPUTarget("cuda", 90, 32)
+COUNTS = {"count": "i32", "width": "i32", "groups": "i32", "hidden_stride": "i32", "capacity": "i32"}
+
+
+def build(kernel: Any, warps: int, types: dict[str, str], **constants: Any) -> str:
+    """PTX of a kernel; machine code is made on the way."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else (types | COUNTS)[name] for name in names}
+    known = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+    text: str = triton.compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
+    return text
+
+
+def main() -> None:
+    """All dtypes of rows, with ends of groups and without; then the pointer is another tensor's."""
+    for rows in ("*bf16", "*fp32"):
+        for bounded in (True, False):
+            swiglu = {"rows": rows, "result": rows, "offs": "*i32" if bounded else rows}
+            build(triton_rows._swiglu, 4, swiglu, bounded=bounded, tile=8, block=512)
+            fp8 = swiglu | {"result": "*fp8e4nv", "scales": "*fp32", "offs": "*i32" if bounded else "*fp32"}
+            text = build(triton_fp8._swiglu_fp8, 8, fp8, bounded=bounded, tile=2, block=2048)
+            assert "e4m3x2.f32" in text, "not rounded to fp8"
+        spread = {"hidden": rows, "position": "*i32", "rows": "*fp8e4nv", "scales": "*fp32"}
+        text = build(triton_fp8._spread_rows, 16, spread, top_k=8, block=8192)
+        assert "e4m3x2.f32" in text, "not rounded to fp8"
+        assert "div.rn.f32" in text, "not divided as the plain twin does"
+
+
+if __name__ == "__main__":
+    main()
