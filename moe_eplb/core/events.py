@@ -32,8 +32,8 @@ HOST = 255
 """Stream number of a call made by the host (an API call), as against the work it put on a stream."""
 UPDATER = 254
 """Stream number of work done by the balancer's updater thread."""
-STREAMS = ("Main", "Attention", "MoeShared", "MoeChunkingOverlap", "MoeBalancer")
-"""Names of the device's streams; the position is the stream's number."""
+STREAMS = ("Main", "Attention", "MoeShared", "MoeChunkingOverlap", "MoeBalancer", "MoeBalancerStatistic")
+"""Names of the device's streams; the position is the stream's number. Only `overlap: before` uses the last."""
 
 
 class Role(enum.StrEnum):

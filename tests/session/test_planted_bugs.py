@@ -41,6 +41,8 @@ PATHS = {
     "local_ids": PLAIN + "dispatch: allgather\n",
     "global_ids": PLAIN + "dispatch: allgather\nstatistics: global_ids\n",
     "state_on_device": PLAIN + "dispatch: alltoall\n",
+    "before": PLAIN + "dispatch: allgather\noverlap: before\n",
+    "chunked_before": LARGE + "dispatch: allgather\noverlap: before\n",
     "routed": ROUTED + "dispatch: alltoall\n",
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
@@ -70,6 +72,8 @@ MEANT_FOR = {
     "tables_without_cells": ("attestation", "state_on_device"),
     "every_vote_counts_as_yes": ("agreement", "state_on_device"),
     "device_keeps_its_load": ("effect", "state_on_device"),
+    "older_wait_not_joined": ("stream_join", "before"),
+    "older_statistics_not_joined": ("stream_join", "before"),
     "leaked_segment": ("leaks", "gathered"),
 }
 
