@@ -13,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "CAPTURED",
+    "DEVICE_STAGES",
     "HOST",
     "KINDS",
     "RECORD",
@@ -34,6 +35,9 @@ UPDATER = 254
 """Stream number of work done by the balancer's updater thread."""
 STREAMS = ("Main", "Attention", "MoeShared", "MoeChunkingOverlap", "MoeBalancer", "MoeBalancerStatistic")
 """Names of the device's streams; the position is the stream's number. Only `overlap: before` uses the last."""
+
+DEVICE_STAGES = ("take over", "vote", "fold", "hand over")
+"""What a device that holds the balancer's state writes down of each layer; the position is the stage's number."""
 
 
 class Role(enum.StrEnum):
