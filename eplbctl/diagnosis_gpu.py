@@ -150,7 +150,8 @@ def _connections(probes: Probes) -> Finding:
     from moe_eplb.core.events import STREAMS
 
     value = probes.variable(_CONNECTIONS)
-    needed = len(STREAMS) + 2  # the communicators of dispatch and of statistics have a stream each
+    # The communicators of dispatch and of statistics have one each; the last of ours is for `overlap: before` alone.
+    needed = len(STREAMS) - 1 + 2
     if value and not value.isdecimal():
         return Finding(_CONNECTIONS, "warning", value, "it is no number and is not obeyed", f"export {_CONNECTIONS}=32")
     count = int(value) if value else _DEFAULT_CONNECTIONS

@@ -43,11 +43,14 @@ def command(
     """Time variants of SCENARIO against each other.
 
     All variants live in the same ranks and take turns, forward and backward (A B B A ...). A step's time is that of its
-    slowest rank, without checks and records. The ratio is to the first variant, with the 95 % interval over rounds.
+    slowest rank, without checks and records. The ratio is to the first variant, with the 95 % interval over rounds; of
+    three variants or more each is held against the one before it, too. The path of the statistics is that of each
+    variant: with `statistics: auto`, overlap=before counts the ids of all ranks, for which it needs dispatch allgather.
 
     \b
     Examples:
       eplbctl bench scenarios/dynamic.yaml --compare overlap=serial,after
+      eplbctl bench scenarios/overlap_before.yaml --compare overlap=serial,before,after
       eplbctl bench scenarios/dynamic.yaml --compare balancer.state=host,device --format json -o bench.json
     """
     import tempfile
@@ -63,9 +66,9 @@ def command(
         samples, device = read_samples(Path(folder), variants[0].ranks)
     compared = compared_of(samples)
     if form == "text":
-        destination.write(_text(variants[0], names, compared, device))
+        destination.write(_text(variants, names, compared, device))
     else:
-        destination.write(json.dumps(_document(argv, variants[0], timing, names, compared, device, samples), indent=1))
+        destination.write(json.dumps(_document(argv, variants, timing, names, compared, device, samples), indent=1))
     return ExitCode.VALID
 
 
@@ -102,27 +105,54 @@ def _run(variants: Sequence[Scenario], timing: Timing, folder: Path) -> None:
         pool.close()
 
 
-def _text(scenario: Scenario, names: Sequence[str], compared: Sequence[Compared], device: dict[str, Any]) -> str:
+def _statistics(scenario: Scenario) -> str:
+    return "none" if scenario.balancer_off_reason() else scenario.statistics_path
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _text(
+    variants: Sequence[Scenario], names: Sequence[str], compared: Sequence[Compared], device: dict[str, Any]
+) -> str:
     from eplbctl.render.text import table
 
+    heads = ["variant", "statistics", "steps", "median ms", "p99 ms", "ratio", "95 % of ratio"]
     rows = [
-        (name, c.steps, f"{c.median_ms:.3f}", f"{c.p99_ms:.3f}", f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}")
-        for name, c in zip(names, compared, strict=True)
+        [
+            name,
+            _statistics(variant),
+            c.steps,
+            *(f"{x:.3f}" for x in (c.median_ms, c.p99_ms, c.ratio)),
+            _range(c.low, c.high),
+        ]
+        for name, variant, c in zip(names, variants, compared, strict=True)
     ]
-    where = device.get("gpu", device["kind"])
-    heads = ("variant", "steps", "median ms", "p99 ms", "ratio", "95 % of ratio")
-    return f"{scenario.name}: {scenario.ranks} ranks, {where}\n\n{table(heads, rows)}"
+    if len(variants) > 2:
+        heads += ["to the one before", "95 % of that"]
+        for row, c in zip(rows, compared, strict=True):
+            row += [f"{c.step_ratio:.3f}", _range(c.step_low, c.step_high)]
+    where, scenario = device.get("gpu", device["kind"]), variants[0]
+    return f"{scenario.name}: {scenario.ranks} ranks, {where}, {scenario.execution}\n\n{table(heads, rows)}"
 
 
 def _document(
-    argv: Sequence[str], scenario: Scenario, timing: Timing, names: Sequence[str], compared: Sequence[Compared],
-    device: dict[str, Any], samples: Sequence[Sequence[Sequence[float]]],
+    argv: Sequence[str], variants: Sequence[Scenario], timing: Timing, names: Sequence[str],
+    compared: Sequence[Compared], device: dict[str, Any], samples: Sequence[Sequence[Sequence[float]]],
 ) -> dict[str, Any]:  # fmt: skip
     from moe_eplb.session.folder import versions
 
+    scenario = variants[0]
     found = [
-        {"variant": name, **asdict(c), "samples_ms": rounds}
-        for name, c, rounds in zip(names, compared, samples, strict=True)
+        {
+            "variant": name,
+            "statistics": _statistics(variant),
+            "execution": variant.execution,
+            "dispatch": variant.dispatch,
+        }
+        | {**asdict(c), "samples_ms": rounds}
+        for name, variant, c, rounds in zip(names, variants, compared, samples, strict=True)
     ]
     return {
         "scenario": scenario.name, "ranks": scenario.ranks, "seed": scenario.seed, "command": " ".join(argv),

@@ -16,7 +16,7 @@ from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.order_check_calls import Found, find_calls
 from moe_eplb.analysis.order_check_clocks import clocks
 from moe_eplb.analysis.order_check_complete import lacks
-from moe_eplb.analysis.order_check_graph import graph_order, has_graphs
+from moe_eplb.analysis.order_check_graph import graph_order, has_graphs, own_graph_order
 from moe_eplb.analysis.order_check_joins import joins, ordered_pairs, times
 from moe_eplb.analysis.order_check_replay import IllegalCall, Replayed, replay_calls
 from moe_eplb.analysis.order_check_waits import waits_not_work
@@ -74,16 +74,17 @@ def check_order(capture: Capture, tables: Sequence[Path | str] = (), names: Call
     if (capture.gpu["role"] == c.UNSET_ROLE).any():
         capture = prepare(capture)
     found = find_calls(capture, names)
-    seen = _stage_calls(found.calls)
+    seen = _stage_calls(np.concatenate([found.calls, found.graphs.captured]))
     of_clocks = (clocks(capture), waits_not_work(capture, names))
     if not seen:
         return OrderReport((*_not_seen(capture), *of_clocks))
     ours = capture.form == OURS
-    replayed = replay_calls(capture, found.calls, ours=ours)
+    replayed = replay_calls(capture, found, ours=ours)
     missing = lacks(capture, found.calls, replayed.holes)
     of_order = [_call_order(found, seen, replayed), *_of_work(capture, found, replayed, names, ours=ours)]
     graphs = has_graphs(capture) or any(replayed.by_graph_of.values())
-    of_graphs = [graph_order(capture, found, replayed)] if graphs else []
+    judge = own_graph_order if ours else graph_order
+    of_graphs = [judge(capture, found, replayed)] if graphs else []
     of_order, of_graphs = ([_never_valid(one, missing) for one in some] for some in (of_order, of_graphs))
     checks = (*of_order, _complete(missing, seen), *of_graphs, *of_clocks)
     return OrderReport(checks, tuple(replayed.illegal), seen, _notes(found, replayed))

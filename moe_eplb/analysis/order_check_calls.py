@@ -17,7 +17,7 @@ from moe_eplb.analysis.ranges import RangeIndex
 from moe_eplb.analysis.readers.records import FLAGS
 from moe_eplb.core.events import Kind
 
-__all__ = ["CALLED", "Found", "find_calls"]
+__all__ = ["CALLED", "Found", "OwnGraphs", "find_calls"]
 
 Indices = NDArray[np.int64]
 
@@ -36,8 +36,23 @@ CALLED = np.dtype(
     ]
 )
 _CALLS = Kind.ABORT_ITER
-_AROUND = (Kind.STEP, Kind.CHECK, Kind.START_ITER, Kind.END_ITER, Kind.ABORT_ITER)
+_AROUND = (Kind.STEP, Kind.CHECK, Kind.START_ITER, Kind.END_ITER, Kind.ABORT_ITER, Kind.CAPTURE)
 """What may have calls inside it."""
+
+
+@dataclass(frozen=True)
+class OwnGraphs:
+    """What our own ranges tell of graphs, each of type `CALLED`, by rank and time.
+
+    Attributes:
+        captured: Ranges of captures and the calls inside them, of which nothing ran.
+        replays: Calls that replay a graph.
+        noted: What the device wrote down of each layer's stages in a replay.
+    """
+
+    captured: Table
+    replays: Table
+    noted: Table
 
 
 @dataclass(frozen=True)
@@ -45,10 +60,11 @@ class Found:
     """Ranges that the table knows.
 
     Attributes:
-        calls: Calls of the API of type `CALLED`, by rank and time.
+        calls: Calls of the API of type `CALLED`, by rank and time; without those of captures.
         work: Ranges of the work on streams and the calls once more, by rank and time: what kernels may lie in.
             Without those that lie in another one of their kind and so tell nothing new.
         counted: What had to be counted because nothing names it: ``layers``, ``iterations``.
+        graphs: Captures and replays, as our own ranges tell of them.
     """
 
     calls: Table
@@ -56,6 +72,7 @@ class Found:
     counted: tuple[str, ...]
     unordered: Table
     """Marks of a device that saw work put on a stream without the wait that it needs."""
+    graphs: OwnGraphs
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,27 @@ def find_calls(capture: Capture, names: CallNames) -> Found:
     """
     found = _matched(capture, names)
     outer = _outer(found)
-    calls = found[(outer == c.UNKNOWN) & (found["kind"] <= _CALLS)]
+    captured = _captured(capture, found)
+    called = (outer == c.UNKNOWN) & (found["kind"] <= _CALLS)
+    calls = found[called & ~captured]
     counted = _count(calls)
     same = (outer >= 0) & (found["kind"][outer] == found["kind"])
     work = found[(found["kind"] <= Kind.SHARED_EXPERT) & ~np.isin(found["kind"], _AROUND) & ~same]
-    return Found(calls, work, counted, found[found["kind"] == Kind.UNORDERED])
+    graphs = OwnGraphs(
+        found[(called & captured) | (found["kind"] == Kind.CAPTURE)], found[found["kind"] == Kind.REPLAY],
+        found[found["kind"] == Kind.DEVICE_STAGE],
+    )  # fmt: skip
+    return Found(calls, work, counted, found[found["kind"] == Kind.UNORDERED], graphs)
+
+
+def _captured(capture: Capture, found: Table) -> NDArray[np.bool_]:
+    """Which rows [N] lie in a capture of their thread."""
+    captures = found["row"][found["kind"] == Kind.CAPTURE]
+    if not len(captures):
+        return np.zeros(len(found), np.bool_)
+    around = RangeIndex(capture.ranges[captures]).around(found["process"], found["start"], found["thread"])
+    inside: NDArray[np.bool_] = (around >= 0) & (found["kind"] != Kind.CAPTURE)
+    return inside
 
 
 def _matched(capture: Capture, names: CallNames) -> Table:

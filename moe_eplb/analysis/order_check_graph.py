@@ -6,6 +6,8 @@ edges for them, the device wrote down each stage of each replay, and there are a
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,10 +18,10 @@ from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.order_check_calls import Found
 from moe_eplb.analysis.order_check_replay import Replayed
 from moe_eplb.analysis.ranges import Launches, RangeIndex
-from moe_eplb.core.events import KINDS, Kind
+from moe_eplb.core.events import DEVICE_STAGES, KINDS, Kind
 from moe_eplb.core.verdict import CheckResult
 
-__all__ = ["graph_order", "has_graphs"]
+__all__ = ["graph_order", "has_graphs", "own_graph_order"]
 
 _STAGES = (Kind.START_WAIT_GPU_STAGE, Kind.START_SET_CPU_STAGE)
 
@@ -45,6 +47,25 @@ def graph_order(capture: Capture, found: Found, replayed: Replayed) -> CheckResu
     findings.missing("the graph's edges are not in the trace, so that its nodes may wait for too little")
     findings.missing("the device's own record of each replayed stage is not in the trace")
     return findings.result(f"{len(replays.launches)} replays with {len(mine)} events of the balancer's calls")
+
+
+def own_graph_order(capture: Capture, found: Found, replayed: Replayed) -> CheckResult:
+    """The same of our own trace, which has no nodes but notes of the device itself."""
+    findings = Findings("graph_order", "legal captures, each stage of each replay written down by the device")
+    graphs = found.graphs
+    if replayed.illegal:
+        findings.missing("the calls are illegal, so that a graph of them shows nothing")
+    begun = graphs.captured[graphs.captured["kind"] == Kind.START_WAIT_GPU_STAGE]
+    noted = Counter(graphs.noted[["rank", "iteration", "layer"]].tolist())
+    for rank, iteration in graphs.replays[["rank", "iteration"]].tolist():
+        layers = np.unique(begun["layer"][begun["rank"] == rank]).tolist()
+        if not layers:
+            findings.missing("no capture was seen", f"rank {rank}")
+        for layer in layers:
+            if noted[rank, iteration, layer] != len(DEVICE_STAGES):
+                what = f"the device wrote down {noted[rank, iteration, layer]} of {len(DEVICE_STAGES)} stages"
+                findings.wrong(what, f"rank {rank}, layer {layer}, iteration {iteration}")
+    return findings.result(f"{len(graphs.replays)} replays")
 
 
 def _captured_kinds(capture: Capture, found: Found) -> NDArray[np.int64]:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table
 from moe_eplb.analysis.conformance import DYNAMIC, NEIGHBOURS, Machine
+from moe_eplb.analysis.order_check_calls import Found, OwnGraphs
 from moe_eplb.analysis.order_check_flags import infer_flags
 from moe_eplb.analysis.ranges import RangeIndex
-from moe_eplb.core.events import KINDS, Kind
+from moe_eplb.core.events import CAPTURED, KINDS, Kind
 from moe_eplb.core.protocol import Illegal, violation
 
 __all__ = ["IllegalCall", "Neighbour", "Replayed", "replay_calls"]
@@ -70,7 +71,7 @@ class Replayed:
         holes: What is missing of a rank's calls, in words.
         flags: Flags of each call.
         flags_inferred: They are not in the trace.
-        by_graph_of: Iterations by rank whose stage calls were made when a graph was captured.
+        by_graph_of: Replays by rank that stand for an iteration's stage calls, which were made at the capture.
         unordered: Ranks on which no iteration is seen, so that nothing of their order is.
     """
 
@@ -82,22 +83,43 @@ class Replayed:
     unordered: list[int] = field(default_factory=list)
 
 
-def replay_calls(capture: Capture, calls: Table, *, ours: bool) -> Replayed:
-    """Replay the calls rank by rank; a rank's replay ends at its first violation.
+def replay_calls(capture: Capture, found: Found, *, ours: bool) -> Replayed:
+    """Replay the calls rank by rank, those of captures by themselves; a replay ends at its first violation.
 
     Args:
-        calls: Of type `CALLED`, by rank and time.
         ours: It is our own trace: it begins with the program, and what is in its middle is not lost.
     """
+    calls, graphs = found.calls, found.graphs
     flags, inferred = infer_flags(calls)
     outcome = Replayed(flags, inferred)
-    layers = _dynamic_layers(calls, flags)
-    graphs = _graph_launches(capture)
+    layers = _dynamic_layers(calls, flags) or _dynamic_layers(
+        graphs.captured, graphs.captured["flags"].astype(np.int64)
+    )
+    launches = _graph_launches(capture)
     for rank in np.unique(calls["rank"]).tolist():
-        rows = np.flatnonzero(calls["rank"] == rank)
-        launched = graphs.get(rank, np.empty(0, np.int64))
-        _Rank(capture, calls[rows], flags[rows], layers, launched, ours=ours).replay(outcome)
+        launched = launches.get(rank, np.empty(0, np.int64))
+        made, made_flags = _with_replays(calls, flags, graphs, rank)
+        _Rank(capture, made, made_flags, layers, launched, ours=ours).replay(outcome)
+        captured = graphs.captured[graphs.captured["rank"] == rank]
+        if len(captured):
+            _Rank(capture, captured, _captured_flags(captured, layers), layers, launched, ours=ours).capture(outcome)
     return outcome
+
+
+def _with_replays(
+    calls: Table, flags: NDArray[np.int64], graphs: OwnGraphs, rank: int
+) -> tuple[Table, NDArray[np.int64]]:
+    """A rank's calls and their flags, among them in order of time those that replay a graph."""
+    mine, replays = calls["rank"] == rank, graphs.replays[graphs.replays["rank"] == rank]
+    made = np.concatenate([calls[mine], replays])
+    order = np.argsort(made["start"], kind="stable")
+    return made[order], np.concatenate([flags[mine], np.zeros(len(replays), np.int64)])[order]
+
+
+def _captured_flags(captured: Table, layers: dict[int, int]) -> NDArray[np.int64]:
+    """Flags of the calls of captures; where they are not told, layers are dynamic that are so elsewhere."""
+    flags, inferred = infer_flags(captured)
+    return flags | DYNAMIC * np.isin(captured["layer"], list(layers)) if inferred else flags
 
 
 def _dynamic_layers(calls: Table, flags: NDArray[np.int64]) -> dict[int, int]:
@@ -147,11 +169,25 @@ class _Rank:
                 return
         self._end(machine, outcome)
 
+    def capture(self, outcome: Replayed) -> None:
+        """Make the calls of captures, each of which has every layer."""
+        machine, made = Machine(len(self._layers)), 0
+        try:
+            for kind, layer, iteration, _, flags in self._rows:
+                machine.call(kind, self._layers.get(layer, layer), iteration, flags)
+                made += 1
+            if machine.iterations.in_iter:
+                machine.call(Kind.END_ITER, c.UNKNOWN, CAPTURED, 0)
+        except Illegal as illegal:
+            outcome.illegal.append(self._illegal(min(made, len(self._rows) - 1), illegal))
+
     def _iteration_call(self, machine: Machine, kind: int, iteration: int, start: int, outcome: Replayed) -> Machine:
         replays = False
         if kind == Kind.START_ITER:
             self._begun = start
             machine = self._over_hole(machine, iteration, outcome)
+        elif kind == Kind.REPLAY:
+            outcome.by_graph_of[self._rank] = outcome.by_graph_of.get(self._rank, 0) + 1
         elif kind == Kind.END_ITER and machine.iterations.layers_run == 0:
             first, beyond = np.searchsorted(self._graphs, (self._begun, start))
             replays = bool(beyond > first)

@@ -29,6 +29,7 @@ class BalancerOptions:
             takes the memory of one slot.
         run_ahead: How many iterations the host may be ahead of such a device.
         policy, moves_per_update: See `moe_eplb.planning.online.Planning`.
+        overlap: How the balancer's work uses the streams: "after" is `LayerStream`, "before" `OlderChoreography`.
     """
 
     commit_delay: int = 1
@@ -43,6 +44,7 @@ class BalancerOptions:
     run_ahead: int = 4
     policy: OnlinePolicy = "reference"
     moves_per_update: int | None = None
+    overlap: Literal["after", "before"] = "after"
 
     def planning(self, *, compiled: bool = False) -> Planning:
         """How layers are planned."""
@@ -54,10 +56,12 @@ class BalancerOptions:
             min(self.commit_delay, self.window, self.run_ahead) < 1
             or not 0.0 <= self.decay <= 1.0
             or not timeout_is_good
+            or self.overlap not in ("after", "before")
         ):
             raise BalancerError(
                 "E148", "the balancer's options are out of range",
                 why=f"commit_delay {self.commit_delay}, window {self.window}, decay {self.decay}, "
-                f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}",
-                hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], the timeout is finite and > 0",
+                f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}, overlap {self.overlap!r}",
+                hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], the timeout is finite and > 0, "
+                "overlap is 'after' or 'before'",
             )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Choreography after TensorRT-LLM's online EPLB for Hopper: everything but `route` goes to the balancer stream, ordered
 against the caller's stream by two reusable events. The wait overlaps the top-k, statistics and their reduction overlap
-route, dispatch and experts, the hand-over overlaps combine.
+route, dispatch and experts, the hand-over overlaps combine. `OlderChoreography` is what that is compared with.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_eplb.balancer.layer_stream import CallRange, LayerStream
 from moe_eplb.balancer.layer_weights import LayerWeights
+from moe_eplb.balancer.older_choreography import OlderChoreography
 from moe_eplb.balancer.statistics import AllReduce, LayerStatistics, require_gathered_shape, require_ids_shape
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind
@@ -61,7 +62,11 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         self._range = CallRange(self._device.sink)
         if self.updates_enabled:
             options = owner.options
-            self._stream = LayerStream(self._device, layer_idx, aux_stream)
+            self._stream: LayerStream | OlderChoreography = (
+                OlderChoreography(self._device, layer_idx, aux_stream)
+                if options.overlap == "before"
+                else LayerStream(self._device, layer_idx, aux_stream)
+            )
             self._statistics = LayerStatistics(
                 expert_count, decay=options.decay, window=options.window, device=self._device.torch_device
             )

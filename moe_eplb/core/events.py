@@ -13,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "CAPTURED",
+    "DEVICE_STAGES",
     "HOST",
     "KINDS",
     "RECORD",
@@ -32,8 +33,11 @@ HOST = 255
 """Stream number of a call made by the host (an API call), as against the work it put on a stream."""
 UPDATER = 254
 """Stream number of work done by the balancer's updater thread."""
-STREAMS = ("Main", "Attention", "MoeShared", "MoeChunkingOverlap", "MoeBalancer")
-"""Names of the device's streams; the position is the stream's number."""
+STREAMS = ("Main", "Attention", "MoeShared", "MoeChunkingOverlap", "MoeBalancer", "MoeBalancerStatistic")
+"""Names of the device's streams; the position is the stream's number. Only `overlap: before` uses the last."""
+
+DEVICE_STAGES = ("take over", "vote", "fold", "hand over")
+"""What a device that holds the balancer's state writes down of each layer; the position is the stage's number."""
 
 
 class Role(enum.StrEnum):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Compared", "Difference", "compare", "paired_difference"]
 
@@ -14,13 +15,14 @@ _RESAMPLED = 2000
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A variant against the first one.
+    """A variant against the first one, and against the one before it.
 
     Attributes:
         steps: Samples.
         median_ms, p99_ms: Of all its samples.
         ratio: Median over rounds of (median of its round / median of the first variant's round).
         low, high: The 95 % interval of `ratio`.
+        step_ratio, step_low, step_high: The same against the variant before, 1 for the first.
     """
 
     steps: int
@@ -29,6 +31,9 @@ class Compared:
     ratio: float
     low: float
     high: float
+    step_ratio: float
+    step_low: float
+    step_high: float
 
 
 def compare(samples_ms: Sequence[Sequence[Sequence[float]]], *, seed: int = 0) -> list[Compared]:
@@ -42,11 +47,17 @@ def compare(samples_ms: Sequence[Sequence[Sequence[float]]], *, seed: int = 0) -
     compared = []
     for variant, rounds in enumerate(samples_ms):
         every = np.concatenate([np.asarray(steps, dtype=np.float64) for steps in rounds])
-        ratios = medians[variant] / medians[0]
-        low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
         p50, p99 = np.percentile(every, (50, 99))
-        compared.append(Compared(len(every), float(p50), float(p99), float(np.median(ratios)), float(low), float(high)))
+        to_first = _ratio(medians[variant] / medians[0], drawn)
+        to_previous = _ratio(medians[variant] / medians[max(variant - 1, 0)], drawn)
+        compared.append(Compared(len(every), float(p50), float(p99), *to_first, *to_previous))
     return compared
+
+
+def _ratio(ratios: NDArray[np.float64], drawn: NDArray[np.int64]) -> tuple[float, float, float]:
+    """Median of ratios [rounds] and its interval, from resamples [N, rounds] of them."""
+    low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
+    return float(np.median(ratios)), float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,10 @@ class Scenario(Section):
     piece by piece, or captured into a CUDA graph and replayed, from the second of its size on. `share_gpus`: ranks
     may be more than GPUs; their collectives then go through host memory, with the same results, in another time.
     `moe_max_num_tokens` is the most tokens of all ranks that a MoE layer takes at once; more go in chunks, every other
-    one on a stream of its own. With `calls` the balancer's API is driven by that list instead of by a model.
+    one on a stream of its own. `overlap`: whether the balancer's work runs beside the model's (``after``), between its
+    work on one stream (``serial``), or as the reference once did it (``before``): beside it in graphs alone, counting
+    the ids of all ranks once the all-gather has brought them. With `calls` the balancer's API is driven by that list
+    instead of by a model.
     """
 
     name: str = Field(default="", max_length=100, pattern=r"^[A-Za-z0-9_.-]*$")
@@ -40,7 +43,7 @@ class Scenario(Section):
     dispatch: Literal["alltoall", "allgather"] = "alltoall"
     moe_max_num_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
     statistics: Literal["auto", "gathered", "local_ids", "global_ids"] = "auto"
-    overlap: Literal["after", "serial"] = "after"
+    overlap: Literal["after", "before", "serial"] = "after"
     replica_choice: Literal["round_robin", "local_first"] = "round_robin"
     reorder_seed: int | None = Field(default=None, ge=0, lt=1 << 32)
     workload: Workload = Workload()
@@ -74,12 +77,14 @@ class Scenario(Section):
 
     @property
     def statistics_path(self) -> StatisticsPath:
-        """The statistics path with ``auto`` resolved: it follows the dispatch.
+        """The statistics path with ``auto`` resolved: it follows the dispatch, and `overlap: before` knows but one.
 
         On GPUs an all-to-all knows all sizes and has no exchange in which counts could ride along.
         """
         if self.statistics != "auto":
             return self.statistics
+        if self.overlap == "before":
+            return "global_ids"
         return "gathered" if self.dispatch == "alltoall" and self.device == "cpu" else "local_ids"
 
     @property
@@ -91,6 +96,11 @@ class Scenario(Section):
     def effective_reorder_seed(self) -> int:
         """Seed of the order of auxiliary work."""
         return self.seed if self.reorder_seed is None else self.reorder_seed
+
+    @property
+    def stream_seed(self) -> int | None:
+        """That seed, None where everything runs on one stream."""
+        return None if self.overlap == "serial" else self.effective_reorder_seed
 
     def sequences(self, rank: int) -> int:
         """Sequences that a rank works on at a time."""

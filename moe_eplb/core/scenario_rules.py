@@ -22,6 +22,7 @@ def problems(s: Scenario) -> tuple[Problem, ...]:
     rules = [
         model_rules.problems,
         _dispatch,
+        _overlap,
         _execution,
         _chunks,
         workload_rules.problems,
@@ -42,6 +43,16 @@ def _dispatch(s: Scenario) -> Iterator[Problem]:
     if s.statistics == "global_ids" and s.dispatch != "allgather":
         hint = "use dispatch 'allgather', or statistics 'gathered'"
         yield Problem(("statistics",), "the ids of all ranks reach every rank only with dispatch 'allgather'", hint)
+
+
+def _overlap(s: Scenario) -> Iterator[Problem]:
+    if s.overlap != "before" or s.calls is not None:
+        return
+    counted = "overlap 'before' counts the ids of all ranks"
+    if s.dispatch != "allgather":
+        yield Problem(("overlap",), f"{counted}, which only dispatch 'allgather' brings", "dispatch: allgather")
+    if s.statistics not in ("auto", "global_ids"):
+        yield Problem(("statistics",), f"{counted}, not {s.statistics!r}", "statistics: auto")
 
 
 def _execution(s: Scenario) -> Iterator[Problem]:

@@ -6,13 +6,14 @@ import abc
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import EventSink, Kind
+from moe_eplb.core.events import STREAMS, EventSink, Kind
 from moe_eplb.device.bell import Bell, CpuBell
 from moe_eplb.device.captured import Captured
 from moe_eplb.device.streams import AuxStreamType
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 class Stream:
-    """A queue of work in order. `index` 0 is the main stream, n the n-th `AuxStreamType` plus one."""
+    """A queue of work in order. `index` is its number in `moe_eplb.core.events.STREAMS`."""
 
     def __init__(self, name: str, index: int) -> None:
         self.name = name
@@ -53,6 +54,9 @@ class Device(abc.ABC):
     immediate = True
     """Whether work has run by the time it is joined, so that the host may look at its results at once."""
 
+    has_graphs = False
+    """Whether work can be captured."""
+
     def __init__(self, sink: EventSink) -> None:
         self.sink = sink
         self.iteration = -1
@@ -67,6 +71,11 @@ class Device(abc.ABC):
     def stream(self, kind: AuxStreamType) -> Stream:
         """A new auxiliary stream of that kind."""
         return self._make_stream(kind.name, list(AuxStreamType).index(kind) + 1)
+
+    @cached_property
+    def statistic_stream(self) -> Stream:
+        """A second stream of the balancer, for `overlap: before`; made at first use, the same for all layers."""
+        return self._make_stream(STREAMS[-1], len(STREAMS) - 1)
 
     @contextlib.contextmanager
     def use(self, stream: Stream) -> Iterator[None]:

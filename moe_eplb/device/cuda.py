@@ -68,6 +68,7 @@ class CudaDevice(Device):
 
     kind = "cuda"
     immediate = False
+    has_graphs = True
 
     def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False, serial: bool = False) -> None:
         self.torch_device = torch.device("cuda", index)
@@ -139,9 +140,11 @@ class CudaDevice(Device):
         b: int = 0,
     ) -> None:
         assert isinstance(stream, _CudaStream)
+        elsewhere = stream is not self.current
         with self.use(stream):
             self._do(stream, kind, layer, fn, a, b)
-        stream.held.append((stream.submitted, fn))
+        if elsewhere:  # the current stream's own memory is reused in its order
+            stream.held.append((stream.submitted, fn))
 
     def synchronize(self) -> None:
         """Return when all work is done; its times are recorded now."""

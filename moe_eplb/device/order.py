@@ -19,6 +19,12 @@ Clock = dict[Stream, int]
 
 _READS = (Kind.ROUTE, Kind.EXPERTS)
 _RESULTS = (Kind.COMBINE, Kind.SHARED_EXPERT)
+_COUNTS = (
+    Kind.UPDATE_LOCAL_STATISTIC, Kind.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC, Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS,
+    Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE, Kind.VOTE, Kind.SETTLE_VOTE,
+)  # fmt: skip
+"""What an update is made from and agreed by."""
+_BEFORE_HAND_OVER = frozenset(_READS + _COUNTS)
 
 
 class Unordered(NamedTuple):
@@ -37,9 +43,9 @@ class _Work(NamedTuple):
 class StreamOrder:
     """Follows the work of all streams of a device.
 
-    The rules, for each layer: route and experts come after the wait for the layer; the hand-over comes after every
-    route and experts, on whatever stream; the next layer's top-k comes after every result of the layer before and
-    after its hand-over.
+    The rules, for each layer: route, experts and statistics come after the wait for the layer; the hand-over comes
+    after all of them, on whatever stream; the next layer's top-k comes after every result of the layer before and after
+    its hand-over.
     """
 
     def __init__(self) -> None:
@@ -77,7 +83,7 @@ class StreamOrder:
     def _earlier(self, work: _Work, layer: int) -> list[_Work]:
         """What `work` must come after, while it takes its place among the layer's work."""
         kind = work.kind
-        if kind in _READS:
+        if kind in _BEFORE_HAND_OVER:
             self._reads[layer].append(work)
             return [self._wait[layer]] if layer in self._wait else []
         if kind in _RESULTS:

@@ -232,7 +232,10 @@ class WideEPMoE(nn.Module):
 
     def _dispatch(self, exchange: Exchange, x: Tensor, scales: Tensor, chunk: Chunk) -> Received:
         send = partial(exchange.dispatch, x, scales)
+        late = exchange.riders is None
         received = self.device.run(Kind.DISPATCH, self.layer_idx, send, a=exchange.dispatch_bytes)
+        if late:
+            self._hand_out(exchange.riders, has_counts=False, has_lanes=True)
         self._statistics.after_dispatch(received, chunk)
         return received
 

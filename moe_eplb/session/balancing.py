@@ -35,6 +35,7 @@ def make_balancer(scenario: Scenario, rank: int, device: Device, groups: Groups)
         replica_choice=ReplicaChoice(scenario.replica_choice), run_ahead=config.run_ahead,
         spare_slots=config.spare_slots,
         resident=config.state == "device", policy=config.policy, moves_per_update=config.moves_per_update,
+        overlap="before" if scenario.overlap == "before" else "after",
     )  # fmt: skip
     return MoeLoadBalancer(
         rank, scenario.ranks, config.layer_updates_per_iter, device=device, group=groups.setup, options=options

@@ -57,8 +57,7 @@ class _Variant:
     """A model under its balancer without checks and records, which would take time of their own."""
 
     def __init__(self, scenario: Scenario, rank: int, groups: Groups, stack: contextlib.ExitStack) -> None:
-        seed = None if scenario.overlap == "serial" else scenario.effective_reorder_seed
-        self.device = get_device(scenario.device, NullSink(), seed=seed, rank=rank)
+        self.device = get_device(scenario.device, NullSink(), seed=scenario.stream_seed, rank=rank)
         self._balancer = make_balancer(scenario, rank, self.device, groups)
         if self._balancer is not None:
             stack.callback(self._balancer.shutdown)

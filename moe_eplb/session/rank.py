@@ -45,8 +45,7 @@ def run_rank(scenario: Scenario, folder: Path, rank: int, groups: Groups, on_ste
         contextlib.closing(EvidenceWriter(evidence_path(folder, rank), rank)) as evidence,
         torch.inference_mode(),
     ):
-        seed = None if scenario.overlap == "serial" else scenario.effective_reorder_seed
-        device = get_device(scenario.device, log, seed=seed, rank=rank, check_order=True)
+        device = get_device(scenario.device, log, seed=scenario.stream_seed, rank=rank, check_order=True)
         balancer = make_balancer(scenario, rank, device, groups)
         _write_begin(evidence, scenario, balancer)
         try:

@@ -27,7 +27,8 @@ def test_real_ranks_are_timed_and_every_sample_is_kept(call: Call, write: Write)
         assert all(0.0 < ms < 10_000 for steps in variant["samples_ms"] for ms in steps)
         assert variant["low"] <= variant["ratio"] <= variant["high"]
         assert variant["median_ms"] <= variant["p99_ms"]
-    assert found["variants"][0]["ratio"] == 1.0
+    assert found["variants"][0]["ratio"] == found["variants"][0]["step_ratio"] == 1.0
+    assert [(v["statistics"], v["execution"]) for v in found["variants"]] == [("gathered", "eager")] * 2
     assert "torch" in found["versions"]
 
 
@@ -37,7 +38,25 @@ def test_a_variant_that_does_more_is_slower_and_the_table_says_so(call: Call, wr
     assert done.code == 0, done.err
     rows = [line.split() for line in done.out.splitlines() if line.startswith("model.layers=")]
     assert [row[0] for row in rows] == ["model.layers=1", "model.layers=8"]
-    assert float(rows[1][4]) > 2.0
+    assert float(rows[1][5]) > 2.0
+
+
+def test_the_choreographies_are_compared_with_the_statistics_of_each(call: Call, write: Write) -> None:
+    path, compare = str(write("small")), "overlap=serial,before,after"
+    done = call("bench", path, "--compare", compare, "--set", "dispatch=allgather", *FEW)
+    assert done.code == 0, done.err
+    rows = [line.split() for line in done.out.splitlines() if line.startswith("overlap=")]
+    assert [row[:3] for row in rows] == [
+        ["overlap=serial", "local_ids", "12"],
+        ["overlap=before", "global_ids", "12"],
+        ["overlap=after", "local_ids", "12"],
+    ]
+    assert all(float(row[6]) <= float(row[5]) <= float(row[8]) for row in rows), "an interval holds its ratio"
+    assert all(float(row[10]) <= float(row[9]) <= float(row[12]) for row in rows)
+    assert rows[0][5] == rows[0][9] == "1.000"
+    refused = call("bench", path, "--compare", compare)
+    assert refused.code == 2
+    assert "dispatch: allgather" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,12 @@ def test_medians_and_tails_are_those_of_all_samples() -> None:
     assert only.steps == 100
     assert only.median_ms == 1.5
     assert only.p99_ms == pytest.approx(np.percentile(np.concatenate(rounds), 99))
+
+
+def test_each_variant_is_held_against_the_one_before_it_too() -> None:
+    first, second, third = compare([drawn(1.0, 0), drawn(2.0, 1), drawn(3.0, 2)])
+    assert (first.step_ratio, first.step_low, first.step_high) == (1.0, 1.0, 1.0)
+    assert (second.step_ratio, second.step_low, second.step_high) == (second.ratio, second.low, second.high)
+    assert third.ratio == pytest.approx(3.0, rel=0.05)
+    assert third.step_ratio == pytest.approx(1.5, rel=0.05)
+    assert third.step_low <= 1.5 <= third.step_high

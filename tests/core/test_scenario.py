@@ -63,7 +63,12 @@ def test_slots(overrides: list[str], expected: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "path"),
-    [([], "gathered"), (["dispatch=allgather"], "local_ids"), (["statistics=local_ids"], "local_ids")],
+    [
+        ([], "gathered"),
+        (["dispatch=allgather"], "local_ids"),
+        (["statistics=local_ids"], "local_ids"),
+        (["dispatch=allgather", "overlap=before"], "global_ids"),
+    ],
 )
 def test_statistics_follow_the_dispatch(overrides: list[str], path: str) -> None:
     assert load(BASE, *overrides).statistics_path == path
@@ -72,6 +77,8 @@ def test_statistics_follow_the_dispatch(overrides: list[str], path: str) -> None
 def test_the_reorder_seed_is_the_seed_unless_given() -> None:
     assert load(BASE, "seed=7").effective_reorder_seed == 7
     assert load(BASE, "seed=7", "reorder_seed=0").effective_reorder_seed == 0
+    assert load(BASE, "seed=7", "overlap=serial").stream_seed is None
+    assert load(BASE, "seed=7", "dispatch=allgather", "overlap=before").stream_seed == 7
 
 
 @pytest.mark.parametrize(

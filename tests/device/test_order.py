@@ -106,3 +106,22 @@ def test_an_aborted_iteration_leaves_no_demands() -> None:
     device.discard()
     device.run(Kind.ROUTE, LAYER, lambda: None)
     assert sink.seen == []
+
+
+COUNTS = [Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE, Kind.VOTE, Kind.SETTLE_VOTE]
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("joined", [True, False])
+def test_statistics_come_after_the_wait_and_before_the_hand_over(kind: Kind, joined: bool) -> None:
+    order, (main, _, balancer) = StreamOrder(), _streams()
+    statistic = Stream("MoeBalancerStatistic", 5)
+    order.work(balancer, Kind.START_WAIT_GPU_STAGE, LAYER)
+    assert order.work(main, kind, LAYER) == Unordered(Kind.START_WAIT_GPU_STAGE, balancer)
+    order.wait(statistic, order.mark(balancer))
+    assert order.work(statistic, kind, LAYER) is None
+    order.wait(balancer, order.mark(main))
+    if joined:
+        order.wait(balancer, order.mark(statistic))
+    found = order.work(balancer, Kind.START_SET_CPU_STAGE, LAYER)
+    assert found == (None if joined else Unordered(kind, statistic))

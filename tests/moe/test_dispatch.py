@@ -171,12 +171,21 @@ def test_byte_counts_are_those_of_the_rows_sent() -> None:
     for tokens, outputs in zip(CASES[2], _run(2, "allgather", torch.float32), strict=True):
         block = max(tokens)
         assert {output.sizes for output in outputs} == {(8 * 3, block * (row + 4 * TOP_K), 2 * block * 4 * HIDDEN)}
-    for kind, back in (("alltoall", 4 * HIDDEN), ("allgather", 4 * HIDDEN)):
+    # Rows are rounded up to 64 bytes; only riders ride, apart or in a row of the all-gather.
+    for kind, apart, more in (("alltoall", 8 * 2, 0), ("allgather", 0, 1)):
         for tokens, outputs in zip(CASES[2], _run(2, f"{kind}-static", torch.float32), strict=True):
-            # Rows are rounded up to 64 bytes, and only the riders ride.
-            assert {output.sizes for output in outputs} == {(8 * 2, max(tokens) * 64, 2 * max(tokens) * back)}
+            block = max(tokens) + more
+            assert {output.sizes for output in outputs} == {(apart, block * 64, 2 * block * 4 * HIDDEN)}
     assert {output.sizes for case in _run(1, "alltoall", torch.float32) for output in case} == {(0, 0, 0)}
     assert {output.sizes for case in _run(1, "allgather", torch.float32) for output in case} == {(0, 0, 0)}
+
+
+def test_riders_that_no_row_has_room_for_go_apart() -> None:
+    dispatcher = _dispatcher("allgather-static", None, torch.float32)
+    dispatcher.ranks.size = 2
+    for riders, tokens, wanted in ((HIDDEN // 2, [4, 4], 0), (HIDDEN // 2 + 1, [4, 4], 8 * (HIDDEN // 2 + 1))):
+        assert dispatcher.prepare_bytes(torch.zeros(riders, dtype=torch.int64), tokens) == wanted
+    assert dispatcher.prepare_bytes(torch.zeros(1, dtype=torch.int64), None) == 8 * 2
 
 
 def test_without_riders_there_are_none() -> None:

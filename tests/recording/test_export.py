@@ -94,7 +94,7 @@ def test_provenance_and_cost_are_stated(database: sqlite3.Connection) -> None:
 
 
 def test_streams_are_named_as_the_device_numbers_them() -> None:
-    assert ("Main", *(kind.name for kind in AuxStreamType)) == STREAMS
+    assert ("Main", *(kind.name for kind in AuxStreamType), "MoeBalancerStatistic") == STREAMS
 
 
 def test_two_exports_are_equal(folder: Path) -> None:

@@ -44,6 +44,8 @@ PATHS = {
     "state_on_device": PLAIN + "dispatch: alltoall\n",
     "fp8": FP8,
     "fp8_state_on_device": FP8,
+    "before": PLAIN + "dispatch: allgather\noverlap: before\n",
+    "chunked_before": LARGE + "dispatch: allgather\noverlap: before\n",
     "routed": ROUTED + "dispatch: alltoall\n",
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
@@ -75,6 +77,8 @@ MEANT_FOR = {
     "device_keeps_its_load": ("effect", "state_on_device"),
     "scales_stay_behind": ("attestation", "fp8"),
     "scales_stay_behind_in_cells": ("attestation", "fp8_state_on_device"),
+    "older_wait_not_joined": ("stream_join", "before"),
+    "older_statistics_not_joined": ("stream_join", "before"),
     "leaked_segment": ("leaks", "gathered"),
 }
 

@@ -14,12 +14,11 @@ import numpy as np
 from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.run_folder import Place, RunFolder
 from moe_eplb.analysis.trace import Records
-from moe_eplb.core.events import CAPTURED, KINDS, Kind
+from moe_eplb.core.events import CAPTURED, DEVICE_STAGES, KINDS, Kind
 from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["graph_order"]
 
-_STAGES = ("take over", "vote", "fold", "hand over")
 _WORK = (Kind.ROUTE, Kind.EXPERTS, Kind.COMBINE)
 """Work that every replayed layer has, whether experts move or not."""
 
@@ -63,6 +62,10 @@ def _judge_replays(folder: RunFolder, rank: int, records: Records, replayed: lis
     routed = records.host.kinds(Kind.ROUTE)
     called = set(routed.iteration[routed.iteration >= 0].tolist())
     count = Counter(replayed)
+    begun = set(records.kinds(Kind.START_ITER).iteration.tolist())
+    for iteration in sorted(count):
+        if iteration not in range(folder.scenario.iterations) or (folder.moving and iteration not in begun):
+            findings.wrong("a replay outside any iteration", f"rank {rank}, iteration {iteration}")
     for iteration in range(folder.scenario.iterations):
         where = f"rank {rank}, iteration {iteration}"
         if count[iteration] + (iteration in called) != 1:
@@ -88,8 +91,10 @@ def _judge_stages(folder: RunFolder, rank: int, records: Records, replayed: list
     noted = records.kinds(Kind.DEVICE_STAGE)
     rows = np.stack([noted.layer, noted.iteration, noted.a], axis=1)
     done = {tuple(row) for row in rows.tolist()}
+    state = folder.trace.ranks.get(rank) if folder.trace is not None else None
+    note = findings.wrong if state is not None and state.complete else findings.missing
     for iteration in replayed:
         for layer in range(folder.scenario.model.layers):
-            missing = [name for stage, name in enumerate(_STAGES) if (layer, iteration, stage) not in done]
+            missing = [name for stage, name in enumerate(DEVICE_STAGES) if (layer, iteration, stage) not in done]
             if missing:
-                findings.wrong(f"rank {rank}: the device did not do {', '.join(missing)}", Place(layer, iteration))
+                note(f"rank {rank}: the device did not do {', '.join(missing)}", Place(layer, iteration))

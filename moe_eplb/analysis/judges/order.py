@@ -15,6 +15,11 @@ from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["call_order", "stream_join"]
 
+_STATISTICS = (
+    Kind.UPDATE_LOCAL_STATISTIC, Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS,
+    Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE,
+)  # fmt: skip
+
 
 def call_order(folder: RunFolder) -> CheckResult:
     """Every rank's calls follow the protocol; where the scenario expects a protocol error, just that one breaks it."""
@@ -106,7 +111,7 @@ def _judge_unordered(records: Records, findings: Findings) -> None:
 
 
 class _Spans:
-    """Spans of the five kinds of records that the joins order."""
+    """Spans of the kinds of records that the joins order."""
 
     def __init__(self, records: Records) -> None:
         device, host = records.device, records.host.where(records.host.end != OPEN)
@@ -114,6 +119,7 @@ class _Spans:
         self.route = _spans(device.kinds(Kind.ROUTE))
         self.experts = _spans(device.kinds(Kind.EXPERTS))
         self.hand_over = _spans(device.kinds(Kind.START_SET_CPU_STAGE))
+        self.statistics = _spans(device.kinds(*_STATISTICS))
         self.done = _spans(host.kinds(Kind.DONE_SET_CPU_STAGE))
 
 
@@ -140,10 +146,13 @@ def _judge_joins(spans: _Spans, stage: Stage, findings: Findings, *, on_host: bo
         findings.missing(f"no record of {', '.join(absent)}", where)
         return
     wait, route, experts, hand_over, done = (span for span in found if span is not None)
+    statistics = spans.statistics.get(stage, Span(wait.end, hand_over.start))  # `statistics` misses them, not this one
     for what, earlier, later in (
         ("route began {} ns before the wait ended", wait.end, route.start),
         ("experts began {} ns before the wait ended", wait.end, experts.start),
+        ("statistics began {} ns before the wait ended", wait.end, statistics.start),
         ("the hand-over began {} ns before the experts ended", experts.end, hand_over.start),
+        ("the hand-over began {} ns before statistics ended", statistics.end, hand_over.start),
         ("done_set_cpu_stage returned {} ns before the hand-over ended", hand_over.end, done.end),
     ):
         if earlier > later:

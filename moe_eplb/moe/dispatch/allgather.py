@@ -1,8 +1,8 @@
 """All-gather dispatch: every rank sees every row; the partial sums come back through a reduce-scatter.
 
 Collectives of a forward: an all-gather of token counts and riders, an all-gather of rows padded to the largest token
-count, a reduce-scatter of float32 partial sums. The first is left out where all ranks' tokens are given, shapes are
-static and nothing rides.
+count, a reduce-scatter of float32 partial sums. The first is left out where all ranks' tokens are given and shapes are
+static: riders then take a row of the second.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class AllGather:
 
     def prepare_bytes(self, riders: Tensor | None, tokens: Sequence[int] | None = None) -> int:
         """See `Dispatcher`."""
-        words = (0 if self._is_static(tokens) else 1) + (0 if riders is None else riders.numel())
+        apart = riders is not None and not self._ride_with_rows(riders, tokens)
+        words = (0 if self._is_static(tokens) else 1) + (riders.numel() if apart and riders is not None else 0)
         return 8 * words if self.ranks.size > 1 else 0
 
     def prepare(
@@ -68,12 +69,18 @@ class AllGather:
         """See `Dispatcher`."""
         integers = (slot_ids, expert_ids) if self.gather_ids else (slot_ids,)
         if tokens is not None and self._is_static(tokens):
+            if riders is not None and self._ride_with_rows(riders, tokens):
+                return AllGatherExchange(self, integers, tuple(tokens), None, static=True, riding=riders)
             return AllGatherExchange(self, integers, tuple(tokens), gather_riders(self.ranks, riders), static=True)
         count = torch.tensor([slot_ids.shape[0]], device=slot_ids.device)
         told = count if riders is None else torch.cat((count, riders))
         gathered = self.ranks.all_gather(told.unsqueeze(0))
         counts = tuple(gathered[:, 0].tolist())
         return AllGatherExchange(self, integers, counts, None if riders is None else gathered[:, 1:], static=False)
+
+    def _ride_with_rows(self, riders: Tensor, tokens: Sequence[int] | None) -> bool:
+        room = self._aligned.hidden_words // 2
+        return self._is_static(tokens) and self.ranks.size > 1 and riders.numel() <= room
 
     def _is_static(self, tokens: Sequence[int] | None) -> bool:
         return self.static_shapes and tokens is not None
@@ -90,13 +97,15 @@ class AllGatherExchange:
         riders: Tensor | None,
         *,
         static: bool,
+        riding: Tensor | None = None,
     ) -> None:
         self.riders = riders
+        self._riding = riding
         self._owner = owner
         self._row = owner.row(static=static)
         self._integers = integers
         self._counts = counts
-        self._block = max(counts)
+        self._block = max(counts) + (riding is not None)
         self._static = static
 
     @property
@@ -118,7 +127,9 @@ class AllGatherExchange:
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """See `Exchange`."""
         owner, ranks = self._owner, self._owner.ranks
-        hidden, scales, integers = gather_block(ranks, self._row, self._block, x, scales, self._integers)
+        found = gather_block(ranks, self._row, self._block, x, scales, self._integers, self._riding)
+        hidden, scales, integers, _ = found
+        self.riders = self.riders if self._riding is None else found.riders
         slots = integers[0] if ranks.size == 1 else integers[0] - ranks.rank * owner.slots_per_rank
         entries = None if self._static else int(((slots >= 0) & (slots < owner.slots_per_rank)).sum())
         return Received(

@@ -49,7 +49,7 @@ class Exchange(Protocol):
     """One layer's exchange of one forward; every rank of the group makes the same calls in the same order."""
 
     riders: Tensor | None
-    """int64 [R, V]: the riders of all ranks, None where none were given."""
+    """int64 [R, V]: the riders of all ranks, None where there are none; if they ride with rows, from `dispatch` on."""
 
     @property
     def dispatch_bytes(self) -> int:

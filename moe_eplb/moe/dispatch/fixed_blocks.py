@@ -71,7 +71,7 @@ class FixedBlocksExchange:
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """See `Exchange`."""
         ranks = self._owner.ranks
-        hidden, scales, (slots,) = gather_block(ranks, self._row, self._block, x, scales, (self._slot_ids,))
+        hidden, scales, (slots,), _ = gather_block(ranks, self._row, self._block, x, scales, (self._slot_ids,))
         if ranks.size > 1:
             slots = slots - ranks.rank * self._owner.slots_per_rank
         return Received(hidden, slots, scales, (self._block,) * ranks.size, entries=None)

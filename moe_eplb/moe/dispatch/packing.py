@@ -34,6 +34,7 @@ class RowFormat:
         self._widths = (hidden_size * dtype.itemsize // _WORD, top_k, integers)
         self.words = -(-sum(self._widths) // align) * align
         self.nbytes = _WORD * self.words
+        self.hidden_words = self._widths[0]
 
     def pack(self, x: Tensor, scales: Tensor, *integers: Tensor) -> Tensor:
         """Rows int32 [M, words] of hidden states [M, D], scales float32 [M, K] and integer columns int32 [M, ...]."""

@@ -293,6 +293,21 @@ def device_keeps_its_load(module: ModuleType) -> None:
     module.hand_over = keeping
 
 
+def older_wait_not_joined(module: ModuleType) -> None:
+    """done_wait_gpu_stage of the older choreography does not make the main stream wait."""
+
+    def no_join(self: Any) -> None:
+        self._taken = self._done
+        self._readers = [self._device.current]
+
+    module.OlderChoreography.begin_reading = no_join
+
+
+def older_statistics_not_joined(module: ModuleType) -> None:
+    """The older choreography hands a layer over while its statistics stream still counts."""
+    module.OlderChoreography._join_statistics = lambda self, hand_over: None
+
+
 BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "stale_weight": ("moe_eplb.balancer.migrate", stale_weight),
     "slot_table_off_by_one": ("moe_eplb.balancer.replica_choice", slot_table_off_by_one),
@@ -318,5 +333,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "device_keeps_its_load": ("moe_eplb.device.control.plain", device_keeps_its_load),
     "scales_stay_behind": ("moe_eplb.balancer.migrate", scales_stay_behind),
     "scales_stay_behind_in_cells": ("moe_eplb.balancer.cells", scales_stay_behind_in_cells),
+    "older_wait_not_joined": ("moe_eplb.balancer.older_choreography", older_wait_not_joined),
+    "older_statistics_not_joined": ("moe_eplb.balancer.older_choreography", older_statistics_not_joined),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
