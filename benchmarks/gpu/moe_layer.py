@@ -9,10 +9,6 @@ The layer's output is compared with the composition's first. Exit 2 where there 
 from __future__ import annotations
 
 import json
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +30,7 @@ from benchmarks.gpu.layer_cases import (
     obvious,
     untimed_cuda,
 )
+from benchmarks.gpu.machine import machine
 from benchmarks.gpu.timing import Graphs, ceilings, time_in_turns
 from moe_eplb.device import Device
 from moe_eplb.moe import WideEPMoE
@@ -57,7 +54,7 @@ def main(out: Path, replays: int, only: Sequence[str]) -> None:
     with torch.inference_mode():
         device = untimed_cuda()
         limits, found = ceilings(), [_measure(case, device, replays) for case in cases]
-    result = {**_machine(), "replays": replays, "ceilings": limits, "cases": found}
+    result = {**machine("benchmarks.gpu.moe_layer"), "replays": replays, "ceilings": limits, "cases": found}
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(found)
     click.echo(", ".join(f"{name} {value:.3g}" for name, value in limits.items()))
@@ -133,30 +130,6 @@ def _kernels(layer: WideEPMoE, sets: Sequence[Inputs]) -> list[dict[str, Any]]:
     done = [event for event in profile.events() if event.device_type.name == "CUDA"]
     done.sort(key=lambda event: event.time_range.start)
     return [{"kernel": event.name, "us": event.time_range.elapsed_us()} for event in done]
-
-
-def _machine() -> dict[str, Any]:
-    """What was timed with; nothing that names the machine."""
-    import triton
-
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.gpu.moe_layer", *sys.argv[1:]]),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-    }
-
-
-def _driver() -> str | None:
-    """Version of the driver, None where no tool tells it."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
-    return told[0].strip() if told else None
 
 
 def _print(cases: Sequence[Mapping[str, Any]]) -> None:

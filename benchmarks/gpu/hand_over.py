@@ -1,0 +1,219 @@
+"""Hand-over from the GPU to a thread and back, replays without end, and what the thread that launches pays.
+
+    python -m benchmarks.gpu.hand_over --out FILE.json
+
+Exit 2 where there is no GPU, 1 where outputs differ or an answer stays away.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from benchmarks.gpu.layer_cases import Case
+from benchmarks.gpu.machine import machine
+from benchmarks.gpu.stacks import ForcedOptions, Stack, build
+from moe_eplb.balancer.updater import Update
+from moe_eplb.core.events import NullSink
+from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import Plan, initial_slots
+from moe_eplb.device import control
+from moe_eplb.device.control import LayerState, ModelState, Report
+from moe_eplb.device.cuda import CudaDevice
+
+__all__ = ["main"]
+
+_SMALL = Case("small", 64, 16, 256, 128, 2)
+_LAYERS, _FORCED = 2, 2
+_BOUND_S = 1.0
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
+@click.option("--replays", type=click.IntRange(min=100), default=100_000, show_default=True)
+def main(out: Path, replays: int) -> None:
+    """Time hand-overs, and replay without a synchronisation."""
+    if not torch.cuda.is_available():
+        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
+        raise SystemExit(2)
+    with torch.inference_mode():
+        result: dict[str, Any] = machine("benchmarks.gpu.hand_over")
+        result["hand_over"] = hand_over()
+        result["launch_rate"] = launch_rate()
+        result["bounded"] = endless(replays, run_ahead=4)
+        result["unbounded"] = endless(max(100, replays // 20), run_ahead=8192)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _print(result)
+    if result["bounded"]["differs"] or result["unbounded"]["differs"]:
+        click.echo("the outputs of layers whose experts moved differ from those of static ones", err=True)
+        raise SystemExit(1)
+
+
+def hand_over(count: int = 400) -> dict[str, Any]:
+    """Microseconds from the GPU's signal over a thread that sleeps in the driver to the GPU that sees the answer.
+
+    The GPU measures: its vote waits for what the thread publishes by a copy, and notes how long.
+    """
+    device = CudaDevice(NullSink())
+    place, host = device.torch_device, device.host_visible
+    model = ModelState.make(2, place, host, 4)
+    tables = [torch.zeros(200, dtype=torch.int32, device=place) for _ in range(2)]
+    cells = [torch.zeros(72, dtype=torch.int32, device=place) for _ in range(2)]
+    layers = [LayerState.make(index, 64, tables[index], cells[index], 1, host) for index in range(2)]
+    bell, word, found = device.new_bell(model.bell), host((1,), torch.int64), []
+
+    @torch.inference_mode()
+    def answer() -> None:
+        for ring in range(1, count + 1):
+            if not bell.wait(ring, 5.0):
+                return
+            word.fill_(ring)
+            with device.copying():
+                model.ready[1:2].copy_(word, non_blocking=True)
+            device.copied()()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    main = torch.cuda.current_stream()
+    for ring in range(1, count + 1):
+        model.turn.copy_(torch.tensor([ring, 0, 1, 0]))
+        model.due.copy_(torch.tensor([-1, ring]))
+        model.decision.fill_(-1)
+        main.synchronize()
+        time.sleep(0.0005)  # the thread sleeps too by now
+        control.hand_over(model, layers[0], delay=1)
+        control.vote(model, layers[0], layers[1], timeout_ns=2_000_000_000, wait=None)
+        main.synchronize()
+        found.append(int(model.report(1, ring)[Report.WAITED_NS]) / 1e3)
+    thread.join(timeout=10)
+    found = found[20:]
+    return {"median_us": median(found), "p99_us": quantiles(found, n=100)[98], "asked_us": 30.0, "samples_us": found}
+
+
+def launch_rate(rounds: int = 30, launches: int = 2000) -> dict[str, Any]:
+    """Microseconds of an eager launch, without and with an updater that plans and copies without a pause."""
+    device = CudaDevice(NullSink())
+    options = ForcedOptions(resident=True, spare_slots=_FORCED, forced=_FORCED)
+    stack = build(_SMALL, _LAYERS, device, updates=_LAYERS, slots=20, options=options)
+    busy = Busy(stack)
+    x = torch.zeros(64, device=device.torch_device)
+    samples: dict[str, list[float]] = {"quiet": [], "busy": []}
+    try:
+        for turn in range(rounds):
+            for name in ("quiet", "busy") if turn % 2 == 0 else ("busy", "quiet"):
+                busy.switch(name == "busy")
+                begun = time.perf_counter()
+                for _ in range(launches):
+                    x.add_(1.0)
+                samples[name].append((time.perf_counter() - begun) / launches * 1e6)
+                busy.switch(False)
+                torch.cuda.current_stream().synchronize()
+    finally:
+        stack.balancer.shutdown()
+    ratios = [b / q for q, b in zip(samples["quiet"], samples["busy"], strict=True)]
+    return {
+        "median_us": {name: median(found) for name, found in samples.items()}, "ratio": median(ratios),
+        "asked": 1.05, "updates": busy.done, "samples_us": samples,
+    }  # fmt: skip
+
+
+class Busy:
+    """Keeps an updater at work: a plan for 256 experts on 32 ranks and a copy of 8 MB, again and again."""
+
+    def __init__(self, stack: Stack) -> None:
+        from moe_eplb.planning.online import Planning
+
+        self._updater, self._device = stack.balancer.updater, stack.balancer.device
+        self._plan = Planning(compiled=True).planner()
+        self._updater._planners[0, 0] = self._planned
+        self._load = np.random.default_rng(1).gamma(0.7, 100.0, 256)
+        self._placement = Placement(32, 256, initial_slots(256, 32, 9))
+        self._source = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)
+        self._target = torch.zeros(8 << 20, dtype=torch.uint8, device=stack.x.device)
+        self.done, self._on = 0, False
+        self._latest: Update | None = None
+        self._planned(self._load, self._placement)
+
+    def switch(self, on: bool) -> None:
+        """Begin, or stop after the update under way."""
+        if on == self._on:
+            return
+        self._on = on
+        if on:
+            self._submit()
+        elif self._latest is not None:
+            self._latest.done.wait(10)
+
+    def _planned(self, load: np.ndarray, current: Placement) -> Plan:
+        return self._plan(load, current)
+
+    def _submit(self) -> None:
+        update = Update(0, self.done, self.done + 1, self._load, self._placement, self._stage)
+        self._latest = update
+        self._updater.submit(update)
+
+    def _stage(self, plan: Plan) -> Any:
+        from moe_eplb.balancer.migrate import StagedWeights
+
+        with self._device.copying():
+            self._target.copy_(self._source, non_blocking=True)
+        self._device.copied()()
+        self.done += 1
+        if self._on:
+            self._submit()
+        return StagedWeights()
+
+
+def endless(replays: int, *, run_ahead: int) -> dict[str, Any]:
+    """Replays with moves in every one, by a thread that never synchronises."""
+    device = CudaDevice(NullSink())
+    options = ForcedOptions(
+        resident=True, spare_slots=_FORCED, forced=_FORCED, run_ahead=run_ahead, update_timeout_s=_BOUND_S
+    )
+    stacks = [build(_SMALL, _LAYERS, device, updates=updates, slots=20, options=options) for updates in (0, _LAYERS)]
+    static, moving = stacks
+    try:
+        for stack in stacks:
+            stack.capture()
+        moving.updating(True)
+        begun = time.perf_counter()
+        for _ in range(replays):
+            moving.replay()
+        launched = time.perf_counter() - begun
+        moving.settle()
+        took = time.perf_counter() - begun
+        static.replay()
+        torch.cuda.current_stream().synchronize()
+        differs = not torch.equal(static.graph.result, moving.graph.result)  # type: ignore[union-attr]
+        resident = moving.balancer._resident
+        waits = 0 if resident is None else resident.run_ahead_waits
+    finally:
+        for stack in stacks:
+            stack.balancer.shutdown()
+    counted = moving.moves
+    return {
+        "replays": replays, "run_ahead": run_ahead, "launch_s": launched, "total_s": took, "run_ahead_waits": waits,
+        "commits": counted.commits, "slots_moved": counted.slots, "drops": counted.drops,
+        "longest_wait_s": max(counted.stalls, default=0.0), "bound_s": _BOUND_S, "differs": differs,
+    }  # fmt: skip
+
+
+def _print(result: dict[str, Any]) -> None:
+    over, rate = result["hand_over"], result["launch_rate"]
+    rows = [["hand-over, median us", 30, over["median_us"]], ["hand-over, p99 us", None, over["p99_us"]],
+            ["launch with a busy updater, ratio", 1.05, rate["ratio"]]]  # fmt: skip
+    click.echo(tabulate(rows, headers=["what", "asked", "seen"], floatfmt=".3f"))
+    click.echo(tabulate([{**result[name]} for name in ("bounded", "unbounded")], headers="keys", floatfmt=".3f"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What a figure was taken with; nothing that names the machine."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+__all__ = ["machine"]
+
+
+def machine(module: str) -> dict[str, Any]:
+    """Command, GPU, driver and versions, for a benchmark that was started as a module."""
+    import triton
+
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+def _driver() -> str | None:
+    """Version of the driver, None where no tool tells it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
+    return told[0].strip() if told else None

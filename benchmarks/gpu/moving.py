@@ -1,0 +1,224 @@
+"""Steps of four MoE layers on one GPU while experts move in every one of them.
+
+    python -m benchmarks.gpu.moving --out FILE.json
+
+Four variants in turns, in blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy
+of as many bytes a step; a balancer that idles; a balancer that moves experts in every layer and step. All replay CUDA
+graphs. The outputs of the moving layers are compared with the static ones' after each round of blocks. Exit 2 where
+there is no GPU, 1 where outputs differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import click
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from benchmarks.gpu.layer_cases import CASES
+from benchmarks.gpu.machine import machine
+from benchmarks.gpu.stacks import ForcedOptions, Stack, build
+from benchmarks.gpu.timing import ceilings
+from moe_eplb.core.events import NullSink
+from moe_eplb.device.cuda import CudaDevice
+
+__all__ = ["main", "summary"]
+
+_CASE = "qwen3-30b, 8192 tokens"
+_LAYERS = 4
+_FILL = 5
+_ASKED = {"p99_to_plain_copy": 1.02, "median_to_idle": 1.01, "of_link": 0.70, "of_plain_copy": 0.95}
+
+
+class TimedCopies(CudaDevice):
+    """Notes when the copies of each plan began and ended on the device."""
+
+    def __init__(self) -> None:
+        super().__init__(NullSink())
+        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        with super().copying():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+        self.spans.append((begin, end))
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
+@click.option("--steps", type=click.IntRange(min=200), default=2000, show_default=True, help="Steps of each variant.")
+@click.option("--block", type=click.IntRange(min=10), default=100, show_default=True, help="Steps without a change.")
+@click.option("--slots", type=click.IntRange(min=2), default=7, show_default=True, help="Slots that move in a layer.")
+def main(out: Path, steps: int, block: int, slots: int) -> None:
+    """Time steps while experts move."""
+    if not torch.cuda.is_available():
+        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
+        raise SystemExit(2)
+    with torch.inference_mode():
+        result = {**machine("benchmarks.gpu.moving"), "ceilings": ceilings(), **_measure(steps, block, slots)}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _print(result)
+    if result["outputs_differ"]:
+        click.echo("outputs of layers whose experts move differ from those of static ones", err=True)
+        raise SystemExit(1)
+
+
+def _measure(steps: int, block: int, slots: int) -> dict[str, Any]:
+    case = next(case for case in CASES if case.name == _CASE)
+    device = TimedCopies()
+    options = ForcedOptions(resident=True, spare_slots=slots, forced=slots)
+    held = case.experts + case.experts // 16
+    static, moving = (
+        build(case, _LAYERS, device, updates=updates, slots=held, options=options) for updates in (0, _LAYERS)
+    )
+    try:
+        for stack in (static, moving):
+            stack.capture()
+        plain = PlainCopies(moving, slots)
+        samples, differ = _in_blocks(static, moving, plain, steps, block)
+        staged = moving.moves.bytes / _copied_s(device) / 1e9
+        alone = plain.alone()
+    finally:
+        for stack in (static, moving):
+            stack.balancer.shutdown()
+    counted = moving.moves
+    return {
+        "case": _CASE, "layers": _LAYERS, "slots_moved_per_layer_and_step": slots, "block": block,
+        "bytes_per_step": plain.bytes_of_layer * _LAYERS, "commits": counted.commits, "slots_moved": counted.slots,
+        "bytes_moved": counted.bytes, "drops": counted.drops, "waits_ms": sorted(counted.stalls)[-20:],
+        "waits": len(counted.stalls), "outputs_differ": differ, "plain_copy_gb_per_s": alone,
+        "staged_gb_per_s": staged, **summary(samples, counted.bytes / (steps * (1 + _FILL / block)), alone, staged),
+        "samples_ms": samples,
+    }  # fmt: skip
+
+
+class PlainCopies:
+    """Copies of as many bytes as the balancer moves in a layer and step, from the same host memory."""
+
+    def __init__(self, stack: Stack, slots: int) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        host = stack.balancer.layers[0].updates.host
+        for expert, cell in enumerate(stack.layers[0].experts.by_cell()[:slots]):
+            for name, like in cell.items():
+                self._pairs.append((torch.empty_like(like), host.host_tensor(expert, name)))
+        self.bytes_of_layer = sum(source.numel() * source.element_size() for _, source in self._pairs)
+
+    def enqueue(self) -> None:
+        """A layer's copies for each of the layers, once the current stream has come here."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_LAYERS):
+                self._copy()
+
+    def alone(self) -> float:
+        """GB/s of one layer's copies, when nothing else runs; the median of 50."""
+        rates = []
+        with torch.cuda.stream(self._stream):
+            for _ in range(50):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                self._copy()
+                end.record()
+                end.synchronize()
+                rates.append(self.bytes_of_layer / begin.elapsed_time(end) / 1e6)
+        return median(rates)
+
+    def wait(self) -> None:
+        """Return when all copies are done."""
+        self._stream.synchronize()
+
+    def _copy(self) -> None:
+        for target, source in self._pairs:
+            target.copy_(source, non_blocking=True)
+
+
+def _in_blocks(
+    static: Stack, moving: Stack, plain: PlainCopies, steps: int, block: int
+) -> tuple[dict[str, list[float]], bool]:
+    """Milliseconds of each step by variant, and whether outputs ever differed."""
+
+    def beside_copy() -> None:
+        plain.enqueue()
+        static.replay()
+
+    variants: dict[str, tuple[Callable[[], None], bool]] = {
+        "static": (static.replay, False), "plain_copy": (beside_copy, False),
+        "idle": (moving.replay, False), "moving": (moving.replay, True),
+    }  # fmt: skip
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    order, differ, turn = list(variants), False, 0
+    while len(samples["static"]) < steps:
+        for name in order if turn % 2 == 0 else reversed(order):
+            step, moves = variants[name]
+            moving.updating(moves)
+            samples[name] += _block(step, block)
+            plain.wait()
+        turn += 1
+        differ |= not torch.equal(static.graph.result, moving.graph.result)  # type: ignore[union-attr]
+    moving.settle()
+    return samples, differ
+
+
+def _block(step: Callable[[], None], count: int) -> list[float]:
+    """Steps behind each other, after some that fill the queue and let moves begin."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    for _ in range(_FILL):
+        step()
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.current_stream().synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairwise(marks)]
+
+
+def _copied_s(device: TimedCopies) -> float:
+    """Seconds of all plans' copies."""
+    torch.cuda.synchronize()
+    seconds: float = sum(begin.elapsed_time(end) for begin, end in device.spans) / 1e3
+    return seconds
+
+
+def summary(samples: Mapping[str, Sequence[float]], step_bytes: float, alone: float, staged: float) -> dict[str, Any]:
+    """Medians and 99th percentiles, their ratios, and what was reached."""
+    middle = {name: median(found) for name, found in samples.items()}
+    late = {name: quantiles(found, n=100)[98] for name, found in samples.items()}
+    rate = step_bytes / middle["moving"] / 1e6
+    seen = {
+        "p99_to_plain_copy": late["moving"] / late["plain_copy"], "median_to_idle": middle["moving"] / middle["idle"],
+        "of_link": rate / alone, "of_plain_copy": staged / alone,
+    }  # fmt: skip
+    reached = {name: seen[name] <= _ASKED[name] for name in ("p99_to_plain_copy", "median_to_idle")}
+    reached |= {name: seen[name] >= _ASKED[name] for name in ("of_link", "of_plain_copy")}
+    return {
+        "median_ms": middle, "p99_ms": late, "gb_per_s": rate, "seen": seen, "asked": _ASKED, "reached": reached,
+        "median_to_static": middle["moving"] / middle["static"],
+    }  # fmt: skip
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    rows = [[name, value, result["p99_ms"][name]] for name, value in result["median_ms"].items()]
+    click.echo(tabulate(rows, headers=["variant", "median ms", "p99 ms"], floatfmt=".3f"))
+    rows = [[name, result["asked"][name], value, "yes" if result["reached"][name] else "no"]
+            for name, value in result["seen"].items()]  # fmt: skip
+    click.echo(tabulate(rows, headers=["what", "asked", "seen", "reached"], floatfmt=".4f"))
+    click.echo(
+        f"{result['slots_moved']} slots in {result['commits']} commits, {result['drops']} plans dropped, "
+        f"{result['waits']} waits; {result['gb_per_s']:.1f} GB/s of {result['plain_copy_gb_per_s']:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

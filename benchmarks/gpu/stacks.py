@@ -1,0 +1,167 @@
+"""A few MoE layers on one GPU, captured into a graph, with a balancer that idles or moves experts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.layer_cases import Case
+from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, MoeLoadBalancerIterContext
+from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import Plan
+from moe_eplb.core.probe import NullProbe
+from moe_eplb.device import AuxStreamType, Device
+from moe_eplb.device.captured import Captured
+from moe_eplb.moe import DefaultMoeRoutingMethod, MoeShape, WideEPMoE
+from moe_eplb.planning.online import Planner, Planning
+
+__all__ = ["ForcedOptions", "Moves", "Stack", "TurningPlans", "build"]
+
+
+class Moves(NullProbe):
+    """Counts what a balancer does."""
+
+    def __init__(self) -> None:
+        self.commits = self.slots = self.bytes = self.drops = 0
+        self.stalls: list[float] = []
+
+    def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, nbytes: int) -> None:
+        self.commits += 1
+        self.slots += len(changed)
+        self.bytes += nbytes
+
+    def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
+        self.drops += 1
+
+    def stalled(self, layer: int, seconds: float) -> None:
+        self.stalls.append(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class TurningPlans(Planning):
+    """Plans that exchange the experts of `count` slots, others each time, whatever the load: moves that never end."""
+
+    count: int = 1
+
+    def planner(self) -> Planner:
+        """A planner for one layer."""
+        begin = 0
+
+        def plan(load: np.ndarray, current: Placement) -> Plan:
+            nonlocal begin
+            slots = current.slot_to_expert.copy()
+            chosen = (begin + np.arange(self.count)) % len(slots)
+            begin += self.count
+            slots[chosen] = np.roll(slots[chosen], 1)
+            placement = Placement(current.ranks, current.experts, slots)
+            return Plan(placement, placement.changed_slots(current), placement.rank_load(load))
+
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedOptions(BalancerOptions):
+    """Options of a balancer that moves `forced` slots with every plan."""
+
+    forced: int = 1
+
+    def planning(self, *, compiled: bool = False) -> Planning:
+        """How layers are planned."""
+        return TurningPlans(count=self.forced)
+
+
+@dataclass
+class Stack:
+    """Layers with residual connections and norms between them.
+
+    Attributes:
+        x: Hidden states [T, D] that enter, `logits` float32 [L, T, E] the router's, both read anew by each replay.
+        graph: All layers, captured; there after `capture`.
+    """
+
+    balancer: MoeLoadBalancer
+    layers: list[WideEPMoE]
+    x: Tensor
+    logits: Tensor
+    moves: Moves
+    graph: Captured[Tensor] | None = None
+
+    def forward(self) -> Tensor:
+        """Hidden states [T, D] that leave."""
+        x = self.x
+        for layer, logits in zip(self.layers, self.logits, strict=True):
+            x = x + layer(torch.nn.functional.rms_norm(x, x.shape[-1:]), logits, [len(x)])
+        return x
+
+    def eager(self) -> Tensor:
+        """One iteration, launched kernel by kernel."""
+        with MoeLoadBalancerIterContext(self.balancer):
+            return self.forward()
+
+    def capture(self) -> None:
+        """Capture an iteration, after some that warm up."""
+        for _ in range(3):
+            self.eager()
+        self.balancer.device.settle()
+        with self.balancer.capturing():
+            self.graph = self.balancer.device.capture(self.forward)
+
+    def replay(self) -> None:
+        """Enqueue one iteration."""
+        assert self.graph is not None
+        with MoeLoadBalancerIterContext(self.balancer):
+            self.graph.replay()
+            self.balancer.replayed()
+
+    def updating(self, on: bool) -> None:
+        """Let experts move in the coming iterations, or not."""
+        self.balancer.set_iter_info(self.balancer.is_dynamic_routing(), on)
+
+    def settle(self) -> None:
+        """Return when all is done and noted."""
+        self.balancer.device.settle()
+        self.balancer.collect()
+
+
+def build(case: Case, layers: int, device: Device, *, updates: int, slots: int, options: BalancerOptions) -> Stack:
+    """Layers of one rank with random weights in bf16, alike for equal cases; `updates` 0 routes statically."""
+    moves = Moves()
+    balancer = MoeLoadBalancer(0, 1, updates, device=device, options=options, probe=moves)
+    kinds = (AuxStreamType.MoeShared, AuxStreamType.MoeChunkingOverlap, AuxStreamType.MoeBalancer)
+    streams = {kind: device.stream(kind) for kind in kinds}
+    generator = torch.Generator(device.torch_device).manual_seed(1)
+    shape = MoeShape(case.experts, case.top_k, case.hidden, case.intermediate, torch.bfloat16)
+    made = []
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(balancer)
+        for _ in range(layers):
+            layer = WideEPMoE(
+                DefaultMoeRoutingMethod(case.top_k), shape, device, num_slots=slots, aux_stream_dict=streams,
+                statistics="local_ids",
+            )  # fmt: skip
+            layer.load_weights(_weights(case, generator))
+            made.append(layer)
+        balancer.finalize_model()
+        balancer.set_iter_info(updates > 0, False)
+        x = torch.randn(case.tokens, case.hidden, generator=generator, device=device.torch_device).to(torch.bfloat16)
+        logits = torch.randn(layers, case.tokens, case.experts, generator=generator, device=device.torch_device)
+    return Stack(balancer, made, x, logits, moves)
+
+
+def _weights(case: Case, generator: torch.Generator) -> Callable[[int], dict[str, Tensor]]:
+    shapes = {
+        "w3_w1": (case.experts, 2 * case.intermediate, case.hidden),
+        "w2": (case.experts, case.hidden, case.intermediate),
+    }
+    drawn = {
+        name: torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16).mul_(
+            shape[2] ** -0.5
+        )
+        for name, shape in shapes.items()
+    }
+    return lambda expert: {name: weight[expert] for name, weight in drawn.items()}
