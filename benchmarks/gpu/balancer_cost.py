@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.balancer_cost --out FILE.json
 
-Both are captured into CUDA graphs and replayed in turns, in the order A B B A. A third variant has the balancer's spare
-cells and none of its work, so that the cost of each can be told. Exit 2 where there is no GPU, 1 where outputs differ.
+Both are captured into CUDA graphs and replayed in blocks, in the order A B B A. A third variant has the balancer's
+spare cells and none of its work. Exit 2 where there is no GPU, 1 where outputs differ.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ BUDGETS = (
     Budget("deepseek-v3 slice, 4096 tokens", 2, share=0.01),
 )
 _SPARE = 2
+BLOCK = 9
 
 
 @click.command()
@@ -87,7 +88,7 @@ def _measure(budget: Budget, device: Device, replays: int) -> dict[str, Any]:
         for stack in stacks.values():
             stack.capture()
         spare = _without_balancer(stacks["dynamic"])
-        samples = time_without_pause({**graphs, "spare": spare.replay}, replays)
+        samples = time_without_pause({**graphs, "spare": spare.replay}, replays, BLOCK)
         differs = not _same([stack.graph for stack in stacks.values()])
     finally:
         for stack in stacks.values():
@@ -102,10 +103,10 @@ def _measure(budget: Budget, device: Device, replays: int) -> dict[str, Any]:
 
 
 def summary(budget: Budget, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians a layer, the cost as the median over rounds of A B B A, and whether the budget was kept."""
+    """Medians a layer, the cost as the median over rounds of blocks, and whether the budget was kept."""
     rounds = [
-        (dynamic[0] + dynamic[1] - static[0] - static[1]) / 2 / budget.layers * 1e3
-        for static, dynamic in zip(_pairs(samples["static"]), _pairs(samples["dynamic"]), strict=True)
+        (dynamic - static) / budget.layers * 1e3
+        for static, dynamic in zip(_blocks(samples["static"]), _blocks(samples["dynamic"]), strict=True)
     ]
     layer = {name: median(found) / budget.layers * 1e3 for name, found in samples.items()}
     cost = median(rounds)
@@ -117,8 +118,10 @@ def summary(budget: Budget, samples: Mapping[str, Sequence[float]]) -> dict[str,
     }  # fmt: skip
 
 
-def _pairs(samples: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(samples[::2], samples[1::2], strict=True))
+def _blocks(samples: Sequence[float]) -> list[float]:
+    """The median of each block and its counterpart in reversed order."""
+    size = 2 * (BLOCK - 1)
+    return [median(samples[begin : begin + size]) for begin in range(0, len(samples), size)]
 
 
 def _without_balancer(stack: Stack) -> torch.cuda.CUDAGraph:

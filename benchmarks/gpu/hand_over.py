@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -22,6 +24,7 @@ from tabulate import tabulate
 from benchmarks.gpu.layer_cases import Case
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
+from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.balancer.updater import Update
 from moe_eplb.core.events import NullSink
 from moe_eplb.core.placement import Placement
@@ -29,6 +32,8 @@ from moe_eplb.core.planner import Plan, initial_slots
 from moe_eplb.device import control
 from moe_eplb.device.control import LayerState, ModelState, Report
 from moe_eplb.device.cuda import CudaDevice
+from moe_eplb.device.cuda_bell import CudaBell
+from moe_eplb.planning.online import Planning
 
 __all__ = ["main"]
 
@@ -45,21 +50,25 @@ def main(out: Path, replays: int) -> None:
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
         raise SystemExit(2)
-    with torch.inference_mode():
-        result: dict[str, Any] = machine("benchmarks.gpu.hand_over")
-        result["hand_over"] = hand_over()
-        result["launch_rate"] = launch_rate()
-        result["bounded"] = endless(replays, run_ahead=4)
-        result["unbounded"] = endless(max(100, replays // 20), run_ahead=8192)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "hand_over": partial(hand_over, sleeps=True), "hand_over_awake": partial(hand_over, sleeps=False),
+        "launch_rate": launch_rate, "bounded": partial(endless, replays, run_ahead=4),
+        "unbounded": partial(endless, max(100, replays // 20), run_ahead=8192),
+    }  # fmt: skip
+    result: dict[str, Any] = machine("benchmarks.gpu.hand_over")
+    for name, part in parts.items():
+        with torch.inference_mode():
+            result[name] = part()
+        click.echo(f"{name} is done", err=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(result)
     if result["bounded"]["differs"] or result["unbounded"]["differs"]:
         click.echo("the outputs of layers whose experts moved differ from those of static ones", err=True)
         raise SystemExit(1)
 
 
-def hand_over(count: int = 400) -> dict[str, Any]:
-    """Microseconds from the GPU's signal over a thread that sleeps in the driver to the GPU that sees the answer.
+def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
+    """Microseconds from the GPU's signal over a thread that waits in the driver to the GPU that sees the answer.
 
     The GPU measures: its vote waits for what the thread publishes by a copy, and notes how long.
     """
@@ -69,29 +78,38 @@ def hand_over(count: int = 400) -> dict[str, Any]:
     tables = [torch.zeros(200, dtype=torch.int32, device=place) for _ in range(2)]
     cells = [torch.zeros(72, dtype=torch.int32, device=place) for _ in range(2)]
     layers = [LayerState.make(index, 64, tables[index], cells[index], 1, host) for index in range(2)]
-    bell, word, found = device.new_bell(model.bell), host((1,), torch.int64), []
+    bell, word = CudaBell(model.bell, place, sleeps=sleeps), host((1,), torch.int64)
+    found: list[float] = []
+
+    asked = threading.Semaphore(0)
 
     @torch.inference_mode()
     def answer() -> None:
         for ring in range(1, count + 1):
-            if not bell.wait(ring, 5.0):
+            if not asked.acquire(timeout=10) or not bell.wait(ring, 5.0):
                 return
             word.fill_(ring)
             with device.copying():
                 model.ready[1:2].copy_(word, non_blocking=True)
             device.copied()()
 
+    def ring_and_wait() -> None:
+        control.hand_over(model, layers[0], delay=1)
+        control.vote(model, layers[0], layers[1], timeout_ns=2_000_000_000, wait=None)
+
+    main = torch.cuda.current_stream()
+    ring_and_wait()  # to load a kernel may wait for all streams, one of which will wait for the bell
+    main.synchronize()
     thread = threading.Thread(target=answer)
     thread.start()
-    main = torch.cuda.current_stream()
     for ring in range(1, count + 1):
         model.turn.copy_(torch.tensor([ring, 0, 1, 0]))
         model.due.copy_(torch.tensor([-1, ring]))
         model.decision.fill_(-1)
         main.synchronize()
-        time.sleep(0.0005)  # the thread sleeps too by now
-        control.hand_over(model, layers[0], delay=1)
-        control.vote(model, layers[0], layers[1], timeout_ns=2_000_000_000, wait=None)
+        asked.release()
+        time.sleep(0.0005)  # the thread sleeps in the driver by now
+        ring_and_wait()
         main.synchronize()
         found.append(int(model.report(1, ring)[Report.WAITED_NS]) / 1e3)
     thread.join(timeout=10)
@@ -99,30 +117,34 @@ def hand_over(count: int = 400) -> dict[str, Any]:
     return {"median_us": median(found), "p99_us": quantiles(found, n=100)[98], "asked_us": 30.0, "samples_us": found}
 
 
-def launch_rate(rounds: int = 30, launches: int = 2000) -> dict[str, Any]:
-    """Microseconds of an eager launch, without and with an updater that plans and copies without a pause."""
+def launch_rate(rounds: int = 20, launches: int = 8000) -> dict[str, Any]:
+    """Microseconds of an eager launch: no updater at work, one that rests 5 ms between updates, one that never rests."""
     device = CudaDevice(NullSink())
     options = ForcedOptions(resident=True, spare_slots=_FORCED, forced=_FORCED)
     stack = build(_SMALL, _LAYERS, device, updates=_LAYERS, slots=20, options=options)
     busy = Busy(stack)
+    pauses = {"quiet": None, "every_5_ms": 0.005, "without_pause": 0.0}
     x = torch.zeros(64, device=device.torch_device)
-    samples: dict[str, list[float]] = {"quiet": [], "busy": []}
+    samples: dict[str, list[float]] = {name: [] for name in pauses}
+    updates = dict.fromkeys(pauses, 0)
     try:
         for turn in range(rounds):
-            for name in ("quiet", "busy") if turn % 2 == 0 else ("busy", "quiet"):
-                busy.switch(name == "busy")
+            for name in pauses if turn % 2 == 0 else reversed(pauses):
+                before = busy.done
+                busy.switch(pauses[name])
                 begun = time.perf_counter()
                 for _ in range(launches):
                     x.add_(1.0)
                 samples[name].append((time.perf_counter() - begun) / launches * 1e6)
-                busy.switch(False)
+                busy.switch(None)
+                updates[name] += busy.done - before
                 torch.cuda.current_stream().synchronize()
     finally:
         stack.balancer.shutdown()
-    ratios = [b / q for q, b in zip(samples["quiet"], samples["busy"], strict=True)]
+    quiet = median(samples["quiet"])
     return {
-        "median_us": {name: median(found) for name, found in samples.items()}, "ratio": median(ratios),
-        "asked": 1.05, "updates": busy.done, "samples_us": samples,
+        "median_us": {name: median(found) for name, found in samples.items()}, "asked": 1.05, "updates": updates,
+        "ratio": {name: median(found) / quiet for name, found in samples.items()}, "samples_us": samples,
     }  # fmt: skip
 
 
@@ -130,45 +152,39 @@ class Busy:
     """Keeps an updater at work: a plan for 256 experts on 32 ranks and a copy of 8 MB, again and again."""
 
     def __init__(self, stack: Stack) -> None:
-        from moe_eplb.planning.online import Planning
-
         self._updater, self._device = stack.balancer.updater, stack.balancer.device
         self._plan = Planning(compiled=True).planner()
-        self._updater._planners[0, 0] = self._planned
+        self._updater._planners[0, 0] = self._plan
         self._load = np.random.default_rng(1).gamma(0.7, 100.0, 256)
         self._placement = Placement(32, 256, initial_slots(256, 32, 9))
         self._source = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)
         self._target = torch.zeros(8 << 20, dtype=torch.uint8, device=stack.x.device)
-        self.done, self._on = 0, False
+        self.done = 0
+        self._pause: float | None = None
         self._latest: Update | None = None
-        self._planned(self._load, self._placement)
+        self._rest = threading.Event()
+        self._plan(self._load, self._placement)  # compiled by now
 
-    def switch(self, on: bool) -> None:
-        """Begin, or stop after the update under way."""
-        if on == self._on:
-            return
-        self._on = on
-        if on:
+    def switch(self, pause_s: float | None) -> None:
+        """Begin with so long a rest after each update, or stop after the update under way."""
+        self._pause = pause_s
+        if pause_s is not None:
             self._submit()
         elif self._latest is not None:
             self._latest.done.wait(10)
-
-    def _planned(self, load: np.ndarray, current: Placement) -> Plan:
-        return self._plan(load, current)
 
     def _submit(self) -> None:
         update = Update(0, self.done, self.done + 1, self._load, self._placement, self._stage)
         self._latest = update
         self._updater.submit(update)
 
-    def _stage(self, plan: Plan) -> Any:
-        from moe_eplb.balancer.migrate import StagedWeights
-
+    def _stage(self, plan: Plan) -> StagedWeights:
         with self._device.copying():
             self._target.copy_(self._source, non_blocking=True)
         self._device.copied()()
         self.done += 1
-        if self._on:
+        if self._pause is not None:
+            self._rest.wait(self._pause)
             self._submit()
         return StagedWeights()
 
@@ -177,7 +193,12 @@ def endless(replays: int, *, run_ahead: int) -> dict[str, Any]:
     """Replays with moves in every one, by a thread that never synchronises."""
     device = CudaDevice(NullSink())
     options = ForcedOptions(
-        resident=True, spare_slots=_FORCED, forced=_FORCED, run_ahead=run_ahead, update_timeout_s=_BOUND_S
+        resident=True,
+        spare_slots=_FORCED,
+        forced=_FORCED,
+        run_ahead=run_ahead,
+        update_timeout_s=_BOUND_S,
+        empty_group="never",
     )
     stacks = [build(_SMALL, _LAYERS, device, updates=updates, slots=20, options=options) for updates in (0, _LAYERS)]
     static, moving = stacks
@@ -208,9 +229,13 @@ def endless(replays: int, *, run_ahead: int) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    over, rate = result["hand_over"], result["launch_rate"]
-    rows = [["hand-over, median us", 30, over["median_us"]], ["hand-over, p99 us", None, over["p99_us"]],
-            ["launch with a busy updater, ratio", 1.05, rate["ratio"]]]  # fmt: skip
+    rows = [
+        [f"{name}, {what}", 30.0 if what == "median_us" else None, result[name][what]]
+        for name in ("hand_over", "hand_over_awake")
+        for what in ("median_us", "p99_us")
+    ]
+    rate = result["launch_rate"]
+    rows += [[f"launches, updates {name}", rate["asked"], ratio] for name, ratio in rate["ratio"].items()]
     click.echo(tabulate(rows, headers=["what", "asked", "seen"], floatfmt=".3f"))
     click.echo(tabulate([{**result[name]} for name in ("bounded", "unbounded")], headers="keys", floatfmt=".3f"))
 

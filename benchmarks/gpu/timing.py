@@ -64,13 +64,16 @@ def time_in_turns(variants: Mapping[str, Callable[[], None]], replays: int) -> d
     return {name: found[:replays] for name, found in samples.items()}
 
 
-def time_without_pause(variants: Mapping[str, Callable[[], None]], replays: int) -> dict[str, list[float]]:
-    """The same of work that the host enqueues faster than the GPU does it: the queue never runs empty.
+def time_without_pause(
+    variants: Mapping[str, Callable[[], None]], replays: int, block: int = 9
+) -> dict[str, list[float]]:
+    """Milliseconds of `replays` runs of each variant, enqueued faster than the GPU does them, in blocks A B B A.
 
-    So what a variant enqueues before and after its graph counts too, and nothing else. The first round fills the queue.
+    The queue never runs empty, so that what a variant enqueues before and after its graph counts, and nothing else. The
+    first run of a block is left out: it pays for the change from one graph to another.
     """
-    names = list(variants)
-    order = [*names, *reversed(names)] * (1 + -(-replays // 2))
+    names, rounds = list(variants), -(-replays // (2 * (block - 1)))
+    order = [name for name in [*names, *reversed(names)] * (1 + rounds) for _ in range(block)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
     marks[0].record()
     for name, mark in zip(order, marks[1:], strict=True):
@@ -78,8 +81,10 @@ def time_without_pause(variants: Mapping[str, Callable[[], None]], replays: int)
         mark.record()
     torch.cuda.current_stream().synchronize()
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for name, begin, end in list(zip(order, marks[:-1], marks[1:], strict=True))[2 * len(names) :]:
-        samples[name].append(begin.elapsed_time(end))
+    fill = 2 * len(names) * block
+    for place, name in list(enumerate(order))[fill:]:
+        if place % block:
+            samples[name].append(marks[place].elapsed_time(marks[place + 1]))
     return samples
 
 

@@ -193,7 +193,8 @@ class MoeLoadBalancer:
             self._resident.check()
             self._resident.begin(self.iter_id, self.counts_now, self._group_now)
             if not self.device.immediate:
-                self._collect(self.iter_id - self.options.run_ahead)
+                # The device has begun the iteration `run_ahead` before this one: it has ended all before that.
+                self._collect(self.iter_id - self.options.run_ahead - 1)
 
     def end_iter(self) -> None:
         """End the iteration; every dynamic layer has run."""
@@ -299,7 +300,7 @@ class MoeLoadBalancer:
 
     def _collect(self, iteration: int) -> None:
         for layer in self._residents():
-            layer.collect(iteration)
+            layer.collect_until(iteration)
 
     def takes_update(self, layer: int) -> bool:
         """Whether the layer hands its load over for a plan in this iteration."""

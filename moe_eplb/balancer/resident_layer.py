@@ -154,6 +154,11 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             self._publisher.give_up(update.due)  # so that the device does not wait for it
             update.done.set()
 
+    def collect_until(self, iteration: int) -> None:
+        """Take note of what the device has done with all plans due in an iteration that has ended, or before."""
+        for due in sorted(due for due in self._flying if due <= iteration):
+            self.collect(due)
+
     def collect(self, iteration: int) -> None:
         """Take note of what the device has done with the plan that was due in an iteration."""
         update = self._flying.get(iteration)

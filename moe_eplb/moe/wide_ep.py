@@ -36,6 +36,14 @@ class _Output(NamedTuple):
     scales: Tensor
 
 
+class _Computed(NamedTuple):
+    """Outputs [N, D] of a chunk's entries, their places int32 [M, K] and the cells' ends int32 [S + X]."""
+
+    output: Tensor
+    position: Tensor
+    offs: Tensor
+
+
 class WideEPMoE(nn.Module):
     """A MoE layer of one rank out of R.
 
@@ -191,10 +199,10 @@ class WideEPMoE(nn.Module):
         slot_ids = self._route(ids)
         exchange = self._prepare(slot_ids, ids, chunk)
         received = self._dispatch(exchange, x, scales, chunk)
-        partial_sums = self._compute(received, exchange.partial_dtype)
+        computed = self._compute(received)
         if chunk.last:
             stages.start_set_cpu_stage()
-        y = self._combine(exchange, partial_sums)
+        y = self._combine(exchange, received, computed)
         if chunk.last:
             stages.done_set_cpu_stage()
         return _Output(y, ids, scales)
@@ -239,17 +247,17 @@ class WideEPMoE(nn.Module):
         self._statistics.after_dispatch(received, chunk)
         return received
 
-    def _compute(self, received: Received, dtype: torch.dtype) -> Tensor:
-        def compute() -> tuple[Tensor, Tensor, Tensor]:
+    def _compute(self, received: Received) -> _Computed:
+        def compute() -> _Computed:
             rows, position, offs, scale = self.experts.group(received.hidden, received.slots, received.entries)
-            output = self.experts.grouped_ffn(rows, offs, scale)
-            return sum_over_k(output, position, received.scales, dtype), position, offs
+            return _Computed(self.experts.grouped_ffn(rows, offs, scale), position, offs)
 
         most = received.slots.numel() if received.entries is None else received.entries
-        partial_sums, position, offs = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
+        computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
         if self.probe is not None:
-            self.device.observe(partial(self._report_processed, self.probe, received, position, offs))
-        return partial_sums
+            processed = partial(self._report_processed, self.probe, received, computed.position, computed.offs)
+            self.device.observe(processed)
+        return computed
 
     def _report_output(self, probe: Probe, x: Tensor, router_logits: Tensor, parts: list[_Output], y: Tensor) -> None:
         ids, scales = (torch.cat([part[column] for part in parts]) for column in (1, 2))
@@ -260,6 +268,11 @@ class WideEPMoE(nn.Module):
         source, token = received.source_rank()[entries.row], received.token()[entries.row]
         probe.processed(self.layer_idx, source, token, entries.k, entries.slot + self.rank * self.slots_per_rank)
 
-    def _combine(self, exchange: Exchange, partial_sums: Tensor) -> Tensor:
-        bring_back = partial(exchange.combine, partial_sums)
-        return self.device.run(Kind.COMBINE, self.layer_idx, bring_back, a=exchange.combine_bytes)
+    def _combine(self, exchange: Exchange, received: Received, computed: _Computed) -> Tensor:
+        """Sum what this rank computed of each row and bring it back; weights may be handed over by now."""
+
+        def combine() -> Tensor:
+            sums = sum_over_k(computed.output, computed.position, received.scales, exchange.partial_dtype)
+            return exchange.combine(sums)
+
+        return self.device.run(Kind.COMBINE, self.layer_idx, combine, a=exchange.combine_bytes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -21,6 +23,18 @@ FEW = 9
 
 
 DTYPES = [torch.bfloat16, torch.float8_e4m3fn]
+
+
+@contextlib.contextmanager
+def _waits_are_errors() -> Iterator[None]:
+    """A call that waits for the GPU raises RuntimeError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _layer(device: Device, dispatch: str, dtype: torch.dtype = torch.bfloat16) -> WideEPMoE:
@@ -96,11 +110,8 @@ def test_an_eager_forward_waits_for_nothing(untimed: Device, dispatch: str, toke
     with torch.inference_mode():
         layer(x, logits, [tokens])
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with _waits_are_errors():
             y = layer(x, logits, [tokens])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert y.shape == x.shape
 
 
@@ -110,9 +121,5 @@ def test_without_static_shapes_a_forward_waits(untimed: Device, dispatch: str) -
     layer._dispatcher.static_shapes = False
     x, logits = _inputs(FEW, 0)
     layer(x, logits)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            layer(x, logits)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with _waits_are_errors(), pytest.raises(RuntimeError, match="synchronizing"):
+        layer(x, logits)
