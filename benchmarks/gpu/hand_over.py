@@ -118,7 +118,7 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
 
 
 def launch_rate(rounds: int = 20, launches: int = 8000) -> dict[str, Any]:
-    """Microseconds of an eager launch: no updater at work, one that rests 5 ms between updates, one that never rests."""
+    """Microseconds of an eager launch: no updater at work, one that rests 5 ms after updates, one that never rests."""
     device = CudaDevice(NullSink())
     options = ForcedOptions(resident=True, spare_slots=_FORCED, forced=_FORCED)
     stack = build(_SMALL, _LAYERS, device, updates=_LAYERS, slots=20, options=options)
