@@ -95,6 +95,30 @@ def test_real_ranks_do_the_same_too() -> None:
     assert run_ranks(run_ranks_with, 2, True) == run_ranks(run_ranks_with, 2, False)
 
 
+def test_what_a_device_does_behind_a_host_that_runs_ahead_is_noted_once_it_is_certain(
+    rigs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, device = rigs(layers=3, updates=3)
+    ahead = device.balancer.options.run_ahead
+    monkeypatch.setattr(device.balancer.device, "immediate", False)  # as on a GPU: nobody looks at the end of a stage
+    seen: list[tuple[int, int]] = []
+    collect = ResidentLayer.collect
+
+    def noted(layer: ResidentLayer, iteration: int) -> None:
+        seen.append((device.balancer.iter_id, iteration))
+        collect(layer, iteration)
+
+    monkeypatch.setattr(ResidentLayer, "collect", noted)
+    for _ in range(20):
+        assert device.iterate() == host.iterate()
+    assert seen
+    assert all(due < now - ahead for now, due in seen), "the device may be in the middle of that iteration"
+    device.balancer.collect()
+    assert {commit[:2] for commit in device.journal.commits} == {commit[:2] for commit in host.journal.commits}
+    assert device.placements() == host.placements()
+    assert device.journal.drops == []
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,8 @@ def variant(path: Path, mode: str) -> list[str] | None:
         if not moves or scenario.model.backend != "wide_ep" or scenario.model.part == "whole":
             return None
         changes.append("balancer.state=device")
+    if mode == "graph" and scenario.ranks > GPUS and scenario.balancer and scenario.balancer.policy != "reference":
+        return None  # a single rank is balanced, so policies that avoid moves make none
     if mode != "graph":
         return [*changes, "share_gpus=true"] if scenario.ranks > GPUS else changes
     changes += ["execution=graph"] + ["model.dtype=bfloat16"] * (scenario.model.dtype == "float32")
