@@ -225,12 +225,12 @@ def test_a_killed_updater_leaves_a_model_that_runs(monkeypatch: pytest.MonkeyPat
 def test_a_stalled_updater_costs_one_wait_and_shutdown_says_so_without_leaking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rig = Rig(3, updates=3, empty_group="never", update_timeout_s=0.3)
+    rig = Rig(3, updates=3, empty_group="never", update_timeout_s=1.0)
     assert len(_segments(rig)) == 3
     with blocked(monkeypatch):
         started = time.monotonic()
         rig.iterate(5)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 2.0
         with pytest.raises(BalancerError, match="E138"):
             rig.balancer.shutdown()
         assert _segments(rig) == []
