@@ -3,7 +3,8 @@
     python benchmarks/planner.py [--out FILE] [--seed N] [--loads FOLDER]
 
 Loads are drawn anew at each run from a seed that is printed and kept; `--loads` adds recordings (``*.npz`` with
-``counts``) of windows in order. Times are without compiling. Ends with status 1 when a target is missed.
+``counts``) of windows in order. The exact optimum needs the extra ``bound``. Times are
+without compiling. Ends with status 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402
 from moe_eplb.core.planner import keep_slots  # noqa: E402
-from moe_eplb.planning.bounds import lower_bounds  # noqa: E402
+from moe_eplb.planning.bounds import exact_optimum, lower_bounds  # noqa: E402
 from moe_eplb.planning.policies import solve  # noqa: E402
 from moe_eplb.planning.problem import Problem  # noqa: E402
 from moe_eplb.planning.replay import Setting, replay  # noqa: E402
@@ -38,6 +39,8 @@ MS = {("greedy", "EP32"): 3.0, ("refine", "EP32"): 10.0, ("incremental", "EP32")
       ("refine", "EP320"): 50.0, ("incremental", "EP320"): 50.0, ("greedy", "EP320, 2 slots"): 10.0,
       ("refine", "EP320, 2 slots"): 50.0, ("incremental", "EP320, 2 slots"): 50.0}  # fmt: skip
 REPEAT = 15
+EXACT_CASES = 60
+KNOWN_LOAD, KNOWN_OPTIMUM = (600.0, 560.0, 120.0, 120.0, 20.0, 10.0, 10.0, 10.0), 590 / 3
 
 
 def draws(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -64,6 +67,27 @@ def quality(rng: np.random.Generator) -> list[dict[str, Any]]:
             }
             rows.append({"size": size, "loads": kind, **reached, "target": least, "met": reached["refine"] >= least})
     return rows
+
+
+def exact(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The proved optimum / refine's largest rank load, on small cases and the one whose optimum is known."""
+    ratios = []
+    for _ in range(EXACT_CASES):
+        ranks, size = int(rng.integers(2, 5)), int(rng.integers(2, 4))
+        load = np.exp(rng.normal(0, 1, max(ranks * size - int(rng.integers(1, ranks + 1)), size)))
+        optimum = exact_optimum(load.tolist(), ranks, ranks * size, time_limit_s=5)
+        if optimum is not None:
+            ratios.append(optimum / _top(load, ranks, ranks * size))
+    known = KNOWN_OPTIMUM / _top(np.array(KNOWN_LOAD), 8, 16)
+    mean, least = float(np.mean(ratios)), min(ratios)
+    met = mean >= 0.995 and least >= 0.97 and len(ratios) >= EXACT_CASES // 2
+    return [{"cases": EXACT_CASES, "proved": len(ratios), "mean": mean, "least": least, "met": met},
+            {"known_example": known, "met": known >= 0.97}]  # fmt: skip
+
+
+def _top(load: np.ndarray, ranks: int, slots: int) -> float:
+    problem = Problem(load[np.newaxis], ranks, slots)
+    return float(solve(problem, "refine").rank_loads(problem.newest, problem).max())
 
 
 def moves(rng: np.random.Generator, step: float) -> list[dict[str, Any]]:
@@ -224,7 +248,8 @@ def main() -> int:
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
     parts: dict[str, Callable[[], Any]] = {
-        "quality": lambda: quality(rng), "moves": lambda: moves(rng, 0.03), "moves_fast": lambda: moves(rng, 0.1),
+        "quality": lambda: quality(rng), "exact": lambda: exact(rng), "moves": lambda: moves(rng, 0.03),
+        "moves_fast": lambda: moves(rng, 0.1),
         "following": lambda: following(rng, arguments.loads), "speed": lambda: speed(rng),
         "replayed": lambda: replayed(rng), "published": lambda: published(rng), "launches": lambda: launches(rng),
     }  # fmt: skip

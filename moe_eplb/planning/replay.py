@@ -25,13 +25,11 @@ Progress = Callable[[int, int], None]
 class CostModel:
     """What a window and a move cost.
 
-    A layer takes as long as its most loaded rank: `us_per_token` for each routed token there, `steps_per_window` times
-    a window's steps are alike. Moves of a plan take `slot_bytes` each over links of `link_gb_s`, all ranks at once, of
-    which `hidden` does not lengthen any step.
+    A layer takes as long as its most loaded rank: `us_per_token` for each routed token there. Moves of a plan take
+    `slot_bytes` each over links of `link_gb_s`, all ranks at once, of which `hidden` does not lengthen any step.
     """
 
     us_per_token: float = 0.05
-    steps_per_window: int = 1
     slot_bytes: int = 44_040_192
     link_gb_s: float = 50.0
     hidden: float = 0.9

@@ -307,7 +307,7 @@ def test_kernels_are_the_same_compiled_and_plain(monkeypatch: pytest.MonkeyPatch
     moved = solve(drifted, "incremental").slots
     modules = (
         kernels, kernels.greedy, kernels.search, kernels.steps, kernels.fixes, kernels.state, kernels.restarts,
-        kernels.labels,
+        kernels.labels, kernels.rounds,
     )  # fmt: skip
     plain = {
         (module, name): getattr(module, name).py_func

@@ -10,7 +10,8 @@ import pytest
 
 from moe_eplb.planning.kernels import new_state, set_layer
 from moe_eplb.planning.kernels.fixes import find_fix
-from moe_eplb.planning.kernels.steps import best_replace, best_swap
+from moe_eplb.planning.kernels.rounds import LONGEST, new_ways, set_ways
+from moe_eplb.planning.kernels.steps import best_free_swap, best_replace, best_swap
 from moe_eplb.planning.policies import solve
 from moe_eplb.planning.problem import Problem, rank_loads
 
@@ -71,8 +72,17 @@ class Case:
 def test_the_best_exchange_is_that_of_trying_all(seed: int, ranks: int, experts: int, slots: int) -> None:
     case = Case(seed, ranks, experts, slots)
     gains = [case.held[case.heaviest] - case.top(one) for one in case.swaps()]
-    gain, _, _ = best_swap(case.state, case.heaviest, np.argsort(case.held), False, np.empty(0, np.int32), 2, np.inf)
-    assert gain == pytest.approx(max(0.0, *gains))
+    order, best = np.argsort(case.held), max(0.0, *gains)
+    carried = case.state.share[case.home]
+    gain, one, two = best_free_swap(case.state, case.heaviest, False, carried, np.repeat(case.held, case.size))
+    assert gain == pytest.approx(best)
+    if best > 0:
+        there = case.home.copy()
+        there[[one, two]] = there[[two, one]]
+        assert case.held[case.heaviest] - case.top(there) == pytest.approx(best)
+    for home, moves in ((np.empty(0, np.int32), 1), (case.home, 2)):
+        each, _, _ = best_swap(case.state, case.heaviest, order, False, home, slots, np.inf)
+        assert each == pytest.approx(best / moves)
 
 
 @pytest.mark.parametrize(("ranks", "experts", "slots"), SIZES)
@@ -95,10 +105,11 @@ def test_a_fix_leaves_nothing_above_the_target_and_is_found_where_two_slots_do(
     seed: int, ranks: int, experts: int, slots: int
 ) -> None:
     case = Case(seed, ranks, experts, slots)
-    chosen = np.empty(3, np.int64)
+    chosen, ways = np.empty(LONGEST, np.int64), new_ways(slots)
     order = np.argsort(case.held)
     for target in np.linspace(case.held.mean() * 1.001, case.held.max() * 0.999, 7):
-        count = find_fix(case.state, case.heaviest, target, order, False, case.home, slots, chosen)
+        set_ways(case.state, target, ways)
+        count = find_fix(case.state, case.heaviest, target, order, False, case.home, slots, ways, chosen)
         two = any(case.top(one) <= target and case.weigh(one)[case.heaviest] <= target for one in case.swaps())
         assert count > 0 or not two
         if count == 0:
@@ -110,4 +121,19 @@ def test_a_fix_leaves_nothing_above_the_target_and_is_found_where_two_slots_do(
         touched = np.unique(chosen[:count] // case.size)
         assert (case.weigh(after)[touched] <= target * (1 + 1e-12)).all()
         assert case.heaviest in touched
-        assert find_fix(case.state, case.heaviest, target, order, False, case.home, 1, chosen) == 0
+        assert find_fix(case.state, case.heaviest, target, order, False, case.home, 1, ways, chosen) == 0
+
+
+def test_one_rank_with_room_serves_several_that_are_too_heavy() -> None:
+    """Each has to change a slot: a round over all of them changes no more."""
+    held = np.array([[10.0, 4.0], [9.0, 4.8], [8.0, 5.6], [7.0, 3.0], [2.0, 1.0]])
+    slots, first = np.arange(10, dtype=np.int32), np.arange(0, 12, 2, dtype=np.int64)
+    state, ways, chosen = new_state(10, first), new_ways(10), np.empty(LONGEST, np.int64)
+    set_layer(state, held.reshape(-1), slots)
+    target, order = 13.4, np.argsort(state.held)
+    set_ways(state, target, ways)
+    count = find_fix(state, 0, target, order, False, slots, 10, ways, chosen)
+    after = slots.copy()
+    after[chosen[:count]] = slots[np.roll(chosen[:count], 1)]
+    assert count == 4
+    assert held.reshape(-1)[after].reshape(5, 2).sum(axis=1).max() <= target

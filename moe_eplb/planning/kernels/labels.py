@@ -126,6 +126,11 @@ def settle_layers(slots, homes, first):
     """Reorder the slots of each rank [L, P] in place, so that experts which stay on a rank stay in their slot."""
     for layer in range(len(slots)):
         for rank in range(len(first) - 1):
+            same = True
+            for slot in range(first[rank], first[rank + 1]):
+                same &= slots[layer, slot] == homes[layer, slot]
+            if same:
+                continue
             _settle(slots[layer, first[rank] : first[rank + 1]].copy(), homes[layer], first[rank], slots[layer])
 
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moe_eplb.planning.kernels.compiled import compiled
 
 __all__ = ["reference_slots"]
 
+_SHORT = 50_000
+"""Steps that take less time than it takes two threads to change places twice."""
+
+
+def reference_slots(load: NDArray[np.float64], current: NDArray[np.int32], ranks: int, keep: bool) -> NDArray[np.int32]:
+    """See `_slots`. The interpreter's lock is given away where that pays: who gives it has to wait to get it back."""
+    slots, experts = len(current), len(load)
+    steps = (slots - experts) * experts + slots * (ranks + slots // ranks)
+    found: NDArray[np.int32] = (_slots_at_once if steps < _SHORT else _slots)(load, current, ranks, keep)
+    return found
+
 
 @compiled
-def reference_slots(load: NDArray[np.float64], current: NDArray[np.int32], ranks: int, keep: bool) -> NDArray[np.int32]:
+def _slots(load: NDArray[np.float64], current: NDArray[np.int32], ranks: int, keep: bool) -> NDArray[np.int32]:
     """The expert of each slot int32 [P] for a load float64 [E], finite and >= 0, on the slots of `current` [P].
 
     With `keep` an expert that stays on a rank stays in its slot.
@@ -19,6 +31,9 @@ def reference_slots(load: NDArray[np.float64], current: NDArray[np.int32], ranks
     counts = _replicas(load, len(current))
     slots = _place(load / counts, counts, len(current), ranks)
     return _keep(current, slots, len(current) // ranks) if keep else slots
+
+
+_slots_at_once = njit(cache=True)(_slots.py_func)
 
 
 @compiled

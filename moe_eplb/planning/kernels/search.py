@@ -7,8 +7,9 @@ import numpy as np
 from moe_eplb.planning.kernels.compiled import compiled
 from moe_eplb.planning.kernels.fixes import find_fix
 from moe_eplb.planning.kernels.greedy import replicate
+from moe_eplb.planning.kernels.rounds import LONGEST, new_ways, set_ways
 from moe_eplb.planning.kernels.state import exchange, new_state, replace, set_layer, weigh
-from moe_eplb.planning.kernels.steps import best_replace, best_swap, order_ranks
+from moe_eplb.planning.kernels.steps import best_free_swap, best_replace, best_swap, order_ranks
 
 __all__ = ["improve", "recount", "replay_steps", "step_layers", "stepwise"]
 
@@ -16,6 +17,26 @@ _LITTLE = 2e-4
 """Share of the largest load: exchanges that bring no more than this are weighed against changes of replicas."""
 _ENOUGH = 1e-6
 """Share of the largest load that a step must bring."""
+_FEW = 4
+"""Slots of a rank up to which all slots are looked at in turn."""
+_WHOLE = 1.0 - 1e-9
+"""Share of what is needed that is all of it, but for rounding."""
+
+
+@compiled
+def _note_ranks(state, carried, beside, expert):
+    """Note anew what the slots of all ranks that hold an expert carry, and their ranks."""
+    slot = state.head[expert]
+    while slot >= 0:
+        _note_rank(state, carried, beside, state.rank_of[slot])
+        slot = state.follow[slot]
+
+
+@compiled
+def _note_rank(state, carried, beside, rank):
+    for slot in range(state.first[rank], state.first[rank + 1]):
+        carried[slot] = state.share[state.slots[slot]] if state.slots[slot] >= 0 else np.inf
+        beside[slot] = state.held[rank]
 
 
 @compiled
@@ -30,41 +51,55 @@ def improve(state, duplicates, target, most_steps):
     Returns:
         The largest rank load.
     """
-    free, order = np.empty(0, np.int32), np.argsort(state.held)
+    free, total, order = np.empty(0, np.int32), len(state.slots), np.argsort(state.held)
+    carried, beside, few = np.empty(total), np.empty(total), total <= _FEW * len(state.held)
+    for rank in range(len(state.held)):
+        _note_rank(state, carried, beside, rank)
     for _ in range(most_steps):
-        order_ranks(state.held, order)
-        a = order[-1]
+        if not few:
+            order_ranks(state.held, order)
+        a = np.argmax(state.held) if few else order[-1]
         top = state.held[a]
         if top <= target:
             break
-        gain, one, two = best_swap(state, a, order, duplicates, free, 2, np.inf)
+        if few:
+            gain, one, two = best_free_swap(state, a, duplicates, carried, beside)
+        else:
+            gain, one, two = best_swap(state, a, order, duplicates, free, 2, np.inf)
         slot, new = -1, -1
         if gain <= top * _LITTLE:
             _, slot, new = best_replace(state, a, duplicates, free, 2, np.inf, max(gain, top * _ENOUGH))
         if slot >= 0:
+            old = state.slots[slot]
             replace(state, slot, new)
+            _note_rank(state, carried, beside, state.rank_of[slot])
+            _note_ranks(state, carried, beside, old)
+            _note_ranks(state, carried, beside, new)
         elif gain > top * _ENOUGH:
             exchange(state, one, two)
+            _note_rank(state, carried, beside, state.rank_of[one])
+            _note_rank(state, carried, beside, state.rank_of[two])
         else:
             break
     return weigh(state)
 
 
 @compiled
-def _find_step(state, a, target, order, duplicates, home, budget, chosen):
-    """The next step for rank `a`: its kind (0 none, 1 a change of a replica, 2 or 3 an exchange) and a new expert.
+def _find_step(state, a, target, order, duplicates, home, budget, ways, chosen):
+    """The next step for rank `a`: its kind (0 none, 1 a change of a replica, more a round of so many) and a new expert.
 
-    One moved slot that does it, then two or three that do, then whatever brings most for each moved slot.
+    One moved slot that does it, then a round that does, then whatever brings most for each moved slot.
     """
     top = state.held[a]
     need = top - target
-    value, slot, new = best_replace(state, a, duplicates, home, budget, need, top * _ENOUGH)
-    if slot >= 0 and value >= need:
+    _, slot, new = best_replace(state, a, duplicates, home, budget, need, max(need * _WHOLE, top * _ENOUGH))
+    if slot >= 0:
         chosen[0] = slot
         return 1, new
-    kind = find_fix(state, a, target, order, duplicates, home, budget, chosen)
+    kind = find_fix(state, a, target, order, duplicates, home, budget, ways, chosen)
     if kind > 0:
         return kind, -1
+    value, slot, new = best_replace(state, a, duplicates, home, budget, need, top * _ENOUGH)
     gain, one, two = best_swap(state, a, order, duplicates, home, budget, need)
     if slot >= 0 and value >= gain:
         chosen[0] = slot
@@ -97,7 +132,7 @@ def _note(state, home, chosen, kind, steps, moved, tops, moves, log):
 
 
 @compiled
-def stepwise(state, duplicates, target, home, budget, steps, tops, moves, log):
+def stepwise(state, duplicates, target, home, budget, ways, steps, tops, moves, log):
     """Lower the largest rank load with few moved slots until `target`, a local optimum, or the budget.
 
     Args:
@@ -105,22 +140,23 @@ def stepwise(state, duplicates, target, home, budget, steps, tops, moves, log):
         target: Largest rank load at which to stop.
         home: Slots [P] that moves are counted against.
         budget: Slots that may differ from `home`.
+        ways: Buffers of `find_round`, set to the layer.
         steps: Steps that were made before.
         tops, moves, log: The largest load [N + 1] and the slots that differ [N + 1] after each step, and for each step
-            up to three slots with their new experts [N, 6], -1 for none; N is the most steps. Those of the steps
-            before are there.
+            up to LONGEST slots with their new experts [N, 2 * LONGEST], -1 for none; N is the most steps.
+            Those of the steps before are there.
 
     Returns:
         The steps made, with those before.
     """
-    order, chosen = np.argsort(state.held), np.empty(3, np.int64)
+    order, chosen = np.argsort(state.held), np.empty(LONGEST, np.int64)
     moved = moves[steps]
     while True:
         order_ranks(state.held, order)
         a = order[-1]
         if state.held[a] <= target or steps == len(log):
             return steps
-        kind, new = _find_step(state, a, target, order, duplicates, home, budget - moved, chosen)
+        kind, new = _find_step(state, a, target, order, duplicates, home, budget - moved, ways, chosen)
         if kind == 0:
             return steps
         for index in range(kind):
@@ -138,7 +174,7 @@ def recount(state, duplicates, total, most, home, budget, steps, tops, moves, lo
     for it makes other ranks heavier than they may be. Steps from there lower the largest load again. Arguments are
     those of `stepwise`, and of `replicate`; returns the steps made, with those before.
     """
-    counts, chosen, moved = np.empty(len(state.load), np.int64), np.empty(3, np.int64), moves[steps]
+    counts, chosen, moved = np.empty(len(state.load), np.int64), np.empty(LONGEST, np.int64), moves[steps]
     replicate(state.load, total, most, counts)
     for new in range(len(counts)):
         while state.counts[new] < counts[new] and steps < len(log):
@@ -162,7 +198,7 @@ def recount(state, duplicates, total, most, home, budget, steps, tops, moves, lo
 @compiled
 def step_layers(loads, homes, first, room, duplicates, targets, budgets, tops, moves, logs, steps):
     """`stepwise` from `homes` [L, P] for every layer, and again with replicas counted anew where that is not enough."""
-    state, total, open_ranks = new_state(loads.shape[1], first), 0, 0
+    state, ways, total, open_ranks = new_state(loads.shape[1], first), new_ways(first[-1]), 0, 0
     for rank in range(len(room)):
         total += room[rank]
         open_ranks += room[rank] > 0
@@ -170,10 +206,11 @@ def step_layers(loads, homes, first, room, duplicates, targets, budgets, tops, m
     for layer in range(len(loads)):
         home, target, budget, log = homes[layer], targets[layer], budgets[layer], logs[layer]
         tops[layer, 0], moves[layer, 0] = set_layer(state, loads[layer], home), 0
-        made = stepwise(state, duplicates, target, home, budget, 0, tops[layer], moves[layer], log)
+        set_ways(state, target, ways)
+        made = stepwise(state, duplicates, target, home, budget, ways, 0, tops[layer], moves[layer], log)
         if tops[layer, made] > target:
             made = recount(state, duplicates, total, most, home, budget, made, tops[layer], moves[layer], log)
-            made = stepwise(state, duplicates, target, home, budget, made, tops[layer], moves[layer], log)
+            made = stepwise(state, duplicates, target, home, budget, ways, made, tops[layer], moves[layer], log)
         steps[layer] = made
 
 
@@ -182,6 +219,6 @@ def replay_steps(logs, steps, slots):
     """Make the first so many steps of each layer's log on its slots [L, P]."""
     for layer in range(len(slots)):
         for step in range(steps[layer]):
-            for at in (0, 2, 4):
+            for at in range(0, logs.shape[2], 2):
                 if logs[layer, step, at] >= 0:
                     slots[layer, logs[layer, step, at]] = logs[layer, step, at + 1]

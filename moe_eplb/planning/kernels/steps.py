@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moe_eplb.planning.kernels.compiled import compiled, inlined
 
-__all__ = ["best_replace", "best_swap", "cost", "order_ranks"]
+__all__ = ["best_free_swap", "best_replace", "best_swap", "cost", "order_ranks"]
 
 
 @compiled
@@ -80,6 +80,32 @@ def best_swap(state, a, order, duplicates, home, budget, need):
                         continue
                 if not duplicates and state.lies[y, a] > 0:
                     continue
+                best, best_one, best_two = gain, one, two
+    return best, best_one, best_two
+
+
+@compiled
+def best_free_swap(state, a, duplicates, carried, beside):
+    """The exchange of a slot of rank `a` that lowers the larger of both ranks most, where moves cost nothing.
+
+    That of `best_swap` without `home`, but for equals. It looks at all slots in turn, without a branch that could not
+    be foreseen, which is faster where ranks have few slots each. `carried` and `beside` [P] are what each slot
+    carries, infinite where it is empty, and what its rank does.
+
+    Returns:
+        Its worth, and both slots; -1 for none.
+    """
+    slots, rank_of, lies, first = state.slots, state.rank_of, state.lies, state.first
+    best, best_one, best_two, top = 0.0, -1, -1, state.held[a]
+    for one in range(first[a], first[a + 1]):
+        mine = carried[one]
+        for two in range(len(carried)):
+            less = mine - carried[two]
+            rest = top - beside[two] - less
+            gain = less if less < rest else rest
+            if gain > best and (
+                duplicates or (lies[slots[one], rank_of[two]] == 0 and lies[slots[two], rank_of[one]] == 0)
+            ):
                 best, best_one, best_two = gain, one, two
     return best, best_one, best_two
 
