@@ -33,8 +33,8 @@ def command(
     """Report on a trace: order of calls, overlap, exposed stretches, idle time, critical path, stragglers.
 
     TRACE is a run folder, an export (.sqlite) or a report (.nsys-rep) of Nsight Systems, or Chrome JSON of the PyTorch
-    profiler; SQLite and JSON may be packed with gzip. Several are those of the ranks of one job. It needs neither the
-    machine of the run nor torch.
+    profiler; SQLite and JSON may be packed with gzip, SQLite with xz. Several are those of the ranks of one job. It
+    needs neither the machine of the run nor torch.
 
     The exit code is 1 if an order check is invalid or a condition of --fail-if holds, 3 if such a condition cannot be
     judged. A condition is METRIC [p50|p95|p99|min|max|mean] OP NUMBER.

@@ -58,8 +58,8 @@ def redact(trace: Path, output: Path | None, in_place: bool, force: bool) -> Non
     """Take out of TRACE what must not leave the machine, and say what that was.
 
     Removed are environment variables, arguments, lists of processes, names of users and hosts, private paths, UUIDs
-    and addresses. TRACE is an SQLite file, Chrome JSON (both plain or gzip), or a run folder, whose scenario stays. A
-    report of Nsight Systems (.nsys-rep) cannot be redacted: export it first.
+    and addresses. TRACE is an SQLite file, Chrome JSON (both plain, gzip or xz), or a run folder, whose scenario stays.
+    A report of Nsight Systems (.nsys-rep) cannot be redacted: export it first.
 
     \b
     Examples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class LayerMoves:
 
     `cross_rank_net_slots` compares what each rank holds, whatever the slot: replicas that a rank has at the end and not
     at the start.
+    `by_source`: the bytes that came from the ``host``, from slots of the ``own`` rank and of a ``peer``.
     """
 
     layer: int
@@ -28,6 +29,7 @@ class LayerMoves:
     bytes: int
     net_slots: int
     cross_rank_net_slots: int
+    by_source: dict[str, int] = field(default_factory=dict)
 
 
 def layer_moves(folder: RunFolder) -> list[LayerMoves]:
@@ -56,7 +58,16 @@ def _of_layer(
         bytes=sum(row["bytes"] for rows in commits for row in rows.values()),
         net_slots=int(np.count_nonzero(np.not_equal(first, last))),
         cross_rank_net_slots=_gained(first, last, ranks),
+        by_source=_by_source(commits),
     )
+
+
+def _by_source(commits: list[dict[int, EvidenceRow]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for rows in commits:
+        for row in rows.values():
+            total.update(row.get("sources", {}))
+    return {source: total[source] for source in sorted(total) if total[source]}
 
 
 def _gained(first: list[int], last: list[int], ranks: int) -> int:

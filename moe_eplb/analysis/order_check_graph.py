@@ -15,7 +15,7 @@ from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.judges.findings import Findings
-from moe_eplb.analysis.order_check_calls import Found
+from moe_eplb.analysis.order_check_calls import Found, OwnGraphs
 from moe_eplb.analysis.order_check_replay import Replayed
 from moe_eplb.analysis.ranges import Launches, RangeIndex
 from moe_eplb.core.events import DEVICE_STAGES, KINDS, Kind
@@ -45,16 +45,24 @@ def graph_order(capture: Capture, found: Found, replayed: Replayed) -> CheckResu
     replays.judge_stages(findings)
     replays.judge_count(found.calls, replayed, findings)
     findings.missing("the graph's edges are not in the trace, so that its nodes may wait for too little")
-    findings.missing("the device's own record of each replayed stage is not in the trace")
+    if len(found.graphs.noted):
+        _judge_notes(found.graphs, findings)
+    else:
+        findings.missing("the device's own record of each replayed stage is not in the trace")
     return findings.result(f"{len(replays.launches)} replays with {len(mine)} events of the balancer's calls")
 
 
 def own_graph_order(capture: Capture, found: Found, replayed: Replayed) -> CheckResult:
     """The same of our own trace, which has no nodes but notes of the device itself."""
     findings = Findings("graph_order", "legal captures, each stage of each replay written down by the device")
-    graphs = found.graphs
     if replayed.illegal:
         findings.missing("the calls are illegal, so that a graph of them shows nothing")
+    _judge_notes(found.graphs, findings)
+    return findings.result(f"{len(found.graphs.replays)} replays")
+
+
+def _judge_notes(graphs: OwnGraphs, findings: Findings) -> None:
+    """The device wrote down every stage of each layer that was captured, in every replay."""
     begun = graphs.captured[graphs.captured["kind"] == Kind.START_WAIT_GPU_STAGE]
     noted = Counter(graphs.noted[["rank", "iteration", "layer"]].tolist())
     for rank, iteration in graphs.replays[["rank", "iteration"]].tolist():
@@ -65,7 +73,6 @@ def own_graph_order(capture: Capture, found: Found, replayed: Replayed) -> Check
             if noted[rank, iteration, layer] != len(DEVICE_STAGES):
                 what = f"the device wrote down {noted[rank, iteration, layer]} of {len(DEVICE_STAGES)} stages"
                 findings.wrong(what, f"rank {rank}, layer {layer}, iteration {iteration}")
-    return findings.result(f"{len(graphs.replays)} replays")
 
 
 def _captured_kinds(capture: Capture, found: Found) -> NDArray[np.int64]:

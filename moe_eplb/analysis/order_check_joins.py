@@ -185,7 +185,8 @@ def joins(
     for one in pairs:
         by_stream += int((order.lane[one.first] == order.lane[one.then]).sum())
         _judge_waits(capture, work, order, one, findings)
-    return findings.result(f"{checked} pairs of work on {len(work.stages)} stages, {by_stream} of one stream")
+    amount = f"{checked} pairs of work on {len(work.stages)} stages, {by_stream} of one stream"
+    return findings.result(amount + _but_replays(capture))
 
 
 def times(capture: Capture, work: StageWork, pairs: list[Pairs], *, ours: bool) -> CheckResult:
@@ -200,12 +201,12 @@ def times(capture: Capture, work: StageWork, pairs: list[Pairs], *, ours: bool) 
             what = f"{one.what}: {_event(capture, work, int(one.then[index]))} began {int(early[index])} ns before"
             what += f" {_event(capture, work, int(one.first[index]))} ended"
             findings.wrong(what, work.where(int(one.stage[index])))
-    return findings.result(f"{sum(len(one.first) for one in exact)} pairs of work")
+    return findings.result(f"{sum(len(one.first) for one in exact)} pairs of work{_but_replays(capture)}")
 
 
 def _need_work(capture: Capture, work: StageWork, findings: Findings, *, ours: bool) -> None:
     """Without work that must wait there is nothing that shows the joins; our own device always notes it."""
-    in_graph = ", it may be in a graph, see graph_order" if (capture.gpu["graph_node"] >= 0).any() else ""
+    in_graph = ", it may be in a graph, see graph_order" if _replayed(capture) else ""
     for name, kinds in (
         ("start_wait_gpu_stage", _WAIT),
         ("route or the experts", _READS),
@@ -217,6 +218,15 @@ def _need_work(capture: Capture, work: StageWork, findings: Findings, *, ours: b
         elif ours and len(there) < len(work.stages):
             absent = np.setdiff1d(np.arange(len(work.stages)), there)
             findings.missing(f"no work of {name} was seen", work.where(int(absent[0])))
+
+
+def _but_replays(capture: Capture) -> str:
+    """What was not looked at, for whoever reads the amount."""
+    return ", none of it in replays: see graph_order" if _replayed(capture) else ""
+
+
+def _replayed(capture: Capture) -> bool:
+    return bool((capture.gpu["graph_node"] >= 0).any())
 
 
 def _judge_waits(capture: Capture, work: StageWork, order: HappensBefore, pairs: Pairs, findings: Findings) -> None:

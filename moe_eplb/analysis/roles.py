@@ -2,8 +2,9 @@
 
 A role comes from the source itself where it says so, else from the innermost range around the launch that has a role
 (by NVTX domain), else from the declared name of the stream, else from the event's name. A name that tells of waiting
-makes waiting of communication and of the balancer's work wherever their role comes from. What is left is unknown, is
-listed, and never counts as compute.
+makes waiting of communication and of the balancer's work wherever their role comes from. Our own `route` is the one
+range of compute in which the balancer's kernels are launched, since few ids are counted where they are routed; there a
+kernel's name tells. What is left is unknown, is listed, and never counts as compute.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture, Table, role_cod
 from moe_eplb.analysis.grouping import distinct_rows, members
 from moe_eplb.analysis.ranges import Launches
 from moe_eplb.analysis.role_table import DomainRule, RoleTable, load_role_table
-from moe_eplb.core.events import KINDS, Role, by_name
+from moe_eplb.core.events import KINDS, Kind, Role, by_name
 
 __all__ = ["RoleCodes", "RoleTime", "classify", "located", "prepare", "role_times", "unknown_names"]
 
 RoleCodes = NDArray[np.uint8]
 _WAITING = (Role.COMM_WAIT, Role.EPLB_WAIT)
+_BALANCER = [code for role, code in ROLE_CODE.items() if role.startswith("eplb_")]
 _COUNTED = -2
 
 
@@ -54,8 +56,11 @@ def classify(capture: Capture, table: RoleTable | None = None) -> RoleCodes:
     said = capture.gpu["role"]
     by_event_name = _by_name(capture, table)
     found = _on_streams(capture, table, by_event_name)
-    by_range = _by_range(capture, table)
-    found = np.where(by_range != c.UNSET_ROLE, _waits(by_range, by_event_name), found)
+    with_role = _range_roles(capture, table)
+    around = _around(capture, with_role)
+    by_range = with_role[around] if len(with_role) else found
+    by_range = _told_by_name(capture, around, _waits(by_range, by_event_name), by_event_name)
+    found = np.where(around >= 0, by_range, found)
     chosen: RoleCodes = np.where(said != c.UNSET_ROLE, said, found).astype(np.uint8)
     return chosen
 
@@ -114,17 +119,16 @@ def _on_streams(capture: Capture, table: RoleTable, codes: RoleCodes) -> RoleCod
     return found
 
 
-def _by_range(capture: Capture, table: RoleTable) -> RoleCodes:
-    """Roles by the innermost range that has one, at capture for graph nodes; UNSET_ROLE where there is none."""
-    with_role = _range_roles(capture, table)
+def _around(capture: Capture, with_role: RoleCodes) -> NDArray[np.int64]:
+    """Row of the innermost range that has a role, at capture for graph nodes; UNKNOWN where there is none."""
     rows = np.flatnonzero(with_role != c.UNSET_ROLE)
-    found = np.full(len(capture.gpu), c.UNSET_ROLE, np.uint8)
+    found = np.full(len(capture.gpu), c.UNKNOWN, np.int64)
     if not len(rows):
         return found
     launches = Launches(capture)
     for at_capture in (False, True):  # what was said at capture is closer to the kernel and replaces the rest
         around = launches.around(capture.ranges[rows], at_capture=at_capture)
-        found = np.where(around >= 0, with_role[rows][around], found)
+        found = np.where(around >= 0, rows[around], found)
     return found
 
 
@@ -146,6 +150,18 @@ def _range_role(capture: Capture, rules: Iterable[DomainRule], domain: int, text
     return c.UNSET_ROLE
 
 
+def _told_by_name(
+    capture: Capture, around: NDArray[np.int64], by_range: RoleCodes, by_event_name: RoleCodes
+) -> RoleCodes:
+    """The balancer's own kernels within our `route`, by their names."""
+    route = KINDS[Kind.ROUTE].name
+    texts = [text for text, name in enumerate(capture.names) if name.partition("/")[0] == route]
+    routes = np.flatnonzero(_is_ours(capture) & np.isin(capture.ranges["text"], texts))
+    better = np.isin(around, routes) & np.isin(by_event_name, _BALANCER)
+    told: RoleCodes = np.where(better, by_event_name, by_range).astype(np.uint8)
+    return told
+
+
 def _waits(codes: RoleCodes, by_event_name: RoleCodes) -> RoleCodes:
     """A range tells for whom work is done, only its name that it is waiting."""
     waiting = np.isin(by_event_name, role_codes(_WAITING))
@@ -158,9 +174,13 @@ def _waits(codes: RoleCodes, by_event_name: RoleCodes) -> RoleCodes:
 
 
 def _iteration_ranges(capture: Capture, table: RoleTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of ranges that are an iteration, and their numbers; ours say it in their payload."""
+    """Rows of ranges that are an iteration, and their numbers; ours say it in their payload.
+
+    What our checks launch behind an iteration is no part of it, and would be most of its length.
+    """
     ranges, numbers = capture.ranges, _numbers(capture, table.iterations)
-    ours = (ranges["payload"] >= 0) & (_is_ours(capture))
+    checks = [number for number, name in enumerate(capture.names) if name == KINDS[Kind.CHECK].name]
+    ours = (ranges["payload"] >= 0) & _is_ours(capture) & ~np.isin(ranges["text"], checks)
     numbers = np.where(ours, np.minimum(ranges["payload"], 1 << 30), numbers)
     counted = np.flatnonzero(numbers == _COUNTED)
     keys, group = distinct_rows([ranges["rank"][counted], ranges["text"][counted]])

@@ -118,6 +118,18 @@ class _Rows:
         if token >= 0:
             _pack_times(self._buffer, HEADER_BYTES + token * _ROW_BYTES, start, end)
 
+    def record(
+        self, kind: Kind, layer: int, iteration: int, stream: int, start: int, end: int, a: int = 0, b: int = 0
+    ) -> None:
+        """Add what a device did on its own, under the thread that learns of it. NVTX hears nothing: there a range says
+        what the host did when, and a reader would take this one for a call."""
+        row = self._claim()
+        if row >= self._room and not self._reserve(row):
+            self._drop()
+            return
+        offset = HEADER_BYTES + row * _ROW_BYTES
+        _pack_row(self._buffer, offset, start, end, kind, stream, layer, iteration, _thread.number, a, b)
+
     def _reserve(self, row: int) -> bool:
         """Make room for a row that has none yet; False when there is no more."""
         return False
@@ -130,8 +142,8 @@ class _Rows:
 class EventLog(_Rows):
     """An `EventSink` over a file. What was recorded survives the rank's death by any signal.
 
-    Ranges also go to NVTX (domain ``moe_eplb``, payload = iteration) when a profiler listens. A full log, or a log on a
-    full disk, keeps counting what it drops; a log with dropped records never yields a valid call order.
+    What the host does also goes to NVTX (domain ``moe_eplb``, payload = iteration) when a profiler listens. A full log,
+    or a log on a full disk, keeps counting what it drops; a log with dropped records never yields a valid call order.
 
     Args:
         path: File to create; an existing one is replaced.

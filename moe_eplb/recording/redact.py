@@ -8,11 +8,13 @@ kernel names and the texts of our own NVTX domain stay as they are.
 from __future__ import annotations
 
 import gzip
+import lzma
 import shutil
 import sqlite3
 import tempfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from moe_eplb.core.errors import TraceError
 from moe_eplb.recording.redact_json import redact_json
@@ -23,6 +25,7 @@ __all__ = ["redact", "redact_run"]
 
 _SQLITE = b"SQLite format 3\0"
 _GZIP = b"\x1f\x8b"
+_XZ = b"\xfd7zXZ\0"
 
 
 def redact(path: Path) -> list[str]:
@@ -30,7 +33,7 @@ def redact(path: Path) -> list[str]:
 
     Args:
         path: Our canonical SQLite file, an SQLite export of Nsight Systems, or Chrome JSON as the torch profiler writes
-            it; each may be compressed by gzip. A redacted file is redacted already: nothing more is found in it.
+            it; each may be compressed by gzip or xz. A redacted file is redacted already: nothing more is found in it.
 
     Returns:
         What was removed, for people: places and numbers, never the removed texts.
@@ -42,13 +45,13 @@ def redact(path: Path) -> list[str]:
     try:
         with tempfile.TemporaryDirectory(prefix=".redact-", dir=path.parent) as folder:
             plain = Path(folder) / "plain"
-            zipped = _unpack(path, plain)
+            packing = _unpack(path, plain)
             removed = _redact(plain, path)
-            if zipped:
-                plain = _pack(plain)
+            if packing:
+                plain = _pack(plain, packing)
             shutil.copymode(path, plain)
             plain.replace(path)
-    except (OSError, EOFError, zlib.error, sqlite3.Error, ValueError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, sqlite3.Error, ValueError, RecursionError) as error:
         raise TraceError(
             "E068", "a capture cannot be redacted, so it must not be published", why=str(error), where=str(path)
         ) from error
@@ -81,21 +84,31 @@ def _redact(plain: Path, path: Path) -> list[str]:
     return removed
 
 
-def _unpack(path: Path, plain: Path) -> bool:
+def _unpack(path: Path, plain: Path) -> str:
+    """Write what is in the file, and say how it was packed: ``gzip``, ``xz`` or not at all."""
     with path.open("rb") as file:
-        zipped = file.read(2) == _GZIP
-    with gzip.open(path, "rb") if zipped else path.open("rb") as source, plain.open("wb") as target:
+        start = file.read(len(_XZ))
+    packing = "gzip" if start.startswith(_GZIP) else "xz" if start == _XZ else ""
+    with _opened(path, packing) as source, plain.open("wb") as target:
         shutil.copyfileobj(source, target)
-    return zipped
+    return packing
 
 
-def _pack(plain: Path) -> Path:
+def _opened(path: Path, packing: str) -> BinaryIO:
+    if packing == "gzip":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return cast(BinaryIO, lzma.open(path, "rb")) if packing else path.open("rb")
+
+
+def _pack(plain: Path, packing: str) -> Path:
     """Compress without a name and a time in the header, so that the same capture gives the same bytes."""
-    packed = plain.with_suffix(".gz")
+    packed = plain.with_suffix(".packed")
     with (
         plain.open("rb") as source,
         packed.open("wb") as file,
-        gzip.GzipFile("", "wb", 9, file, mtime=0) as target,
+        gzip.GzipFile("", "wb", 9, file, mtime=0)
+        if packing == "gzip"
+        else lzma.LZMAFile(file, "wb", preset=9 | lzma.PRESET_EXTREME) as target,
     ):
         shutil.copyfileobj(source, target)
     return packed

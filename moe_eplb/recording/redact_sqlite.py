@@ -19,6 +19,8 @@ _SYSTEM_TABLES = re.compile(
     re.IGNORECASE,
 )
 """Tables of which no row stays."""
+_NAMES_OF = ("host", "user_name", "username", "export_user", "display_name")
+"""Parts of the names of properties whose values are a user or a machine."""
 _NUMBERED = frozenset(("guid", "mac", "serial", "serialnumber", "uuid"))
 _KERNEL_NAMES = ("demangledName", "shortName", "mangledName")
 _STRING_COLUMNS = (*_KERNEL_NAMES, "textId", "jsonTextId", "nameId", "filenameId", "contentId")
@@ -68,7 +70,7 @@ class _Redaction:
         """Users and machines that the capture itself names, from its properties and from paths of home folders."""
         for table, columns in self._columns.items():
             if {"name", "value"} <= set(columns):
-                like = " OR ".join(f"name LIKE '%{word}%'" for word in ("host", "user_name", "username", "export_user"))
+                like = " OR ".join(f"name LIKE '%{word}%'" for word in _NAMES_OF)
                 rows = self._connection.execute(f'SELECT value FROM "{table}" WHERE ({like}) AND value IS NOT NULL')
                 self._scrubber.learn(str(row[0]) for row in rows)
         self._connection.create_function("learn_homes", 1, self._learn_homes)

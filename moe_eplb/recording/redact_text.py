@@ -24,9 +24,12 @@ SENSITIVE_KEYS = frozenset(
 )
 """A column, key or property with one of these words in its name never keeps its value."""
 
+_SHOWN_NAME = {"display", "name"}
+"""Both together: under a display name stands the machine's."""
+
 _PRIVATE_ROOTS = (
     *("home", "root", "Users", "work", "workspace", "workspaces", "mnt", "scratch", "data", "tmp", "var/tmp"),
-    *("var/lib", "run/user", "gpfs", "lustre", "nfs", "srv", "project", "projects", "fsx", "efs", "private"),
+    *("opt", "var/lib", "run/user", "gpfs", "lustre", "nfs", "srv", "project", "projects", "fsx", "efs", "private"),
 )
 _COMMON_NAMES = frozenset(
     ("root", "user", "users", "localhost", "local", "admin", "python", "linux", "ubuntu", "debian")
@@ -51,7 +54,8 @@ _ADDRESS = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])")
 
 def sensitive(name: str) -> bool:
     """Whether a key such as ``PROCESS_0:USER_NAME``, ``hostName`` or ``gpu_uuid`` names what must not stay."""
-    return not SENSITIVE_KEYS.isdisjoint(word.lower() for word in _WORDS.findall(name))
+    words = {word.lower() for word in _WORDS.findall(name)}
+    return not SENSITIVE_KEYS.isdisjoint(words) or words >= _SHOWN_NAME
 
 
 class Scrubber:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import lzma
 import os
 import sqlite3
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_eplb.analysis.readers.any import read_capture, read_captures
-from moe_eplb.analysis.readers.limits import Limits
+from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits
 from moe_eplb.core.errors import TraceError
 from tests.analysis.nsys_files import NsysFile, three_steps_and_two_replays
 from tests.analysis.profiler_traces import expert_parallel
 from tests.support.run_folders import good_run
 
+GOOD_CAPTURES = Path(__file__).parents[2] / "traces" / "good_captures"
 SMALL = Limits(events=50, text_bytes=200_000, piece_bytes=10_000, seconds=5.0)
 
 
@@ -126,6 +129,32 @@ def test_a_damaged_gzip(tmp_path: Path) -> None:
     packed[200] ^= 255
     path.write_bytes(packed)
     assert _code(path) in {"E061", "E062"}
+
+
+def test_a_database_packed_with_xz(tmp_path: Path) -> None:
+    plain = gzip.decompress((GOOD_CAPTURES / "path_b.nsys.sqlite.gz").read_bytes())
+    packed, path = lzma.compress(plain), tmp_path / "t.sqlite.xz"
+    path.write_bytes(packed)
+    unpacked = tmp_path / "t.sqlite"
+    unpacked.write_bytes(plain)
+    read, expected = read_capture(path).tables(), read_capture(unpacked).tables()
+    assert all((read[name] == expected[name]).all() for name in expected)
+    half = len(plain) // 2
+    path.write_bytes(lzma.compress(plain[:half]) + lzma.compress(plain[half:]))
+    assert len(read_capture(path).gpu) == len(expected["gpu"]), "a file of two streams is one"
+    for kept in [*range(6, len(packed), 97), len(packed) - 1]:
+        path.write_bytes(packed[:kept])
+        assert _code(path) == "E061", kept
+    damaged = bytearray(packed)
+    damaged[len(packed) // 2] ^= 255
+    path.write_bytes(damaged)
+    assert _code(path) == "E062"
+    path.write_bytes(packed + b"left over" * 3)
+    assert _code(path) == "E062"
+    path.write_bytes(lzma.compress(b"{}"))
+    assert _code(path) == "E060"
+    path.write_bytes(packed)
+    assert _code(path, replace(DEFAULT_LIMITS, text_bytes=len(plain) - 1)) == "E064"
 
 
 def test_limits(tmp_path: Path) -> None:

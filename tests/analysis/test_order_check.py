@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.call_names import load_call_names
-from moe_eplb.analysis.capture import ROLE_CODE, Capture
+from moe_eplb.analysis.capture import ROLE_CODE, Capture, Table
 from moe_eplb.analysis.conformance import replay
 from moe_eplb.analysis.order_check import OrderReport, check_order
 from moe_eplb.analysis.order_check_calls import find_calls
@@ -24,7 +24,7 @@ from moe_eplb.analysis.readers.records import capture_of
 from moe_eplb.analysis.roles import prepare
 from moe_eplb.analysis.trace import Records, Trace
 from moe_eplb.core.errors import TraceError
-from moe_eplb.core.events import HOST, Kind, Role
+from moe_eplb.core.events import DEVICE_STAGES, HOST, Kind, Role
 from moe_eplb.core.verdict import Status
 from tests.analysis.captures import MakeCapture
 from tests.support.run_folders import good_run
@@ -442,11 +442,60 @@ def test_what_a_trace_does_not_tell_of_graphs_is_unknown(change: Callable[[Captu
     assert said in found.detail
 
 
+def _with_notes(left_out: tuple[int, int, int] | None = None) -> Capture:
+    """The graph captured before the iterations, and of each replay a mark and what the device wrote down.
+
+    Args:
+        left_out: Rank, iteration and layer of one stage that the device did not write down.
+    """
+    capture = _read("path_b_graph.nsys.sqlite.gz")
+    ranges, names = capture.ranges.copy(), list(capture.names)
+    starts = ranges["text"] == names.index("start_iter")
+    stages = ~np.isin(ranges["text"], [names.index(name) for name in ("start_iter", "end_iter")])
+    ours = ranges["domain"] == names.index("moe_eplb")
+    added = []
+    for rank in np.unique(ranges["rank"][ours]).tolist():
+        mine = ours & (ranges["rank"] == rank)
+        calls, begins = ranges[mine & stages], np.flatnonzero(mine & starts)
+        ranges["start"][begins[0]] = ranges["end"][begins[0]] = calls["end"].max() + 100
+        added.append(_like(calls[0], names, "capture", -2, calls["start"].min() - 1, calls["end"].max() + 1))
+        for iteration, at in enumerate(ranges["start"][begins].tolist()):
+            added.append(_like(calls[0], names, "replay", iteration, at + 10))
+            noted = [layer for layer in (0, 1) for _ in DEVICE_STAGES]
+            if left_out is not None and (rank, iteration) == left_out[:2]:
+                noted.remove(left_out[2])
+            added += [_like(calls[0], names, f"device_stage/{layer}", iteration, at + 20) for layer in noted]
+    return replace(capture, ranges=np.concatenate([ranges, *added]), names=tuple(names)).in_order()
+
+
+def _like(row: np.void, names: list[str], text: str, iteration: int, start: int, end: int = 0) -> Table:
+    """A range of the same thread, or a mark."""
+    if text not in names:
+        names.append(text)
+    made = np.array([row])
+    made["start"], made["end"], made["payload"] = start, end or start, iteration
+    made["text"], made["kind"] = names.index(text), c.PUSH_POP if end else c.MARK
+    return made
+
+
+def test_what_the_device_wrote_down_in_an_export_is_evidence_too() -> None:
+    found = check_order(_with_notes()).check("graph_order")
+    assert (found.status, found.detail) == (
+        Status.UNKNOWN, "the graph's edges are not in the trace, so that its nodes may wait for too little",
+    )  # fmt: skip
+    found = check_order(_with_notes(left_out=(1, 2, 0))).check("graph_order")
+    assert "the device wrote down 3 of 4 stages" in found.detail
+    assert found.status is Status.INVALID
+
+
 def test_iterations_that_replay_a_graph_need_no_calls() -> None:
     report = check_order(_read("path_b_graph.nsys.sqlite.gz"))
     assert report.check("call_order").status is Status.VALID
     assert "4 iterations replay a graph" in report.check("call_order").observed
     assert "see graph_order" in report.check("joins").detail
+    for name in ("joins", "times"):
+        assert report.check(name).observed.endswith("none of it in replays: see graph_order")
+    assert "replays" not in check_order(_read("path_b.nsys.sqlite.gz")).check("joins").observed
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLES, Capture
 from moe_eplb.analysis.overlap import PAIRS, measure
 from moe_eplb.analysis.role_table import load_role_table
@@ -74,6 +75,17 @@ def test_a_range_of_ours_says_more_than_a_name() -> None:
     assert _roles(made.done()) == ["eplb_migrate", "comm", "comm_wait", "compute"]
 
 
+def test_what_our_checks_launch_behind_an_iteration_is_no_part_of_it() -> None:
+    made = MakeCapture()
+    made.range("step", 0, 50, "moe_eplb", payload=3)
+    made.range("commit/1", 10, 20, "moe_eplb", payload=3)
+    made.range("check", 50, 90, "moe_eplb", payload=3)
+    made.range("check", 90, 99, "of_a_user", payload=3)
+    for launch in (5, 15, 60, 95):
+        made.launched(None, launch, 100 + launch, 101 + launch, name="Memcpy DtoH")
+    assert prepare(made.done()).gpu["iteration"].tolist() == [3, 3, c.UNKNOWN, c.UNKNOWN]
+
+
 def test_the_balancers_stream_gives_its_work_away() -> None:
     made = MakeCapture()
     made.stream(20, "MoeBalancer")
@@ -100,6 +112,22 @@ def test_unknown_time_is_listed_and_is_no_compute() -> None:
         "ncclDevKernel_AllReduce",
         "mystery",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("route/0", ["compute", "eplb_wait", "eplb_statistic", "compute"]),
+        ("experts/0", ["compute"] * 4),
+    ],
+)
+def test_names_tell_within_our_route_alone(text: str, expected: list[str]) -> None:
+    made = MakeCapture()
+    made.range(text, 0, 50, "moe_eplb")
+    for number, name in enumerate(("_route", "_vote", "_settle_and_fold", "sm90_xmma_gemm")):
+        made.launched(None, 10 + number, 100 + 10 * number, 105 + 10 * number, name=name)
+    capture = prepare(made.done())
+    assert [ROLES[code].value for code in capture.gpu["role"]] == expected
 
 
 def test_a_table_of_the_users_is_asked_first(tmp_path: Path) -> None:

@@ -134,6 +134,11 @@ INVALID: dict[str, tuple[str, Damage]] = {
         decay=0.1)),
     "a plan predicts other loads": ("effect", _set("plan", predicted=[1.0, 1.0])({"rank": 1, "layer": 1})),
     "a commit moves other bytes than its slots hold": ("effect", _set("commit", bytes=1)({"rank": 1, "layer": 1})),
+    "a commit copied less than it moved": ("effect", _set("commit", sources={"host": 1})({"rank": 1, "layer": 1})),
+    "weights came from elsewhere than the scenario wants": ("effect", lambda run: for_all(
+        run.find("commit", rank=1), lambda row: row.update(sources={"peer": row["bytes"]}))),
+    "weights that were to come from peers came from the host": ("effect", lambda run: run.scenario["balancer"].update(
+        state="device", weights_from="peer")),
     "bytes stay the same under a commit": ("effect", _set("attest", changed_bytes=0)({"rank": 1, "iteration": 2})),
     "bytes change without a commit": ("effect", _set("attest", changed_bytes=1)(
         {"rank": 1, "layer": 1, "iteration": 3})),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import getpass
 import gzip
 import json
+import lzma
 import os
 import shutil
 import socket
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,7 @@ def _sample(path: Path) -> Path:
             "META_DATA_CAPTURE": [
                 ("PROCESS_0:COMMAND", "python train.py --train_arguments"), ("PROCESS_0:USER_NAME", "erika.mustermann"),
                 ("RATE_HZ", "0"), ("PROCESS_0:ENVIRONMENT", "HUNTER=hunter2hunter2"), ("NIC", "b83f:d203:00ab:cdef"),
+                ("DEVICE_DISPLAY_NAME", "rack7-shown"),
             ],
             "META_DATA_EXPORT": [
                 ("EXPORT_HOST", "gpu-node-17"), ("EXPORT_SCHEMA_VERSION", "3.20.3"),
@@ -108,7 +111,10 @@ def _sample(path: Path) -> Path:
             ],
             "PROCESSES": [(PID, 801, f"{HOME}/bin/python3.11"), (IDLE, 977, "sk-aaaabbbbcccc")],
             "ThreadNames": [(3, 20, PID + 801), (7, 20, IDLE + 977)],
-            "DIAGNOSTIC_EVENT": [(5, "--api-key sk-aaaabbbbcccc was passed, serial number: 1650223904417")],
+            "DIAGNOSTIC_EVENT": [
+                (5, "--api-key sk-aaaabbbbcccc was passed, serial number: 1650223904417"),
+                (6, "on rack7-shown from /opt/a-site-of-ours/lib/libcupti.so.13.0"),
+            ],
             "NVTX_EVENTS": [
                 (0, None, 75, "moe_eplb", PID, None, 1, None, None), (0, None, 75, "other", PID, None, 2, None, None),
                 (10, 20, 59, None, PID + 801, 2, 1, None, None),
@@ -150,40 +156,46 @@ KEPT = {
 }
 
 
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress}
+
+
 def _present(path: Path) -> list[str]:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = UNPACK[path.suffix](path.read_bytes()) if path.suffix in UNPACK else path.read_bytes()
     return [secret for secret in SECRETS if secret.encode() in data]
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_no_planted_secret_is_left_in_the_bytes_of_an_export(zipped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", ["", "gz", "xz"])
+def test_no_planted_secret_is_left_in_the_bytes_of_an_export(zipped: str, tmp_path: Path) -> None:
     path = _sample(tmp_path / "nsys.sqlite")
     before = {name: _rows(path, query) for name, query in KEPT.items()}
     assert _present(path) == SECRETS
     if zipped:
-        path = _zip(path)
+        path = _zip(path, zipped)
     removed = redact(path)
     assert _present(path) == []
     assert not any(secret in text for text in removed for secret in SECRETS)
     if zipped:
         path = _unzip(path)
     assert {name: _rows(path, query) for name, query in KEPT.items()} == before
+    assert _rows(path, "SELECT value FROM META_DATA_CAPTURE WHERE name = 'DEVICE_DISPLAY_NAME'") == [("(removed)",)]
+    told = [text for (text,) in _rows(path, "SELECT text FROM DIAGNOSTIC_EVENT")]
+    assert told[1] == "on (removed) from (removed)/libcupti.so.13.0"
     assert _rows(path, "PRAGMA freelist_count") == [(0,)]
     assert _rows(path, "PRAGMA integrity_check") == [("ok",)]
     assert _rows(path, "SELECT SUM(serial) FROM TARGET_INFO_GPU") == [(0,)]
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _zip(path: Path) -> Path:
-    zipped = path.with_name(path.name + ".gz")
-    zipped.write_bytes(gzip.compress(path.read_bytes()))
+def _zip(path: Path, suffix: str = "gz") -> Path:
+    zipped = path.with_name(f"{path.name}.{suffix}")
+    zipped.write_bytes((gzip if suffix == "gz" else lzma).compress(path.read_bytes()))
     path.unlink()
     return zipped
 
 
 def _unzip(path: Path) -> Path:
     plain = path.with_suffix("")
-    plain.write_bytes(gzip.decompress(path.read_bytes()))
+    plain.write_bytes(UNPACK[path.suffix](path.read_bytes()))
     path.unlink()
     return plain
 
@@ -193,7 +205,7 @@ def test_what_was_removed_is_told_and_a_second_time_there_is_nothing(tmp_path: P
     removed = redact(path)
     assert {"TARGET_INFO_SYSTEM_ENV: 1 rows", "TARGET_INFO_NIC_INFO: 1 rows", "ProcessStreams: 1 rows"} <= set(removed)
     assert {"PROCESSES: 1 rows", "ThreadNames: 1 rows", "TARGET_INFO_GPU.uuid: 2 texts"} <= set(removed)
-    assert {"META_DATA_CAPTURE.value: 3 texts", "StringIds: 3 texts that nothing points to"} <= set(removed)
+    assert {"META_DATA_CAPTURE.value: 4 texts", "StringIds: 3 texts that nothing points to"} <= set(removed)
     once = _dump(path)
     assert redact(path) == []
     assert _dump(path) == once
@@ -318,7 +330,8 @@ def test_a_compressed_trace_has_neither_name_nor_time_in_its_header(tmp_path: Pa
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"neither", b"{", b'{"a": ', b"\x1f\x8b", gzip.compress(b"{}")[:-6], b"SQLite format 3\0" + b"x" * 200,
+        b"", b"neither", b"{", b'{"a": ', b"\x1f\x8b", gzip.compress(b"{}")[:-6], lzma.compress(b"{}")[:-6],
+        b"\xfd7zXZ\0left over", b"SQLite format 3\0" + b"x" * 200,
         b"\xff{}",
     ],
 )  # fmt: skip

@@ -28,6 +28,7 @@ def graph_run() -> RunBuilder:
     run = good_run(device="cuda", execution="graph", model=model, balancer=balancer)
     for name in ("plan", "commit"):
         for_all(run.find(name), lambda row: row.update(bytes=2 * row["bytes"]))
+    for_all(run.find("commit"), lambda row: row.update(sources={"host": row["bytes"]}))
     eager = [r for r in run.records if _is_stage_call(r) and r["iteration"] == 0]
     run.records = [r for r in run.records if not (_is_stage_call(r) and r["iteration"] in REPLAYED)]
     gap = 2_000 + STEP_NS - 100  # the end of iteration 0; what comes later is shifted to make room for the capture

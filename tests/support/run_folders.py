@@ -222,7 +222,8 @@ def _commit(run: RunBuilder, layer: int, iteration: int, made: Plan) -> Placemen
         fields = {"taken": iteration - 1, "digest": made.placement.digest(), "changed": changed}
         fields["bytes"] = len(local) * SLOT_BYTES
         run.add("plan", rank, layer, iteration - 1, due=iteration, predicted=made.predicted.tolist(), **fields)
-        run.add("commit", rank, layer, iteration, local_changed=local, **fields)
+        sources = {"host": len(local) * SLOT_BYTES}
+        run.add("commit", rank, layer, iteration, local_changed=local, sources=sources, **fields)
         run.add("attest", rank, layer, iteration, slots=PER_RANK, mismatched=[], changed_bytes=len(local))
         _record(run, rank, Kind.STAGE_WEIGHTS, UPDATER, layer, iteration - 1, begin - LAYER_NS, begin - 500)
         _record(run, rank, Kind.COMMIT, BALANCER_STREAM, layer, iteration, begin + 30, begin + 70)

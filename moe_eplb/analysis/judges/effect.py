@@ -87,8 +87,22 @@ def _judge_commits(folder: RunFolder, findings: Findings) -> None:
                 findings.wrong(f"rank {rank} changed local slots {row['local_changed']}, planned were {mine}", place)
             if row["bytes"] != len(mine) * slot_bytes:
                 findings.wrong(f"rank {rank} moved {row['bytes']} bytes, {len(mine)} slots of {slot_bytes}", place)
+            _judge_sources(folder, row, place, findings)
     if folder.scenario.checks.attestation:
         _judge_contents(folder, moved, findings)
+
+
+def _judge_sources(folder: RunFolder, row: EvidenceRow, place: Place, findings: Findings) -> None:
+    """Weights came from where the scenario wants them from."""
+    balancer = folder.scenario.balancer
+    wanted = {"own", "peer"} if balancer is not None and balancer.weights_from == "peer" else {"host"}
+    found = row.get("sources")
+    if found is None:
+        findings.missing(f"rank {row['rank']}: no word of where {row['bytes']} bytes came from", place)
+    elif sum(found.values()) != row["bytes"]:
+        findings.wrong(f"rank {row['rank']} moved {row['bytes']} bytes, {found} is known to have been copied", place)
+    elif any(size and source not in wanted for source, size in found.items()):
+        findings.wrong(f"rank {row['rank']}: bytes came from {found}, wanted were {sorted(wanted)} only", place)
 
 
 def _slot_bytes(folder: RunFolder) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.merge import merge
@@ -16,6 +18,7 @@ from moe_eplb.analysis.readers.json_events import GZIP_MAGIC, unpacked
 from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits, too_large
 from moe_eplb.analysis.readers.nsys import read_nsys
 from moe_eplb.analysis.readers.nsys_report import read_nsys_report
+from moe_eplb.analysis.readers.packed import XZ_MAGIC, un_xz
 from moe_eplb.analysis.readers.records import read_records
 from moe_eplb.analysis.readers.sound import require_sound
 from moe_eplb.analysis.readers.sqlite_tables import MAGIC, open_database
@@ -28,6 +31,8 @@ RUN_TRACE = "trace.sqlite"
 """Name of the trace in a run folder."""
 _LOOK = 4096
 
+_Unpack: TypeAlias = Callable[[BinaryIO], Iterator[bytes]]
+
 
 def read_captures(paths: Sequence[Path], limits: Limits = DEFAULT_LIMITS, offsets: Sequence[int] = ()) -> Capture:
     """Read one trace, or several of one job as one with their clocks aligned, see `moe_eplb.analysis.merge`."""
@@ -38,7 +43,7 @@ def read_captures(paths: Sequence[Path], limits: Limits = DEFAULT_LIMITS, offset
 def read_capture(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:
     """Read a run folder, its trace, an export or a report of Nsight Systems, or a trace of the PyTorch profiler.
 
-    SQLite and JSON may be packed with gzip.
+    SQLite and JSON may be packed with gzip, SQLite with xz too.
 
     Raises:
         TraceError: E060 there is no such file or it is of no known format, E061 it is cut off, E062 it is damaged,
@@ -67,6 +72,8 @@ def _read(path: Path, limits: Limits) -> Capture:
         return read_nsys_report(path, limits)
     if start.startswith(GZIP_MAGIC):
         return _read_packed(path, limits)
+    if start.startswith(XZ_MAGIC):
+        return _read_packed_database(path, limits, un_xz)
     if start.lstrip()[:1] in (b"{", b"["):
         return read_chrome(path, limits)
     hint = "give a run folder, an .nsys-rep or its SQLite export, or a trace of the PyTorch profiler (.json, .json.gz)"
@@ -90,21 +97,31 @@ def _read_packed(path: Path, limits: Limits) -> Capture:
         raise TraceError("E062", "a trace is damaged", why=f"gzip: {error}", where=str(path)) from error
     if not packed_database:
         return read_chrome(path, limits)
+    return _read_packed_database(path, limits, partial(unpacked, packed=True))
+
+
+def _read_packed_database(path: Path, limits: Limits, unpack: _Unpack) -> Capture:
     with tempfile.TemporaryDirectory(prefix="moe_eplb_unpacked_") as folder:
         target = Path(folder) / "trace.sqlite"
-        _unpack(path, target, limits)
+        _unpack(path, target, limits, unpack)
+        with target.open("rb") as file:
+            start = file.read(len(MAGIC))
+        if start != MAGIC:
+            raise TraceError(
+                "E060", "a trace is of no known format", why="what is packed is no SQLite", where=str(path)
+            )
         return replace(_read_sqlite(target, limits), source=str(path))
 
 
-def _unpack(path: Path, target: Path, limits: Limits) -> None:
+def _unpack(path: Path, target: Path, limits: Limits, unpack: _Unpack) -> None:
     written = 0
     try:
         with open_input(path) as file, target.open("wb") as out:
-            for piece in unpacked(file, packed=True):
+            for piece in unpack(file):
                 written += out.write(piece)
                 if written > limits.text_bytes:
                     raise too_large(path, f"it unpacks to more than {limits.text_bytes} bytes", f"byte {written}")
     except EOFError as error:
         raise TraceError("E061", "a trace is cut off", why=str(error), where=str(path)) from error
-    except zlib.error as error:
-        raise TraceError("E062", "a trace is damaged", why=f"gzip: {error}", where=str(path)) from error
+    except (zlib.error, ValueError) as error:
+        raise TraceError("E062", "a trace is damaged", why=f"unpacking: {error}", where=str(path)) from error
