@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from eplbctl.render.tables import Table, text
 
 if TYPE_CHECKING:
+    from moe_eplb.analysis.moves import LayerMoves
     from moe_eplb.analysis.stages import Report
 
 __all__ = ["balance_and_moves", "remarks", "tables"]
@@ -42,12 +43,28 @@ def _stages(report: Report) -> Table:
 
 
 def _moves(report: Report) -> Table:
-    headers = ("layer", "commits", "slots moved", "bytes", "slots changed at the end", "of them to another rank")
+    headers = (
+        "layer",
+        "commits",
+        "slots moved",
+        "bytes",
+        "copied from",
+        "changed at the end",
+        "of them to another rank",
+    )
     rows = [
-        (m.layer, m.commits, m.moved_slots, f"{m.bytes:,}", f"{m.net_slots} of {m.slots}", m.cross_rank_net_slots)
+        (m.layer, m.commits, m.moved_slots, f"{m.bytes:,}", _sources(m), f"{m.net_slots} of {m.slots}",
+         m.cross_rank_net_slots)
         for m in report.moves
-    ]
+    ]  # fmt: skip
     return Table("Moves", headers, rows)
+
+
+def _sources(moves: LayerMoves) -> str:
+    if len(moves.by_source) < 2:
+        return next(iter(moves.by_source), "-")
+    total = sum(moves.by_source.values())
+    return ", ".join(f"{source} {size / total:.0%}" for source, size in moves.by_source.items())
 
 
 def _balance(report: Report) -> Table:

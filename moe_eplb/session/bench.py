@@ -32,6 +32,10 @@ def run_bench(
 
     Rounds go forward and backward in turn (A B B A ...): what drifts meets each variant equally often, early and late.
     """
+    if timing.rehearsal:
+        with contextlib.ExitStack() as stack, torch.inference_mode():
+            for scenario in variants:
+                _Variant(scenario, rank, groups, stack).time(Timing(1, timing.rehearsal, 0))
     with contextlib.ExitStack() as stack, torch.inference_mode():
         running = [_Variant(scenario, rank, groups, stack) for scenario in variants]
         samples: list[list[list[float]]] = [[] for _ in variants]

@@ -10,11 +10,16 @@ __all__ = ["Done", "Failed", "Job", "Message", "Step", "Timing"]
 
 
 class Timing(NamedTuple):
-    """How variants are compared: rounds of so many steps each, after some that warm up."""
+    """How variants are compared: rounds of so many steps each, after some that warm up.
+
+    `rehearsal`: so many steps of each variant run first and are forgotten, with all that moved: what they leave behind
+    is kernels that are compiled and loaded.
+    """
 
     rounds: int
     steps: int
     warm_up: int
+    rehearsal: int = 0
 
 
 class Job(NamedTuple):

@@ -112,9 +112,9 @@ class _Run:
         self._device.synchronize()
         if self._balancer is not None:
             self._balancer.collect()
-        self._device.settle()
         self._device.sink.end(token)
         token = self._device.sink.begin(Kind.CHECK, -1, iteration, self._device.main.index)
+        self._device.settle()  # what was put off for a look at results, which takes many times as long as the step
         self._gatherer.end_iteration()
         if self._metrics is not None:
             self._metrics.write()

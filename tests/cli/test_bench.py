@@ -87,3 +87,49 @@ def test_a_step_takes_as_long_as_its_slowest_rank(tmp_path: Path) -> None:
     for rank, found in enumerate(samples):
         samples_path(tmp_path, rank).write_text(json.dumps({"samples_ms": found, "device": {"kind": "cpu"}}))
     assert read_samples(tmp_path, 2) == ([[[3.0, 5.0]], [[2.0, 9.0]]], {"kind": "cpu"})
+
+
+# -- what balancing wins back -----------------------------------------------------------------------------------------
+
+HOT = (
+    "--set", "workload={kind: hot_rank, tokens_per_rank: 512, hot_rank: 1, hot_share: 0.95}",
+    "--set", "model={layers: 2, experts: 16, top_k: 4, hidden: 256, intermediate: 512}",
+    "--set", "balancer.slots_per_rank=10",
+)  # fmt: skip
+
+
+def test_the_gain_of_a_hot_rank_is_told_with_its_parts(call: Call, write: Write) -> None:
+    done = call("bench", str(write("small")), "--gain", *HOT, "--rounds", "3", "--steps", "5", "--format", "json")
+    found = json.loads(done.out)
+    gain = found["gain"]
+    assert found["variants"][0]["statistics"] == "none"
+    assert [v["variant"] for v in found["variants"]] == ["static", "dynamic", "balanced"]
+    sums = [sum(map(sum, v["samples_ms"])) for v in found["variants"]]
+    assert [gain["static_ms"], gain["dynamic_ms"], gain["balanced_ms"]] == pytest.approx(sums)
+    assert gain["cost"] == pytest.approx(sums[0] / sums[2])
+    assert gain["share"] == pytest.approx((sums[0] - sums[1]) / (sums[0] - sums[2]))
+    assert (found["warm_up"], found["rehearsal"]) == (0, 3), "the clock begins with the first iteration"
+    assert gain["tells"] == (gain["cost"] >= 1.3)
+    assert done.code == (0 if gain["tells"] else 3)
+
+
+def test_no_gain_is_told_where_imbalance_costs_nothing(call: Call, write: Write) -> None:
+    done = call("bench", str(write("small")), "--gain", "--set", "workload.kind=balanced", "--rounds", "2", *FEW[2:4])
+    assert done.code == 3
+    assert "gain: unknown, since imbalance costs too little here" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((), "give either --compare or --gain"),
+        (("--gain", "--compare", "overlap=serial,after"), "give either --compare or --gain"),
+        (("--gain", "--set", "balancer.layer_updates_per_iter=0"), "no gain without moves"),
+        (("--gain", "--set", "workload.kind=uniform"), "cannot be held against uniform routing"),
+    ],
+)
+def test_what_has_no_gain_is_refused(call: Call, write: Write, arguments: tuple[str, ...], text: str) -> None:
+    done = call("bench", str(write("small")), *arguments)
+    assert done.code == 2
+    assert text in done.err
+    assert "Traceback" not in done.err
