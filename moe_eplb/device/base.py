@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import STREAMS, EventSink, Kind
 from moe_eplb.device.bell import Bell, CpuBell
 from moe_eplb.device.captured import Captured
+from moe_eplb.device.sharing import Sharing
 from moe_eplb.device.streams import AuxStreamType
 
 __all__ = ["Device", "Event", "Stream"]
@@ -152,27 +153,32 @@ class Device(abc.ABC):
         """Zeros that host and device both read and write while the other works."""
         return torch.zeros(shape, dtype=dtype)
 
-    def new_bell(self, word: Tensor) -> Bell:
-        """A bell over a host-visible word."""
+    def new_bell(self, word: Tensor, *, awake: bool = False) -> Bell:
+        """A bell over a host-visible word. `awake`: who waits may use a core, to hear it sooner."""
         return CpuBell(word)
-
-    @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
-        """On another thread: copies inside the block run beside the model's streams, in order."""
-        with torch.inference_mode():
-            yield
 
     def submitted(self) -> Callable[[], bool]:
         """A function that returns when what the current stream has been given so far is done; whether it waited."""
         return lambda: False
 
-    def copied(self) -> Callable[[], None]:
-        """A function that returns when the copies so far have been made."""
-        return lambda: None
+    def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
+        """On another thread: copy (target, source) pairs in order, beside the model's streams.
+
+        Source and target of a pair are contiguous and have the same bytes. Returns a function that returns when the
+        copies have been made; whether it waited.
+        """
+        with torch.inference_mode():
+            for target, source in copies:
+                target.copy_(source)
+        return lambda: False
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         """Let copies from host memory run at full speed; returns what undoes it."""
         return lambda: None
+
+    @abc.abstractmethod
+    def new_sharing(self) -> Sharing:
+        """How other processes of this node read memory of this device."""
 
     @abc.abstractmethod
     def discard(self) -> int:

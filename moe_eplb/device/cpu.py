@@ -22,6 +22,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import KINDS, EventSink, Kind, Role
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.order import Clock, StreamOrder
+from moe_eplb.device.sharing import SharedHostMemory, Sharing
 
 __all__ = ["CpuDevice"]
 
@@ -107,7 +108,7 @@ class CpuDevice(Device):
         if self._waiting:
             self._advance(collectives=KINDS[kind].role is Role.COMM)
             self._catch_up(self.current)
-        self._check(self.current, kind, layer)
+        self._check(self.current, kind, layer, a)
         token = self.sink.begin(kind, layer, self.iteration, self.current.index, a, b)
         try:
             return fn()
@@ -126,7 +127,7 @@ class CpuDevice(Device):
         b: int = 0,
     ) -> None:
         assert isinstance(stream, _CpuStream)
-        self._check(stream, kind, layer)
+        self._check(stream, kind, layer, a)
         work = partial(self._do, stream, kind, layer, self.iteration, fn, a, b)
         if stream is self.main or self._eager:
             work()
@@ -136,6 +137,9 @@ class CpuDevice(Device):
     def synchronize(self) -> None:
         for stream in self._streams:
             self._drain(stream, stream.submitted)
+
+    def new_sharing(self) -> Sharing:
+        return SharedHostMemory()
 
     def discard(self) -> int:
         left = self._waiting
@@ -150,8 +154,8 @@ class CpuDevice(Device):
     def pending(self) -> int:
         return self._waiting
 
-    def _check(self, stream: Stream, kind: Kind, layer: int) -> None:
-        found = None if self._order is None else self._order.work(stream, kind, layer)
+    def _check(self, stream: Stream, kind: Kind, layer: int, a: int) -> None:
+        found = None if self._order is None else self._order.work(stream, kind, layer, a)
         if found is not None:
             self.sink.mark(
                 Kind.UNORDERED, layer, self.iteration, stream.index, a=kind, b=found.earlier << 8 | found.stream.index

@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError, HostMemoryError
 from moe_eplb.core.events import CAPTURED, HOST, EventSink, Kind, NullSink
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.bell import Bell
+from moe_eplb.device.cuda_bell import CudaBell
 from moe_eplb.device.cuda_graph import CudaGraph, Piece, external_event
+from moe_eplb.device.cuda_sharing import SharedDeviceMemory
+from moe_eplb.device.driver_calls import addresses, driver_calls, require_success
 from moe_eplb.device.order import Clock, StreamOrder
+from moe_eplb.device.sanitizer import attach
+from moe_eplb.device.sharing import Sharing
 
 __all__ = ["CudaDevice"]
 
@@ -73,6 +80,7 @@ class CudaDevice(Device):
     def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False, serial: bool = False) -> None:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
+        attach()
         self._order = StreamOrder() if check_order else None
         self._streams: list[_CudaStream] = []
         self._timed: list[_Timed] = []
@@ -156,9 +164,8 @@ class CudaDevice(Device):
         self._timed.clear()
         for graph, iteration in self._replays.items():
             for piece in graph.pieces:
-                token = self.sink.begin(piece.kind, piece.layer, iteration, piece.stream, piece.a, -1)
-                self.sink.end(token)
-                self.sink.place(token, self._time_of(piece.start), self._time_of(piece.end))
+                times = self._time_of(piece.start), self._time_of(piece.end)
+                self.sink.record(piece.kind, piece.layer, iteration, piece.stream, *times, piece.a, -1)
         self._replays.clear()
         self._set_clock()
 
@@ -234,26 +241,24 @@ class CudaDevice(Device):
         with torch.inference_mode(False):  # the updater's thread writes to it in another mode
             return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    def new_bell(self, word: Tensor) -> Bell:
-        from moe_eplb.device.cuda_bell import CudaBell  # needs cuda-bindings, which comes with torch for CUDA
+    def new_bell(self, word: Tensor, *, awake: bool = False) -> Bell:
+        return CudaBell(word, self.torch_device, sleeps=not awake)
 
-        return CudaBell(word, self.torch_device)
-
-    @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
+    def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
         torch.cuda.set_device(self.torch_device)
-        with super().copying(), torch.cuda.stream(self._copies):
-            yield
-
-    def copied(self) -> Callable[[], None]:
+        self._copy(*addresses(copies))
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._copies)
-        return done.synchronize
+        return partial(_waits_for, done)
 
     def submitted(self) -> Callable[[], bool]:
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream())
         return partial(_waits_for, done)
+
+    def _copy(self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> None:
+        stream: int = self._copies.cuda_stream
+        require_success("cuMemcpyAsync", driver_calls().copy(stream, targets, sources, sizes))
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         runtime, address, size = torch.cuda.cudart(), memory.data_ptr(), memory.numel()  # type: ignore[no-untyped-call]
@@ -270,8 +275,11 @@ class CudaDevice(Device):
 
         return unpin
 
+    def new_sharing(self) -> Sharing:
+        return SharedDeviceMemory(self.torch_device)
+
     def _do(self, stream: _CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
-        self._check(stream, kind, layer)
+        self._check(stream, kind, layer, a)
         stream.submitted += 1
         if not self._timing:
             return fn()
@@ -292,8 +300,8 @@ class CudaDevice(Device):
             self.sink.end(token)
             self._timed.append(_Timed(token, start, end))
 
-    def _check(self, stream: Stream, kind: Kind, layer: int) -> None:
-        found = None if self._order is None else self._order.work(stream, kind, layer)
+    def _check(self, stream: Stream, kind: Kind, layer: int, a: int) -> None:
+        found = None if self._order is None else self._order.work(stream, kind, layer, a)
         if found is not None:
             self.sink.mark(
                 Kind.UNORDERED, layer, self.iteration, stream.index, a=kind, b=found.earlier << 8 | found.stream.index

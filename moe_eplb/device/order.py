@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from moe_eplb.core.events import Kind
+from moe_eplb.core.events import ROUTE_COUNTS, Kind
 from moe_eplb.device.base import Stream
 
 __all__ = ["Clock", "StreamOrder", "Unordered"]
@@ -19,9 +19,13 @@ Clock = dict[Stream, int]
 
 _READS = (Kind.ROUTE, Kind.EXPERTS)
 _RESULTS = (Kind.COMBINE, Kind.SHARED_EXPERT)
+_STATISTICS = (
+    Kind.UPDATE_LOCAL_STATISTIC, Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS,
+)  # fmt: skip
+"""What counts; a route may, too."""
 _COUNTS = (
-    Kind.UPDATE_LOCAL_STATISTIC, Kind.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC, Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS,
-    Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE, Kind.VOTE, Kind.SETTLE_VOTE,
+    *_STATISTICS, Kind.UPDATE_STATISTIC_WITH_GATHERED_STATISTIC, Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE, Kind.VOTE,
+    Kind.SETTLE_VOTE,
 )  # fmt: skip
 """What an update is made from and agreed by."""
 _BEFORE_HAND_OVER = frozenset(_READS + _COUNTS)
@@ -43,9 +47,9 @@ class _Work(NamedTuple):
 class StreamOrder:
     """Follows the work of all streams of a device.
 
-    The rules, for each layer: route, experts and statistics come after the wait for the layer; the hand-over comes
-    after all of them, on whatever stream; the next layer's top-k comes after every result of the layer before and after
-    its hand-over.
+    The rules, for each layer: route, experts and statistics come after the wait for the layer; the vote, which takes
+    the counts along, comes after whatever has counted; the hand-over comes after all of them, on whatever stream; the
+    next layer's top-k comes after every result of the layer before and after its hand-over.
     """
 
     def __init__(self) -> None:
@@ -57,6 +61,7 @@ class StreamOrder:
         self._wait: dict[int, _Work] = {}
         self._reads: defaultdict[int, list[_Work]] = defaultdict(list)
         self._results: defaultdict[int, list[_Work]] = defaultdict(list)
+        self._counts: defaultdict[int, list[_Work]] = defaultdict(list)
         self._layer, self._input = -1, list[_Work]()
 
     def mark(self, stream: Stream) -> Clock:
@@ -70,11 +75,13 @@ class StreamOrder:
             if position > clock.get(other, 0):
                 clock[other] = position
 
-    def work(self, stream: Stream, kind: Kind, layer: int) -> Unordered | None:
-        """Put work on a stream; the first thing that it should have waited for and did not."""
+    def work(self, stream: Stream, kind: Kind, layer: int, a: int = 0) -> Unordered | None:
+        """Put work with payload `a` on a stream; the first thing that it should have waited for and did not."""
         clock = self._clocks[stream]
         position = clock[stream] = clock.get(stream, 0) + 1
         work = _Work(kind, stream, position)
+        if kind in _STATISTICS or (kind is Kind.ROUTE and a & ROUTE_COUNTS):
+            self._counts[layer].append(work)
         for earlier in self._earlier(work, layer):
             if clock.get(earlier.stream, 0) < earlier.position:
                 return Unordered(earlier.kind, earlier.stream)
@@ -85,7 +92,8 @@ class StreamOrder:
         kind = work.kind
         if kind in _BEFORE_HAND_OVER:
             self._reads[layer].append(work)
-            return [self._wait[layer]] if layer in self._wait else []
+            counted = self._counts.pop(layer, []) if kind is Kind.VOTE else []
+            return [self._wait[layer], *counted] if layer in self._wait else counted
         if kind in _RESULTS:
             self._results[layer].append(work)
         elif kind is Kind.START_WAIT_GPU_STAGE:

@@ -1,4 +1,4 @@
-"""Compiles the kernels that stream rows down to Hopper's machine code, which takes no GPU; an error ends it."""
+"""Compiles kernels down to Hopper's machine code, which takes no GPU; an error ends it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_eplb.device.control import triton_control
 from moe_eplb.device.ops import triton_fp8, triton_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COUNTS = {"count": "i32", "width": "i32", "groups": "i32", "hidden_stride": "i32", "capacity": "i32"}
+NUMBERS = ("count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay")
+COUNTS = dict.fromkeys(NUMBERS, "i32")
 
 
 def build(kernel: Any, warps: int, types: dict[str, str], **constants: Any) -> str:
@@ -37,6 +39,13 @@ def main() -> None:
         text = build(triton_fp8._spread_rows, 16, spread, top_k=8, block=8192)
         assert "e4m3x2.f32" in text, "not rounded to fp8"
         assert "div.rn.f32" in text, "not divided as the plain twin does"
+    words = dict.fromkeys(("turn", "due", "decision", "stages", "handed"), "*i64")
+    words |= {"rung": "*i32", "bell": "*i32", "load": "*fp32", "handed_load": "*fp32"}
+    text = build(triton_control._hand_over, 4, words, block=256, releases=True)
+    assert "atom." not in text, "an atomic operation on host memory, which not every GPU supports"
+    assert "bar.sync" in text[text.index("st.global") : text.index("st.release.sys")], (
+        "not behind what all threads store"
+    )
 
 
 if __name__ == "__main__":

@@ -101,6 +101,22 @@ def test_kernels_equal_their_twins(seed: int, layer: int) -> None:
     assert_equal(fast, slow)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("layers", [1, 3])
+def test_settling_and_folding_at_once_is_both(layers: int, seed: int, ranks: int) -> None:
+    fast, slow = twins(seed, layers=layers)
+    for world, ops in ((fast, triton_control), (slow, plain)):
+        model, state, following = world.model, world.layers[0], world.layers[1 % layers]
+        ops.vote(model, state, following, timeout_ns=TIMEOUT_NS, wait=no_wait if ops is plain else WAIT)
+        if ops is plain:
+            ops.settle(model, following, state.message[state.experts :].unsqueeze(0), ranks=ranks)
+            ops.fold(model, state, state.message[: state.experts].unsqueeze(0), decay=0.95)
+        else:
+            ops.settle_and_fold(model, state, following, state.message, ranks=ranks, decay=0.95)
+    assert_equal(fast, slow)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_only_equal_votes_of_all_ranks_agree(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_eplb.core.events import Kind, NullSink
+from moe_eplb.core.events import ROUTE_COUNTS, Kind, NullSink
 from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.order import StreamOrder, Unordered
 
@@ -50,6 +50,21 @@ def test_the_next_layer_comes_after_every_result(kind: Kind, joined: bool) -> No
     found = order.work(main, Kind.TOPK, LAYER + 1)
     assert found == (None if joined else Unordered(kind, chunk))
     assert order.work(main, Kind.TOPK, LAYER + 2) is None, "told once"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"), [(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, 0), (Kind.ROUTE, ROUTE_COUNTS), (Kind.ROUTE, 0)]
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_vote_comes_after_whatever_has_counted(kind: Kind, flags: int, joined: bool) -> None:
+    order, (main, chunk, balancer) = StreamOrder(), _streams()
+    order.work(chunk, kind, LAYER, flags)
+    if joined:
+        order.wait(balancer, order.mark(chunk))
+    found = order.work(balancer, Kind.VOTE, LAYER)
+    counts = kind is not Kind.ROUTE or flags == ROUTE_COUNTS
+    assert found == (Unordered(kind, chunk) if counts and not joined else None)
+    assert order.work(main, Kind.VOTE, LAYER) is None, "told once"
 
 
 def test_waiting_reaches_through_other_streams() -> None:

@@ -70,6 +70,25 @@ def test_route(entries: int, experts: int, extra: int) -> None:
     assert triton_ops.route(ids, *tables, offset=3, invalid=experts + 7).tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("entries", [5, 600, 1600])
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("hot", [False, True])
+def test_route_counts_beside(entries: int, experts: int, hot: bool) -> None:
+    tables = _tables(experts, experts + 7)
+    ids = _ids(entries, experts)
+    if hot:
+        ids = torch.where(ids % 3 > 0, experts - 1, ids)
+    counts = [torch.full((experts + 2,), 3, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    routed = [
+        ops.route(ids, *tables, offset=3, invalid=experts + 7, counts=found[1:-1]).tolist()
+        for ops, found in zip((plain, triton_ops), counts, strict=True)
+    ]
+    assert routed[0] == routed[1] == plain.route(ids, *tables, offset=3, invalid=experts + 7).tolist()
+    assert counts[0].tolist() == counts[1].tolist()
+    assert counts[1][0] == counts[1][-1] == 3, "nothing is written beyond the counts"
+    assert int((counts[1] - 3).sum()) == int(((ids >= 0) & (ids < experts)).sum())
+
+
 def test_numbers_that_do_not_fit_32_bits_are_no_experts() -> None:
     ids = torch.tensor([[2**32 + 1, 1], [1, -(2**32) + 1]], device=DEVICE)
     tables = _tables(4, 11)

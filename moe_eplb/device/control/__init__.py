@@ -20,6 +20,7 @@ __all__ = [
     "fold",
     "hand_over",
     "settle",
+    "settle_and_fold",
     "take_over",
     "vote",
 ]
@@ -54,6 +55,13 @@ def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: in
 def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) -> None:
     """See `plain.fold`."""
     _for(model).fold(model, layer, counts, decay=decay)
+
+
+def settle_and_fold(
+    model: ModelState, layer: LayerState, following: LayerState, message: Tensor, *, ranks: int, decay: float
+) -> None:
+    """See `plain.settle_and_fold`."""
+    _for(model).settle_and_fold(model, layer, following, message, ranks=ranks, decay=decay)
 
 
 def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from moe_eplb.device.control.state import LayerState, ModelState, Outcome, Report, Stage
 
-__all__ = ["fold", "hand_over", "settle", "take_over", "vote"]
+__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
-    """A layer begins: commit the plan that is due and agreed on, drop one that is due and not."""
+    """A layer begins: commit the plan that is due and agreed on, drop one that is due and not; nothing is counted."""
+    layer.counts.zero_()
     at, iteration = layer.layer, int(model.turn[0])
     due = int(model.due[at])
     if 0 <= due <= iteration:
@@ -93,6 +94,15 @@ def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) 
         layer.load.copy_(decayed + sample)
         layer.reduced.copy_(total)
     model.stages[layer.layer, Stage.FOLD] = int(model.turn[0])
+
+
+def settle_and_fold(
+    model: ModelState, layer: LayerState, following: LayerState, message: Tensor, *, ranks: int, decay: float
+) -> None:
+    """`settle` and `fold` of what the ranks have summed: counts and lanes, int64 [E + LANES]."""
+    summed = message.unsqueeze(0)
+    settle(model, following, summed[:, layer.experts :], ranks=ranks)
+    fold(model, layer, summed[:, : layer.experts], decay=decay)
 
 
 def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:

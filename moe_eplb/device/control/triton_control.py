@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
 from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
+from moe_eplb.device.sanitizer import declares
 
-__all__ = ["fold", "hand_over", "settle", "take_over", "vote"]
+__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
@@ -28,8 +29,8 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     tables, cells = layer.tables.numel(), layer.cells.numel()
     _take_over[(1,)](
         model.turn, model.due, model.decision, model.stages, model.reports, model.committed, layer.pending,
-        layer.tables, layer.cells, layer.layer, model.layers, model.reports.shape[0], tables, cells,
-        block=_block(tables + cells), num_warps=4,
+        layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0], tables, cells,
+        layer.experts, block=_block(max(layer.experts, tables + cells)), num_warps=4,
     )  # fmt: skip
 
 
@@ -64,11 +65,23 @@ def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) 
     )  # fmt: skip
 
 
+def settle_and_fold(
+    model: ModelState, layer: LayerState, following: LayerState, message: Tensor, *, ranks: int, decay: float
+) -> None:
+    """See `plain.settle_and_fold`; one launch instead of two."""
+    _settle_and_fold[(1,)](
+        model.turn, model.due, model.decision, model.reports, model.stages, message, layer.load, layer.recent,
+        layer.folded, layer.reduced, decay, layer.layer, following.layer, model.layers, model.reports.shape[0], ranks,
+        layer.experts, window=layer.recent.shape[0], block=_block(layer.experts), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
 def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
     """See `plain.hand_over`."""
     _hand_over[(1,)](
         model.turn, model.due, model.decision, model.stages, model.rung, model.bell, layer.load, layer.handed_load,
-        layer.handed, layer.layer, layer.experts, delay, block=_block(layer.experts), num_warps=4,
+        layer.handed, layer.layer, layer.experts, delay, block=_block(layer.experts), releases=model.turn.is_cuda,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -76,10 +89,11 @@ def _block(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-@triton.jit(do_not_specialize=["layer", "layers", "kept", "tables_size", "cells_size"])
+@declares(writes=["due", "decision", "stages", "reports", "committed", "tables", "cells", "counts"], words=["pending"])
+@triton.jit(do_not_specialize=["layer", "layers", "kept", "tables_size", "cells_size", "experts"])
 def _take_over(
-    turn, due, decision, stages, reports, committed, pending, tables, cells, layer, layers, kept, tables_size,
-    cells_size, block: tl.constexpr,
+    turn, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept, tables_size,
+    cells_size, experts, block: tl.constexpr,
 ):  # fmt: skip
     iteration = tl.load(turn)
     at_due = tl.load(due + layer)
@@ -89,6 +103,7 @@ def _take_over(
     value = tl.load(pending + at, mask=(at < tables_size + cells_size) & commits, other=0)
     tl.store(tables + at, value, mask=(at < tables_size) & commits)
     tl.store(cells + at - tables_size, value, mask=(at >= tables_size) & (at < tables_size + cells_size) & commits)
+    tl.store(counts + at, tl.zeros([block], dtype=tl.int32), mask=at < experts)
     report = reports + ((at_due % kept) * layers + layer) * _REPORT
     tl.store(report, at_due, mask=ends)
     tl.store(report + 5, tl.where(commits, 1, 2).to(tl.int64), mask=ends)
@@ -100,6 +115,7 @@ def _take_over(
     tl.store(decision + layer, -1, mask=ends)
 
 
+@declares(writes=["overdue", "stages", "reports", "overflow", "message"], words=["ready", "overdue", "lanes"])
 @triton.jit(do_not_specialize=["layer", "following", "layers", "kept", "experts", "timeout_ns"])
 def _vote(
     turn, due, decision, ready, overdue, stages, reports, overflow, counts, lanes, message, layer, following, layers,
@@ -134,6 +150,7 @@ def _vote(
     tl.store(stages + layer * 4 + 1, iteration)
 
 
+@declares(writes=["decision", "reports"])
 @triton.jit(do_not_specialize=["stride", "following", "layers", "kept", "ranks"])
 def _settle(turn, due, decision, reports, lanes, stride, following, layers, kept, ranks, rows: tl.constexpr):
     iteration = tl.load(turn)
@@ -159,6 +176,7 @@ def _sum_lane(lane, stride, rows: tl.constexpr):
     return total
 
 
+@declares(writes=["stages", "load", "recent", "folded", "reduced"])
 @triton.jit(do_not_specialize=["stride", "decay", "layer", "experts"])
 def _fold(
     turn, stages, counts, stride, load, recent, folded, reduced, decay, layer, experts, rows: tl.constexpr,
@@ -186,10 +204,22 @@ def _fold(
     tl.store(folded, done + 1, mask=counting)
 
 
+@declares(writes=["decision", "reports", "stages", "load", "recent", "folded", "reduced"])
+@triton.jit(do_not_specialize=["decay", "layer", "following", "layers", "kept", "ranks", "experts"])
+def _settle_and_fold(
+    turn, due, decision, reports, stages, message, load, recent, folded, reduced, decay, layer, following, layers, kept,
+    ranks, experts, window: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    _settle(turn, due, decision, reports, message + experts, 0, following, layers, kept, ranks, 1)
+    _fold(turn, stages, message, 0, load, recent, folded, reduced, decay, layer, experts, 1, window, block)
+
+
+@declares(writes=["due", "decision", "stages", "rung", "bell", "load", "handed_load", "handed"])
 @triton.jit(do_not_specialize=["layer", "experts", "delay"])
 def _hand_over(
-    turn, due, decision, stages, rung, bell, load, handed_load, handed, layer, experts, delay, block: tl.constexpr
-):
+    turn, due, decision, stages, rung, bell, load, handed_load, handed, layer, experts, delay, block: tl.constexpr,
+    releases: tl.constexpr,
+):  # fmt: skip
     iteration = tl.load(turn)
     tl.store(stages + layer * 4 + 3, iteration)
     if tl.load(turn + 2 + layer) != 0:
@@ -204,4 +234,30 @@ def _hand_over(
         tl.store(due + layer, iteration + delay, mask=gives)
         tl.store(decision + layer, -1, mask=gives)
         tl.store(rung, count)
-        tl.atomic_xchg(bell, count, sem="release", scope="sys")
+        if releases:
+            _ring(bell, count)
+        else:  # the interpreter has no machine instructions, and its host runs it in the order that is written here
+            tl.store(bell, count)
+
+
+@triton.jit
+def _ring(bell, count):
+    """Store `count` in host memory, seen there after all that the program has stored before its last barrier.
+
+    Not by an atomic exchange: on GPUs that reach the host over PCIe, atomic operations of the system's scope on host
+    memory are not supported (`hostNativeAtomicSupported` is 0; memcheck refuses them), and none is needed, for nobody
+    else writes the word. A store that releases is ordered alike. One thread makes it.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first st.release.sys.global.u32 [$1], $2;
+            mov.u32 $0, $2;
+        }
+        """,
+        "=r,l,r,~{memory}", [bell.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

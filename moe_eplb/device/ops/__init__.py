@@ -46,9 +46,11 @@ def histogram(ids: Tensor, counts: Tensor) -> None:
     _at(ids).histogram(ids, counts)
 
 
-def route(ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: int, invalid: int) -> Tensor:
+def route(
+    ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: int, invalid: int, counts: Tensor | None = None
+) -> Tensor:
     """See `plain.route`."""
-    routed: Tensor = _at(ids).route(ids, count, start, slots, offset=offset, invalid=invalid)
+    routed: Tensor = _at(ids).route(ids, count, start, slots, offset=offset, invalid=invalid, counts=counts)
     return routed
 
 

@@ -51,7 +51,9 @@ def histogram(ids: Tensor, counts: Tensor) -> None:
     counts.add_(found[:experts].to(torch.int32))
 
 
-def route(ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: int, invalid: int) -> Tensor:
+def route(
+    ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: int, invalid: int, counts: Tensor | None = None
+) -> Tensor:
     """Slot ids int32 [T, K] of the replicas that entries take.
 
     Entry i of the flattened ids lies in block b = i // 1024 and takes replica ``(seen + b + offset) mod count`` of its
@@ -63,7 +65,10 @@ def route(ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: i
         slots: int32 [P], slot ids grouped by expert.
         offset: Where the round-robin begins, such as the source rank.
         invalid: What stands for no slot.
+        counts: int32 [E] to which the histogram of `ids` is added, too.
     """
+    if counts is not None:
+        histogram(ids, counts)
     experts = count.numel()
     flat = ids.reshape(-1).to(torch.int64)
     inside = (flat >= 0) & (flat < experts)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_eplb.device.ops.plain import BLOCK, Choice
+from moe_eplb.device.sanitizer import declares
 
 __all__ = ["histogram", "route", "top_k"]
 
@@ -37,13 +38,15 @@ def histogram(ids: Tensor, counts: Tensor) -> None:
         )
 
 
-def route(ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: int, invalid: int) -> Tensor:
+def route(
+    ids: Tensor, count: Tensor, start: Tensor, slots: Tensor, *, offset: int, invalid: int, counts: Tensor | None = None
+) -> Tensor:
     """See `plain.route`. Each entry is compared with the earlier ones of its block, unless no expert has replicas."""
     routed = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
     if ids.numel():
         _route[(triton.cdiv(ids.numel(), _TILE),)](
-            ids.contiguous(), count, start, slots, routed, ids.numel(), count.numel(), slots.numel(), offset, invalid,
-            BLOCK, _TILE, _OTHERS,
+            ids.contiguous(), count, start, slots, routed, routed if counts is None else counts, ids.numel(),
+            count.numel(), slots.numel(), offset, invalid, counts is not None, BLOCK, _TILE, _OTHERS,
         )  # fmt: skip
     return routed
 
@@ -71,6 +74,7 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     return ids, scales
 
 
+@declares(writes=["counts"])
 @triton.jit(do_not_specialize=["entries"])
 def _histogram(ids, counts, entries, experts, block: tl.constexpr, nbins: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
@@ -82,9 +86,10 @@ def _histogram(ids, counts, entries, experts, block: tl.constexpr, nbins: tl.con
     tl.atomic_add(counts + bins, found, mask=(bins < experts) & (found > 0), sem="relaxed")
 
 
+@declares(writes=["routed", "counts"])
 @triton.jit(do_not_specialize=["entries", "offset", "invalid"])
 def _route(
-    ids, count, start, slots, routed, entries, experts, num_slots, offset, invalid,
+    ids, count, start, slots, routed, counts, entries, experts, num_slots, offset, invalid, counting: tl.constexpr,
     block: tl.constexpr, tile: tl.constexpr, others: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * tile
@@ -92,6 +97,12 @@ def _route(
     expert = tl.load(ids + at, mask=at < entries, other=-1)
     inside = (expert >= 0) & (expert < experts)
     expert = tl.where(inside, expert, -1).to(tl.int32)
+    if counting:
+        # The last of an expert's entries here adds for all of them, so that a hot expert is not added to one by one.
+        equal = expert[:, None] == expert[None, :]
+        later = tl.sum((equal & (at[:, None] > at[None, :])).to(tl.int32), axis=0)
+        found = tl.sum(equal.to(tl.int32), axis=0)
+        tl.atomic_add(counts + expert, found, mask=inside & (later == 0), sem="relaxed")
     replicas = tl.maximum(tl.load(count + expert, mask=inside, other=1), 1)
     seen = tl.zeros([tile], dtype=tl.int32)
     if tl.max(replicas, axis=0) > 1:  # else the first replica is the only one, whoever came before
@@ -125,6 +136,7 @@ def _value(ordered):
     return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 
+@declares(writes=["ids", "scales"])
 @triton.jit(do_not_specialize=["tokens"])
 def _top_k(
     logits, ids, scales, tokens, experts, method: tl.constexpr, k: tl.constexpr, k_width: tl.constexpr,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_eplb.device.ops.plain import FP8, LARGEST, LEAST_MAX
 from moe_eplb.device.ops.triton_group import permute_few, with_dense_rows
+from moe_eplb.device.sanitizer import declares
 
 __all__ = ["permute_rows_fp8", "swiglu_fp8"]
 
@@ -72,6 +73,7 @@ def _scale_of(bits):
     return largest * _INVERSE, tl.div_rn(_LARGEST, largest)
 
 
+@declares(writes=["rows", "scales"])
 @triton.jit(do_not_specialize=["capacity"])
 def _spread_rows(
     hidden, position, rows, scales, hidden_stride, width, capacity, top_k: tl.constexpr, block: tl.constexpr
@@ -90,6 +92,7 @@ def _spread_rows(
         tl.store(scales + at, scale, mask=here)
 
 
+@declares(writes=["result", "scales"])
 @triton.jit(do_not_specialize=["count"])
 def _swiglu_fp8(
     rows, result, scales, offs, count, width, groups, bounded: tl.constexpr, tile: tl.constexpr, block: tl.constexpr

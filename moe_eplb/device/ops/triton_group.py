@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.sanitizer import declares
+
 __all__ = ["permute", "permute_few", "permute_rows", "with_dense_rows"]
 
 _BLOCK = 128
@@ -128,6 +130,7 @@ def _cell(slots, cells, num_slots, slot_stride, at, real, groups, top_k: tl.cons
     return cell, inside
 
 
+@declares(writes=["below"])
 @triton.jit(do_not_specialize=["entries", "blocks"])
 def _count(
     slots, cells, num_slots, slot_stride, entries, groups, blocks, below,
@@ -142,6 +145,7 @@ def _count(
     tl.store(below + bins * blocks + program, tl.cumsum(found, axis=0), mask=bins < groups)
 
 
+@declares(writes=["first", "offs"])
 @triton.jit(do_not_specialize=["blocks"])
 def _scan(below, first, offs, blocks, chunk: tl.constexpr):
     """first[c, b]: where block b's entries of cell c begin, less its entries of lower cells; and where cells end."""
@@ -165,6 +169,7 @@ def _scan(below, first, offs, blocks, chunk: tl.constexpr):
     tl.store(offs + cell, running)
 
 
+@declares(writes=["position"])
 @triton.jit(do_not_specialize=["entries", "blocks"])
 def _place(
     slots, cells, num_slots, slot_stride, entries, groups, blocks, first, position,
@@ -182,6 +187,7 @@ def _place(
     tl.store(position + at, tl.where(inside, begin + rank, -1), mask=at < entries)
 
 
+@declares(writes=["rows"])
 @triton.jit(do_not_specialize=["capacity"])
 def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -192,6 +198,7 @@ def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl
         tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
 
 
+@declares(writes=["rows", "position", "offs"])
 @triton.jit(do_not_specialize=["tokens", "entries", "capacity"])
 def _small(
     hidden, slots, cells, num_slots, rows, position, offs, hidden_stride, slot_stride, tokens, entries, groups, width,

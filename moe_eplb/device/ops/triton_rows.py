@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.sanitizer import declares
+
 __all__ = ["add_blocks", "combine", "pack_rows", "swiglu"]
 
 _ELEMENTS = 4096
@@ -81,6 +83,7 @@ def _dividing(width: int, blocks: tuple[int, ...]) -> int:
     return next((block for block in blocks if width % block == 0), blocks[-1])
 
 
+@declares(writes=["result"])
 @triton.jit(do_not_specialize=["count"])
 def _swiglu(
     rows, result, offs, count, width, groups, bounded: tl.constexpr, tile: tl.constexpr, block: tl.constexpr
@@ -99,6 +102,7 @@ def _swiglu(
         tl.store(result + at * width + column[None, :], value.to(result.dtype.element_ty), mask=mask)
 
 
+@declares(writes=["total"])
 @triton.jit(do_not_specialize=["entries"])
 def _combine(
     output, position, scales, total, scale_stride, width, entries, top_k: tl.constexpr, block: tl.constexpr
@@ -116,6 +120,7 @@ def _combine(
     tl.store(total + row * width + column, value.to(total.dtype.element_ty), mask=mask)
 
 
+@declares(writes=["total"])
 @triton.jit
 def _add_blocks(blocks, total, rows, width, ranks: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -127,6 +132,7 @@ def _add_blocks(blocks, total, rows, width, ranks: tl.constexpr, block: tl.const
     tl.store(total + row * width + column, value.to(total.dtype.element_ty), mask=mask)
 
 
+@declares(writes=["rows"])
 @triton.jit(do_not_specialize=["tokens"])
 def _pack_rows(
     first, second, third, fourth, rows, tokens, words, width1, width2, width3, width4, block: tl.constexpr

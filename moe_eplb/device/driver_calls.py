@@ -1,0 +1,123 @@
+"""Several calls of the driver in one, without the interpreter's lock.
+
+A thread that calls the driver one call at a time gives the lock back and asks for it again each time, and each time it
+comes back the thread that launches the model has to wait for a change of threads. Compiled, a whole sequence costs one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_eplb.core.errors import BalancerError
+
+__all__ = ["SIGNATURES", "DriverCalls", "addresses", "driver_calls", "require_success"]
+
+_U64, _U32 = ctypes.c_uint64, ctypes.c_uint32
+SIGNATURES: Mapping[str, tuple[Any, ...]] = {
+    "cuStreamWaitValue32_v2": (_U64, _U64, _U32, _U32),
+    "cuEventRecord": (_U64, _U64),
+    "cuEventSynchronize": (_U64,),
+    "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
+}
+"""Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
+_GREATER_OR_EQUAL = 0
+
+
+class DriverCalls:
+    """Sequences of driver calls; each ends at the first that fails and returns its `CUresult`, 0 for success.
+
+    Args:
+        functions: C functions with `SIGNATURES`.
+    """
+
+    def __init__(self, functions: Mapping[str, Any]) -> None:
+        self.wait: Callable[[int, int, int, int], int] = _compiled_wait(functions)
+        """(stream, address of an int32, count, event): return when the word has become that large."""
+        self.copy: Callable[[int, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]], int] = _compiled_copy(
+            functions
+        )
+        """(stream, targets, sources, bytes): enqueue copies in that order."""
+
+
+@cache
+def driver_calls() -> DriverCalls:
+    """Over the driver of this machine; compiled when first asked for."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    functions = {}
+    for name, arguments in SIGNATURES.items():
+        functions[name] = function = getattr(driver, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return DriverCalls(functions)
+
+
+def addresses(
+    copies: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """Addresses of the targets and sources of (target, source) pairs, and their bytes, for `DriverCalls.copy`.
+
+    Raises:
+        BalancerError: E215 when a pair has not the same bytes in a row.
+    """
+    for target, source in copies:
+        if target.nbytes != source.nbytes or not (target.is_contiguous() and source.is_contiguous()):
+            raise BalancerError(
+                "E215", "these tensors cannot be copied byte by byte",
+                why=f"target {tuple(target.shape)} {target.dtype}, source {tuple(source.shape)} {source.dtype}, "
+                f"contiguous: {target.is_contiguous()} and {source.is_contiguous()}",
+                hint="register contiguous weights of the same shape and dtype",
+            )  # fmt: skip
+    return (
+        np.array([target.data_ptr() for target, _ in copies], np.uint64),
+        np.array([source.data_ptr() for _, source in copies], np.uint64),
+        np.array([target.nbytes for target, _ in copies], np.uint64),
+    )
+
+
+def require_success(call: str, code: int) -> None:
+    """Raise BalancerError E171 when a driver call, or one of a sequence that begins with it, has failed."""
+    if code:
+        raise BalancerError(
+            "E171", f"the driver refused {call}", why=f"CUresult {code}",
+            hint="`eplbctl doctor` shows what this GPU and driver can do",
+        )  # fmt: skip
+
+
+def _compiled_wait(functions: Mapping[str, Any]) -> Any:
+    from numba import njit, types
+
+    wait_value, record = functions["cuStreamWaitValue32_v2"], functions["cuEventRecord"]
+    synchronize = functions["cuEventSynchronize"]
+
+    @njit(types.intc(types.uint64, types.uint64, types.uint32, types.uint64), nogil=True)
+    def wait(stream: int, word: int, count: int, event: int) -> int:
+        code = wait_value(stream, word, count, np.uint32(_GREATER_OR_EQUAL))
+        if code == 0:
+            code = record(event, stream)
+        if code == 0:
+            code = synchronize(event)
+        return code  # type: ignore[no-any-return]
+
+    return wait
+
+
+def _compiled_copy(functions: Mapping[str, Any]) -> Any:
+    from numba import njit, types
+
+    memcpy, addresses = functions["cuMemcpyAsync"], types.uint64[::1]
+
+    @njit(types.intc(types.uint64, addresses, addresses, addresses), nogil=True)
+    def copy(stream: int, targets: NDArray[np.uint64], sources: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> int:
+        for i in range(len(sizes)):
+            code = memcpy(targets[i], sources[i], sizes[i], stream)
+            if code != 0:
+                return code  # type: ignore[no-any-return]
+        return 0
+
+    return copy

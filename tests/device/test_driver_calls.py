@@ -1,0 +1,113 @@
+"""Sequences of driver calls, over functions that write down what they are called with."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_eplb.core.errors import BalancerError
+from moe_eplb.device.driver_calls import SIGNATURES, DriverCalls, addresses, require_success
+
+ADDRESS = 2**63 + 8
+
+
+class Recorded:
+    """Driver functions that fail where they are told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.fails: dict[str, int] = {}
+        self._kept = {name: ctypes.CFUNCTYPE(ctypes.c_int, *args)(self._of(name)) for name, args in SIGNATURES.items()}
+        self.sequences = DriverCalls(self._kept)
+
+    def _of(self, name: str) -> Any:
+        def called(*arguments: int) -> int:
+            self.calls.append((name, *arguments))
+            return self.fails.get(name, 0)
+
+        return called
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Recorded:
+    return Recorded()
+
+
+@pytest.fixture
+def driver(compiled: Recorded) -> Recorded:
+    compiled.calls.clear()
+    compiled.fails.clear()
+    return compiled
+
+
+def test_a_wait_is_put_on_the_stream_and_its_event_awaited(driver: Recorded) -> None:
+    assert driver.sequences.wait(ADDRESS, 7, 3, 9) == 0
+    greater_or_equal = 0
+    assert driver.calls == [
+        ("cuStreamWaitValue32_v2", ADDRESS, 7, 3, greater_or_equal),
+        ("cuEventRecord", 9, ADDRESS),
+        ("cuEventSynchronize", 9),
+    ]
+
+
+def test_copies_keep_their_order(driver: Recorded) -> None:
+    targets, sources, sizes = (np.array(column, np.uint64) for column in ([ADDRESS, 20], [30, 40], [1, 2]))
+    assert driver.sequences.copy(5, targets, sources, sizes) == 0
+    assert driver.calls == [("cuMemcpyAsync", ADDRESS, 30, 1, 5), ("cuMemcpyAsync", 20, 40, 2, 5)]
+
+
+@pytest.mark.parametrize("name", ["cuStreamWaitValue32_v2", "cuEventRecord", "cuEventSynchronize"])
+def test_a_wait_ends_at_the_call_that_fails(driver: Recorded, name: str) -> None:
+    driver.fails[name] = 700
+    assert driver.sequences.wait(1, 2, 3, 4) == 700
+    assert driver.calls[-1][0] == name
+
+
+def test_copies_end_at_the_one_that_fails(driver: Recorded) -> None:
+    driver.fails["cuMemcpyAsync"] = 1
+    column = np.array([1, 2], np.uint64)
+    assert driver.sequences.copy(0, column, column, column) == 1
+    assert len(driver.calls) == 1
+
+
+def test_nobody_else_waits_for_the_interpreter_meanwhile() -> None:
+    """The sequence ends only when another thread has run Python code."""
+    other_ran = threading.Event()
+
+    def synchronize(event: int) -> int:
+        return 0 if other_ran.wait(10) else 999
+
+    functions: dict[str, Any] = {
+        name: ctypes.CFUNCTYPE(ctypes.c_int, *args)(lambda *_: 0) for name, args in SIGNATURES.items()
+    }
+    functions["cuEventSynchronize"] = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)(synchronize)
+    other = threading.Timer(0.05, other_ran.set)
+    other.start()
+    assert DriverCalls(functions).wait(1, 2, 3, 4) == 0
+    other.join()
+
+
+def test_addresses_are_those_of_the_tensors() -> None:
+    target, source = torch.zeros(3, 2), torch.zeros(3, 2)
+    found = addresses([(target, source), (target[1:], source[:2])])
+    assert [column.tolist() for column in found] == [
+        [target.data_ptr(), target.data_ptr() + 8], [source.data_ptr(), source.data_ptr()], [24, 16],
+    ]  # fmt: skip
+    assert [len(column) for column in addresses([])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("source", [torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]])
+def test_what_is_no_copy_of_bytes_is_refused(source: torch.Tensor) -> None:
+    with pytest.raises(BalancerError, match="E215"):
+        addresses([(torch.zeros(3), source)])
+
+
+def test_a_result_that_is_an_error_is_raised_with_its_number() -> None:
+    require_success("cuMemcpyAsync", 0)
+    with pytest.raises(BalancerError, match=r"E171.*cuMemcpyAsync[\s\S]*CUresult 700"):
+        require_success("cuMemcpyAsync", 700)
