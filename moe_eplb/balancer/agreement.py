@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "Outcome", "lanes", "outcome", "plan_digest"]
+__all__ = ["LANES", "Outcome", "lane_values", "lanes", "outcome", "plan_digest"]
 
 LANES = 5
 _PIECE = 2**20
@@ -33,12 +33,17 @@ def plan_digest(layer: int, due: int, placement_digest: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=5).digest(), "little")
 
 
-def lanes(digest: int | None) -> Tensor:
-    """int64 [LANES] of this rank: with a digest it is ready, with None it has no plan ready."""
+def lane_values(digest: int | None) -> tuple[int, int, int, int, int]:
+    """The lanes of this rank: with a digest it is ready, with None it has no plan ready."""
     if digest is None:
-        return torch.zeros(LANES, dtype=torch.int64)
+        return 0, 0, 0, 0, 0
     high, low = divmod(digest, _PIECE)
-    return torch.tensor([1, high, high * high, low, low * low], dtype=torch.int64)
+    return 1, high, high * high, low, low * low
+
+
+def lanes(digest: int | None) -> Tensor:
+    """int64 [LANES], `lane_values` as a tensor."""
+    return torch.tensor(lane_values(digest), dtype=torch.int64)
 
 
 def outcome(summed: Tensor) -> Outcome:

@@ -46,6 +46,10 @@ class LayerStream:
         self._follow(self._device.current)
         self._device.submit(self._aux, kind, self._layer, work)
 
+    def follow(self) -> None:
+        """Later work on the balancer stream comes after what the current stream has submitted so far."""
+        self._follow(self._device.current)
+
     def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False) -> None:
         """Put work right behind the latest on the balancer stream."""
         self._device.submit(self._aux, kind, self._layer, work, collective=collective)

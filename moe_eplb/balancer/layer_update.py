@@ -99,6 +99,7 @@ class LayerUpdate:
         self.version += 1
         self.pending = None
         sink.end(token, a=len(plan.changed), b=plan.placement.digest())
+        self._owner.probe.copied(self._layer, staged.by_source)
         self._owner.probe.committed(self._layer, update.taken, plan.placement, plan.changed, staged.bytes)
 
     def _drop(self, ready: int, digests_differ: bool, reason: str) -> None:

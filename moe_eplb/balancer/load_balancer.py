@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import torch
@@ -18,10 +18,12 @@ from moe_eplb.balancer import agreement
 from moe_eplb.balancer.host_memory import clean_segments, new_instance
 from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.options import BalancerOptions
+from moe_eplb.balancer.peers import PeerCells
 from moe_eplb.balancer.resident import Resident
 from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.updater import Updater
+from moe_eplb.balancer.weight_sources import FromHost, FromPeers, Weights, WeightSource
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.core.placement import Placement
@@ -95,6 +97,7 @@ class MoeLoadBalancer:
         self._schedule: UpdateSchedule | None = None
         self.counts_now = False
         self._resident: Resident | None = None
+        self._peers: PeerCells | None = None
         self._unpin: list[Callable[[], None]] = []
         self._group_now: tuple[int, ...] = ()
         self._repeated_for_next_layer = 1
@@ -239,11 +242,19 @@ class MoeLoadBalancer:
     def _make_resident(self) -> None:
         options, layers = self.options, self._residents()
         self._resident = Resident(
-            self.device, len(layers), run_ahead=options.run_ahead, timeout_s=options.update_timeout_s
-        )
-        for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
-            layer.finish_setup(self._resident, following)
+            self.device, len(layers), run_ahead=options.run_ahead, timeout_s=options.update_timeout_s,
+            awake=options.awake_updater,
+        )  # fmt: skip
+        sources = self._weight_sources([layer.require_cells().cells for layer in layers])
+        for layer, following, source in zip(layers, [*layers[1:], layers[0]], sources, strict=True):
+            layer.finish_setup(self._resident, following, source)
             self._unpin += [self.device.pin(memory) for memory in layer.updates.host.memory()]
+
+    def _weight_sources(self, cells: list[Sequence[Weights]]) -> list[WeightSource]:
+        if self.options.weights_from == "host":
+            return [FromHost(layer.updates.host, self.ep_rank) for layer in self.layers]
+        self._peers = PeerCells(self.device.new_sharing(), self.group, self.ep_rank)
+        return [FromPeers(of_ranks, self.ep_rank) for of_ranks in self._peers.exchange(cells)]
 
     def expect(self, layer: int) -> None:
         """The hand-over of a layer is enqueued; where it is the layer's turn, the updater waits for it."""
@@ -333,6 +344,8 @@ class MoeLoadBalancer:
         try:
             self.updater.stop()
         finally:
+            if self._peers is not None:
+                self._peers.close()
             while self._unpin:
                 self._unpin.pop()()
             for layer in self.layers:

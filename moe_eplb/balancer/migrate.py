@@ -19,10 +19,11 @@ __all__ = ["SlotWeights", "StagedWeights"]
 
 @dataclass(slots=True)
 class StagedWeights:
-    """New contents of some local slots: (local slot, weight name, tensor), and their size in bytes."""
+    """New contents of some local slots: (local slot, weight name, tensor), and their size in bytes, also by source."""
 
     tensors: list[tuple[int, str, Tensor]] = field(default_factory=list)
     bytes: int = 0
+    by_source: dict[str, int] = field(default_factory=dict)
 
 
 class SlotWeights:
@@ -62,6 +63,7 @@ class SlotWeights:
                 copy = host.host_tensor(expert, name).clone()
                 staged.tensors.append((local_slot, name, copy))
                 staged.bytes += copy.numel() * copy.element_size()
+        staged.by_source["host"] = staged.bytes
         return staged
 
     def write(self, staged: StagedWeights) -> None:

@@ -28,6 +28,9 @@ class BalancerOptions:
         spare_slots: How many slots of a rank a plan changes at most; None for all. With the state on the device each
             takes the memory of one slot.
         run_ahead: How many iterations the host may be ahead of such a device.
+        awake_updater: Whether the updater's thread uses a core while it waits for such a device, to hear it sooner.
+        weights_from: Where an expert that moves is copied from: "host", the copies that all ranks of the node share, or
+            "peer", a slot of this or another rank that holds it, which needs `resident`.
         policy, moves_per_update: See `moe_eplb.planning.online.Planning`.
         overlap: How the balancer's work uses the streams: "after" is `LayerStream`, "before" `OlderChoreography`.
     """
@@ -42,6 +45,8 @@ class BalancerOptions:
     resident: bool = False
     spare_slots: int | None = None
     run_ahead: int = 4
+    awake_updater: bool = False
+    weights_from: Literal["host", "peer"] = "host"
     policy: OnlinePolicy = "reference"
     moves_per_update: int | None = None
     overlap: Literal["after", "before"] = "after"
@@ -57,11 +62,18 @@ class BalancerOptions:
             or not 0.0 <= self.decay <= 1.0
             or not timeout_is_good
             or self.overlap not in ("after", "before")
+            or self.weights_from not in ("host", "peer")
         ):
             raise BalancerError(
                 "E148", "the balancer's options are out of range",
                 why=f"commit_delay {self.commit_delay}, window {self.window}, decay {self.decay}, "
-                f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}, overlap {self.overlap!r}",
+                f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}, overlap {self.overlap!r}, "
+                f"weights_from {self.weights_from!r}",
                 hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], the timeout is finite and > 0, "
-                "overlap is 'after' or 'before'",
+                "overlap is 'after' or 'before', weights_from 'host' or 'peer'",
+            )  # fmt: skip
+        if self.weights_from == "peer" and not self.resident:
+            raise BalancerError(
+                "E207", "weights cannot come from peers while the balancer's state lives on the host",
+                why="a slot that another rank reads would be overwritten in place", hint="use resident=True",
             )  # fmt: skip

@@ -68,10 +68,13 @@ class RouteTables:
         starts = (np.cumsum(counts) - counts).astype(np.int32)
         return counts, starts, np.concatenate(chosen).astype(np.int32)
 
-    def route(self, ids: Tensor, *, offset: int) -> Tensor:
+    def route(self, ids: Tensor, *, offset: int, counts: Tensor | None = None) -> Tensor:
         """Global slot ids int32 [T, K] for expert ids [T, K]; P for ids outside [0, E).
 
         Entry i of the flattened ids lies in block b = i // 1024 and takes replica
         ``(seen + b + offset) mod count``, where `seen` counts earlier entries of its expert in its block.
+        The histogram of the ids is added to `counts` int32 [E], if given.
         """
-        return ops.route(ids, self._count, self._start, self._slots, offset=offset, invalid=self._invalid)
+        return ops.route(
+            ids, self._count, self._start, self._slots, offset=offset, invalid=self._invalid, counts=counts
+        )

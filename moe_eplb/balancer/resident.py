@@ -30,15 +30,16 @@ class Resident:
         run_ahead: How many iterations the host may be ahead of the device. A queue of launches that is full could
             otherwise hold the very copies that the device waits for.
         timeout_s: The longest that the device waits for a plan.
+        awake: Whether the updater's thread may use a core while it waits.
 
     Attributes:
         run_ahead_waits: How often the host was too far ahead and waited.
         expected: How often the bell will have been rung when all that is enqueued is done.
     """
 
-    def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float) -> None:
+    def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float, awake: bool = False) -> None:
         self.model = ModelState.make(layers, device.torch_device, device.host_visible, run_ahead + 2)
-        self.bell = device.new_bell(self.model.bell)
+        self.bell = device.new_bell(self.model.bell, awake=awake)
         self.timeout_ns = round(timeout_s * 1e9)
         self.run_ahead_waits = 0
         self.expected = 0

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from moe_eplb.balancer.cells import CellWeights
+from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.balancer.resident import Resident
 from moe_eplb.balancer.resident_update import Publisher, ResidentUpdate
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.statistics import AllReduce
+from moe_eplb.balancer.weight_sources import WeightSource
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import HOST, Kind
+from moe_eplb.core.events import HOST, ROUTE_COUNTS, Kind
 from moe_eplb.core.placement import balancedness
 from moe_eplb.device import Device, control, ops
 from moe_eplb.device.control import LayerState, Outcome, Report
@@ -21,6 +25,16 @@ from moe_eplb.device.control import LayerState, Outcome, Report
 __all__ = ["ResidentLayer"]
 
 _LOG = logging.getLogger(__name__)
+_FEW = 4096
+"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides."""
+
+
+@dataclass(slots=True)
+class _LateCount:
+    """Expert ids that will be counted when they are routed, and the reduction that is to follow."""
+
+    ids: Tensor
+    reduce: Callable[[], None] | None = None
 
 
 class ResidentLayer(SingleLayerMoeLoadBalancer):
@@ -35,6 +49,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
     resident: Resident
     state: LayerState
     cells: CellWeights
+    _late: _LateCount | None = None
     _following: ResidentLayer
     _publisher: Publisher
     _flying: dict[int, ResidentUpdate]
@@ -49,15 +64,25 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def register_weight_cells(self, table: Tensor, cells: Sequence[Mapping[str, Tensor]]) -> None:
         """Tell the cells of this rank: their tensors, and the int32 [S] that says which are live."""
-        self.cells = CellWeights(self.layer_idx, table, cells)
+        self.cells = CellWeights(table, cells)
 
-    def finish_setup(self, resident: Resident, following: ResidentLayer) -> None:
-        """All layers are there and weights are loaded; `following` runs next."""
+    def require_cells(self) -> CellWeights:
+        """What the model has told of its cells; raises BalancerError E137 unless it has, with slot s in cell s."""
         if not hasattr(self, "cells"):
             raise BalancerError(
                 "E137", f"layer {self.layer_idx}: no cells were registered", why="its weights could not be moved",
                 hint="call register_weight_cells before finalize_model",
             )  # fmt: skip
+        table = self.cells.table.tolist()
+        if table != list(range(self.slot_count_per_rank)):
+            raise BalancerError(
+                "E137", f"layer {self.layer_idx}: slots do not live in the cells of their numbers at first",
+                why=f"cells {table}", hint="register a table that counts from 0",
+            )  # fmt: skip
+        return self.cells
+
+    def finish_setup(self, resident: Resident, following: ResidentLayer, source: WeightSource) -> None:
+        """All layers are there and weights are loaded; `following` runs next, weights that move come from `source`."""
         options = self._owner.options
         self.resident, self._following, self._flying = resident, following, {}
         self.state = LayerState.make(
@@ -66,7 +91,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         )  # fmt: skip
         self.statistic_flag_tensor = resident.model.turn[1:2]
         self._statistics.use(self.state.counts)
-        self._publisher = Publisher(self, self._tables, self.placement)
+        self._publisher = Publisher(self, self._tables, self.placement, source)
 
     @property
     def device(self) -> Device:
@@ -92,25 +117,62 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         """The lanes of all ranks, int64 [R, 5]."""
         self._stream.submit(Kind.SETTLE_VOTE, lambda: self._settle(gathered))
 
+    @property
+    def _counts_in_route(self) -> bool:
+        """The older choreography has no such thing."""
+        return isinstance(self._stream, LayerStream)
+
+    def start_set_cpu_stage(self) -> None:
+        """See the base class."""
+        self._count_late()
+        super().start_set_cpu_stage()
+
     def _take_over(self) -> None:
         control.take_over(self.resident.model, self.state)
         if self._device.immediate:
             self._owner.collect_layer(self.layer_idx)
 
-    def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool) -> None:
-        def count() -> None:
-            if is_first_stage:
-                self.state.counts.zero_()
-            ops.histogram(ids, self.state.counts)
-
-        self._stream.submit(kind, count)
+    def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
+        by_route = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS and self._counts_in_route
+        # Chunks route on streams of their own, of which none may write what another writes, too.
+        if by_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
+            self._late = _LateCount(ids)
+        else:
+            self._stream.submit(kind, partial(ops.histogram, ids, self.state.counts))
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
-        message = self.state.message.unsqueeze(0)
+        if self._late is None:
+            self._reduce(allreduce)
+        else:
+            self._late.reduce = partial(self._reduce, allreduce)
 
+    def _route(self, choose: Callable[..., Tensor], ids: Tensor, flags: int = 0) -> Tensor:
+        late, stream = self._late, self._stream
+        if late is None or late.ids is not ids or not isinstance(stream, LayerStream):
+            return super()._route(choose, ids, flags)
+        self._late = None
+        slots = super()._route(partial(choose, counts=self.state.counts), ids, flags | ROUTE_COUNTS)
+        stream.follow()
+        if late.reduce is not None:
+            late.reduce()
+        return slots
+
+    def _count_late(self) -> None:
+        """Count ids that were not routed after all."""
+        late, self._late = self._late, None
+        if late is not None:
+            count = partial(ops.histogram, late.ids, self.state.counts)
+            self._stream.submit(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, count)
+            if late.reduce is not None:
+                late.reduce()
+
+    def _reduce(self, allreduce: AllReduce | None) -> None:
         def fold() -> None:
-            self._settle(message[:, self.expert_count :])
-            self._fold_rows(message[:, : self.expert_count])
+            control.settle_and_fold(
+                self.resident.model, self.state, self._following.state, self.state.message,
+                ranks=self.ep_size, decay=self._owner.options.decay,
+            )  # fmt: skip
+            self._folded()
 
         self._stream.submit_next(Kind.VOTE, self._vote)
         if allreduce is not None:
@@ -128,6 +190,9 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def _fold_rows(self, counts: Tensor) -> None:
         control.fold(self.resident.model, self.state, counts, decay=self._owner.options.decay)
+        self._folded()
+
+    def _folded(self) -> None:
         if self._device.immediate and self._owner.counts_now:
             self.report_counts()
 
@@ -200,6 +265,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         pending = int(model.due[at])
         model.due[at] = model.decision[at] = -1
         self._restart()
+        self._late = None
         self.state.forget()
         for due, update in self._flying.items():
             update.agreed = False
@@ -232,6 +298,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         self._device.sink.mark(
             Kind.COMMIT, self.layer_idx, iteration, HOST, a=len(plan.changed), b=plan.placement.digest()
         )
+        self._owner.probe.copied(self.layer_idx, staged.by_source)
         self._owner.probe.committed(self.layer_idx, update.taken, plan.placement, plan.changed, staged.bytes)
 
     def _dropped(self, due: int, ready: int, differ: bool, reason: str) -> None:

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
 from moe_eplb.balancer import agreement
+from moe_eplb.balancer.cells import CellView, assign_cells
 from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.balancer.replica_choice import RouteTables
 from moe_eplb.balancer.updater import Update
+from moe_eplb.balancer.weight_sources import WeightSource
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
+from moe_eplb.device import Device
+from moe_eplb.device.control import LayerState
 
 if TYPE_CHECKING:
     from moe_eplb.balancer.resident_layer import ResidentLayer
 
 __all__ = ["Publisher", "ResidentUpdate"]
 
+_Copy: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Target and source."""
 
-@dataclass(slots=True)
-class _View:
-    """Where experts and cells are, as the updater's thread knows it."""
 
-    placement: Placement
-    cells: np.ndarray
-    due: int = -1
+class _Sheet:
+    """Host memory from which one plan is copied to the device.
+
+    Attributes:
+        copied: Returns when the device has the latest plan from here, so that another can be written.
+    """
+
+    def __init__(self, device: Device, state: LayerState) -> None:
+        self.pending = device.host_visible(tuple(state.pending.shape), torch.int32)
+        self.lanes = device.host_visible(tuple(state.lanes.shape), torch.int64)
+        self.ready = device.host_visible((1,), torch.int64)
+        self.copied: Callable[[], bool] = lambda: False
+        # Written through numpy: an operation of torch would hand the interpreter to another thread and wait for it.
+        self._pending, self._lanes, self._ready = self.pending.numpy(), self.lanes.numpy(), self.ready.numpy()
+
+    def write(self, tables: np.ndarray | None, cells: np.ndarray | None, lanes: Sequence[int], due: int) -> None:
+        """Write a plan down."""
+        if tables is not None and cells is not None:
+            self._pending[: len(tables)], self._pending[len(tables) :] = tables, cells
+        self._lanes[:], self._ready[0] = lanes, due
 
 
 class Publisher:
@@ -36,19 +58,25 @@ class Publisher:
 
     A view of the live placement follows what the device says, since only that tells what was committed.
     `due` is the iteration for which it prepares.
+
+    Args:
+        layer: Whose plans.
+        tables: Its route tables.
+        placement: The initial one.
+        source: Where weights come from.
     """
 
-    def __init__(self, layer: ResidentLayer, tables: RouteTables, placement: Placement) -> None:
-        self._layer, self._tables = layer, tables
+    def __init__(self, layer: ResidentLayer, tables: RouteTables, placement: Placement, source: WeightSource) -> None:
+        self._layer, self._tables, self._source = layer, tables, source
         device, state = layer.device, layer.state
         self.due = -1
-        self._live = _View(placement, state.cells.cpu().numpy().copy())
-        self._proposed: _View | None = None
-        self._pending = device.host_visible(tuple(state.pending.shape), torch.int32)
-        self._lanes = device.host_visible(tuple(state.lanes.shape), torch.int64)
-        self._ready = device.host_visible((1,), torch.int64)
+        first = np.tile(np.arange(placement.slots_per_rank, dtype=np.int32), (len(source.follows), 1))
+        self._live = CellView(placement, first)
+        self._proposed: CellView | None = None
+        # In turns, so that to write the next plan rarely means to wait for the copies of the one before.
+        self._sheets = deque(_Sheet(device, state) for _ in range(2))
         self._zero = device.host_visible((1,), torch.int64)
-        self._copied = device.copied()
+        self._ready = layer.resident.model.ready[layer.layer_idx : layer.layer_idx + 1]
 
     def current(self) -> Placement:
         """The committed placement; the device has finished with the plan before."""
@@ -61,39 +89,57 @@ class Publisher:
 
     def stage(self, plan: Plan) -> StagedWeights:
         """Enqueue copies of this rank's part into free cells, then tables and vote behind them."""
-        layer, due, mine = self._layer, self.due, plan.placement.rank_slots(self._layer.ep_rank)
-        slots = [int(slot) - mine.start for slot in plan.changed if mine.start <= slot < mine.stop]
-        cells = layer.cells.choose(self._live.cells, slots)
-        staged = StagedWeights()
-        with layer.device.copying():
-            for slot in slots:
-                expert = int(plan.placement.slot_to_expert[mine.start + slot])
-                layer.cells.write(slot, int(cells[slot]), expert, layer.updates.host, staged)
-            self._publish(self._tables.of(plan.placement), cells, self._vote(plan, due), due)
-        self._proposed = _View(plan.placement, cells, due)
+        due, view = self.due, CellView(plan.placement, self._cells_after(plan), self.due)
+        cells, mine = view.cells[self._layer.ep_rank - self._source.follows.start], self._mine(plan)
+        staged, copies = StagedWeights(), list[_Copy]()
+        experts = plan.placement.slot_to_expert[mine]
+        for slot, (kind, weights) in zip(self._local(mine), self._source.of(self._live, experts), strict=True):
+            before = staged.bytes
+            copies += self._layer.cells.write(slot, int(cells[slot]), weights, staged)
+            staged.by_source[kind] = staged.by_source.get(kind, 0) + staged.bytes - before
+        self._publish(copies, self._tables.of(plan.placement), cells, self._vote(plan, due), due)
+        self._proposed = view
         return staged
+
+    def _cells_after(self, plan: Plan) -> np.ndarray:
+        follows, slots = self._source.follows, plan.placement.slots_per_rank
+        first = follows.start * slots
+        changed = plan.changed[(plan.changed >= first) & (plan.changed < follows.stop * slots)] - first
+        return assign_cells(
+            self._live.cells, changed, len(self._layer.cells.cells), layer=self._layer.layer_idx,
+            first_rank=follows.start,
+        )  # fmt: skip
+
+    def _mine(self, plan: Plan) -> np.ndarray:
+        """The changed slots of this rank."""
+        mine = plan.placement.rank_slots(self._layer.ep_rank)
+        found: np.ndarray = plan.changed[(plan.changed >= mine.start) & (plan.changed < mine.stop)]
+        return found
+
+    def _local(self, slots: np.ndarray) -> list[int]:
+        local: list[int] = (slots - self._layer.ep_rank * self._layer.slot_count_per_rank).tolist()
+        return local
 
     def give_up(self, due: int) -> None:
         """Publish that there is no plan, so that the device does not wait for one."""
-        with self._layer.device.copying():
-            self._publish(None, None, torch.zeros_like(self._lanes), due)
+        self._publish([], None, None, agreement.lane_values(None), due)
 
-    def _vote(self, plan: Plan, due: int) -> torch.Tensor:
-        return agreement.lanes(agreement.plan_digest(self._layer.layer_idx, due, plan.placement.digest()))
+    def _vote(self, plan: Plan, due: int) -> Sequence[int]:
+        return agreement.lane_values(agreement.plan_digest(self._layer.layer_idx, due, plan.placement.digest()))
 
-    def _publish(self, tables: np.ndarray | None, cells: np.ndarray | None, lanes: torch.Tensor, due: int) -> None:
+    def _publish(
+        self, copies: list[_Copy], tables: np.ndarray | None, cells: np.ndarray | None, lanes: Sequence[int], due: int
+    ) -> None:
+        """Enqueue copies of weights, tables and vote, and last of the word that says that all are there."""
         layer, model, state = self._layer, self._layer.resident.model, self._layer.state
-        self._copied()  # of the plan before, whose host memory is written anew
-        if tables is not None and cells is not None:
-            self._pending.copy_(torch.from_numpy(np.concatenate((tables, cells)).astype(np.int32)))
-            state.pending.copy_(self._pending, non_blocking=True)
-        self._lanes.copy_(lanes)
-        self._ready.fill_(due)
-        state.lanes.copy_(self._lanes, non_blocking=True)
-        model.overdue.copy_(self._zero, non_blocking=True)
-        at = layer.layer_idx
-        model.ready[at : at + 1].copy_(self._ready, non_blocking=True)
-        self._copied = layer.device.copied()
+        sheet = self._sheets[0]
+        self._sheets.rotate()
+        sheet.copied()
+        sheet.write(tables, cells, lanes, due)
+        if tables is not None:
+            copies.append((state.pending, sheet.pending))
+        copies += [(state.lanes, sheet.lanes), (model.overdue, self._zero), (self._ready, sheet.ready)]
+        sheet.copied = layer.device.enqueue_copies(copies)
         layer.resident.bell.tell()
 
 

@@ -7,6 +7,7 @@ route, dispatch and experts, the hand-over overlaps combine. `OlderChoreography`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         require_ids_shape(ids, self.layer_idx, top_k=self.top_k)
         with self._call(Call.UPDATE_LOCAL_STATISTIC, is_first_stage, is_last_stage):
             if self.updates_enabled:
-                self._submit_count(Kind.UPDATE_LOCAL_STATISTIC, ids, is_first_stage)
+                self._submit_count(Kind.UPDATE_LOCAL_STATISTIC, ids, is_first_stage, is_last_stage)
 
     def get_local_statistic_tensor(self) -> Tensor | None:
         """Path A: this rank's counts int32 [E], ready for the current stream; None in static routing."""
@@ -128,7 +129,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
             )  # fmt: skip
         with self._call(Call.UPDATE_STATISTIC_WITH_LOCAL_IDS, is_first_stage, is_last_stage):
             if self.updates_enabled:
-                self._submit_count(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, ids, is_first_stage)
+                self._submit_count(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, ids, is_first_stage, is_last_stage)
                 if is_last_stage:
                     self._submit_reduction(allreduce)
 
@@ -137,7 +138,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         require_ids_shape(ids, self.layer_idx, top_k=self.top_k)
         with self._call(Call.UPDATE_STATISTIC_WITH_GLOBAL_IDS, is_first_stage, is_last_stage):
             if self.updates_enabled:
-                self._submit_count(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, ids, is_first_stage)
+                self._submit_count(Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS, ids, is_first_stage, is_last_stage)
                 if is_last_stage:
                     counts = self._statistics.counts().unsqueeze(0)
                     self._stream.submit(Kind.LOAD_UPDATE, lambda: self._fold_rows(counts))
@@ -151,9 +152,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         with self._call(Call.ROUTE):
             if self.updates_enabled:
                 self._stream.read()
-            offset = self.ep_rank if offset_by_ep_rank else 0
-            choose = partial(self._tables.route, ids, offset=offset)
-            slots = self._device.run(Kind.ROUTE, self.layer_idx, choose, b=self.updates.version)
+            slots = self._route(partial(self._tables.route, ids, offset=self.ep_rank if offset_by_ep_rank else 0), ids)
         return slots
 
     def start_set_cpu_stage(self) -> None:
@@ -185,6 +184,9 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
     def update_agreement(self, gathered: Tensor) -> None:
         """The lanes of all ranks, int64 [R, 5]."""
         self._owner.settle(self.layer_idx, gathered.sum(0))
+
+    def _route(self, choose: Callable[..., Tensor], ids: Tensor, flags: int = 0) -> Tensor:
+        return self._device.run(Kind.ROUTE, self.layer_idx, choose, a=flags, b=self.updates.version)
 
     # -- work on the balancer stream -------------------------------------------------------------------------------
 
@@ -227,7 +229,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         if self.updates.commit_due(self._device.iteration):
             self._tables.set(self.placement)
 
-    def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool) -> None:
+    def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         self._stream.submit(kind, lambda: self._statistics.count(ids, is_first_stage))
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:

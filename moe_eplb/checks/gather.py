@@ -71,6 +71,7 @@ class EvidenceGatherer:
         self._written_digest: dict[int, int] = {}
         self._to_attest: dict[int, list[int]] = {}
         self._stall_us: dict[int, int] = {}
+        self._sources: dict[int, dict[str, int]] = {}
         self.iteration = -1
         self.topk_ids: TopkIds | None = None
 
@@ -133,12 +134,15 @@ class EvidenceGatherer:
             bytes=staged_bytes, predicted=plan.predicted.tolist(), stall_us=self._stall_us.pop(layer, 0),
         )  # fmt: skip
 
+    def copied(self, layer: int, by_source: Mapping[str, int]) -> None:
+        self._sources[layer] = dict(by_source)
+
     def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
         first = self._rank * placement.slots_per_rank
         local = [int(s) - first for s in changed if first <= s < first + placement.slots_per_rank]
         self._write(
             Row.COMMIT, layer, taken=taken, digest=placement.digest(), changed=changed.tolist(), local_changed=local,
-            bytes=moved_bytes,
+            bytes=moved_bytes, sources=self._sources.pop(layer, {}),
         )  # fmt: skip
         # Not here: this is inside the balancer's own work, whose time must not hold that of a check.
         self._to_attest[layer] = local

@@ -13,8 +13,6 @@ from moe_eplb.checks.exactly_once import DispatchEvidence, tally
 
 __all__ = ["LayerEvidence", "OutputEvidence"]
 
-_NOTHING = torch.empty(0, 6, dtype=torch.int64)
-
 
 @dataclass(slots=True)
 class OutputEvidence:
@@ -57,7 +55,7 @@ class LayerEvidence:
 
     def rows(self) -> Tensor:
         """All processed rows int64 [N, 6]."""
-        return torch.cat(self.processed) if self.processed else _NOTHING
+        return torch.cat(self.processed) if self.processed else torch.empty(0, 6, dtype=torch.int64)
 
     def counts(self, experts: int) -> np.ndarray:
         """Entries per expert int64 [E] of this rank's ids; those outside [0, E) are nobody's."""

@@ -102,7 +102,7 @@ class ProtocolError(EplbError):
 
 
 class BalancerError(EplbError):
-    """The balancer was configured or fed wrongly, or one of its bounded waits ended (codes E130 to E159)."""
+    """The balancer was configured or fed wrongly, or one of its bounded waits ended (codes E130 to 159, 200 to 219)."""
 
 
 class HostMemoryError(EplbError):

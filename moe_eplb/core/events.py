@@ -17,6 +17,7 @@ __all__ = [
     "HOST",
     "KINDS",
     "RECORD",
+    "ROUTE_COUNTS",
     "STREAMS",
     "UPDATER",
     "EventSink",
@@ -107,6 +108,8 @@ class KindInfo(NamedTuple):
 
 # Payloads of the stage calls: `a` bit 0 = is_first_stage, bit 1 = is_last_stage, bit 2 = layer has dynamic routing.
 _FLAGS = "flags: 1 first, 2 last, 4 dynamic"
+ROUTE_COUNTS = 8
+"""Payload `a` of a route on a device that counts the ids for the statistics, too."""
 
 KINDS: dict[Kind, KindInfo] = {
     Kind.START_WAIT_GPU_STAGE: KindInfo("start_wait_gpu_stage", Role.EPLB_WAIT, _FLAGS),
@@ -118,7 +121,7 @@ KINDS: dict[Kind, KindInfo] = {
     ),
     Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS: KindInfo("update_statistic_with_local_ids", Role.EPLB_STATISTIC, _FLAGS),
     Kind.UPDATE_STATISTIC_WITH_GLOBAL_IDS: KindInfo("update_statistic_with_global_ids", Role.EPLB_STATISTIC, _FLAGS),
-    Kind.ROUTE: KindInfo("route", Role.COMPUTE, _FLAGS, "placement version"),
+    Kind.ROUTE: KindInfo("route", Role.COMPUTE, f"{_FLAGS}, 8 counts the ids too", "placement version"),
     Kind.START_SET_CPU_STAGE: KindInfo("start_set_cpu_stage", Role.EPLB_SIGNAL, _FLAGS),
     Kind.DONE_SET_CPU_STAGE: KindInfo("done_set_cpu_stage", Role.EPLB_SIGNAL, _FLAGS),
     Kind.START_ITER: KindInfo("start_iter", Role.OTHER, "1 statistics, 2 weight updates"),
@@ -186,6 +189,14 @@ class EventSink(Protocol):
     def place(self, token: int, start: int, end: int) -> None:
         """Say when a range that was closed really ran, on a device that does its work later; ns of the host's clock."""
 
+    def record(
+        self, kind: Kind, layer: int, iteration: int, stream: int, start: int, end: int, a: int = 0, b: int = 0
+    ) -> None:
+        """Add work that a device did on its own, as in the replay of a graph, with its times as in `place`.
+
+        The host did nothing of the kind then, so that no range of a host's thread tells of it.
+        """
+
 
 class NullSink:
     """A sink that keeps nothing, for library use without a recorder."""
@@ -200,4 +211,9 @@ class NullSink:
         return None
 
     def place(self, token: int, start: int, end: int) -> None:
+        return None
+
+    def record(
+        self, kind: Kind, layer: int, iteration: int, stream: int, start: int, end: int, a: int = 0, b: int = 0
+    ) -> None:
         return None

@@ -33,7 +33,8 @@ class Row(enum.StrEnum):
                  differ from the rank's previous row of the layer
     PLAN         taken, due, digest, changed [global slot ids], bytes, predicted [R] rank loads, stall_us (how long
                  the model waited for it)
-    COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes
+    COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes, sources {host, own or peer:
+                 bytes}: whether they were copied from the host, from this rank's or from another rank's slots
     DROPPED      due, ready, ranks, digests_differ (bool), reason, stall_us
     ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many
                  slots have another digest than at the previous attestation); the first one is made in iteration -1

@@ -33,7 +33,7 @@ class Placement:
     def __post_init__(self) -> None:
         given = np.asarray(self.slot_to_expert)
         slots = given.astype(np.int32)  # always a copy
-        if given.ndim != 1 or not np.array_equal(given, slots):
+        if given.ndim != 1 or (given.dtype != np.int32 and not np.array_equal(given, slots)):
             raise BalancerError(
                 "E132",
                 "slots must hold whole expert ids",

@@ -48,7 +48,7 @@ def check_load(load: np.ndarray, num_slots: int) -> None:
     load, experts = np.asarray(load, dtype=np.float64), len(load)
     if num_slots < experts:
         raise BalancerError("E131", f"{num_slots} slots cannot hold {experts} experts", hint=f"use at least {experts}")
-    if not (np.isfinite(load).all() and (load >= 0).all()):
+    if experts and not (load.min() >= 0 and load.max() < np.inf):  # no number is neither
         worst = int(np.flatnonzero(~np.isfinite(load) | (load < 0))[0])
         raise BalancerError(
             "E149", f"the load of expert {worst} is not usable", why=f"it is {load[worst]}, loads are finite and >= 0"

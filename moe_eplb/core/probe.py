@@ -5,6 +5,7 @@ Tensors are typed `Any` because this package does not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,9 @@ class Probe(Protocol):
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         """A plan is put to the vote; this rank has staged so many bytes for it."""
 
+    def copied(self, layer: int, by_source: Mapping[str, int]) -> None:
+        """Bytes that this rank took from ``host``, ``own`` or ``peer`` memory for the plan that is committed next."""
+
     def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
         """The plan became the layer's placement: weights and tables are new."""
 
@@ -71,6 +75,9 @@ class NullProbe:
         return None
 
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
+        return None
+
+    def copied(self, layer: int, by_source: Mapping[str, int]) -> None:
         return None
 
     def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
@@ -116,6 +123,10 @@ class Probes:
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         for probe in self._probes:
             probe.planned(layer, taken, due, plan, staged_bytes)
+
+    def copied(self, layer: int, by_source: Mapping[str, int]) -> None:
+        for probe in self._probes:
+            probe.copied(layer, by_source)
 
     def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
         for probe in self._probes:

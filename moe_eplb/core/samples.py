@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Compared", "Difference", "compare", "paired_difference"]
+__all__ = ["LEAST_COST", "Compared", "Difference", "Gain", "compare", "gain", "paired_difference"]
 
 _RESAMPLED = 2000
+LEAST_COST = 1.3
+"""So much longer must static placements take than balanced routing for a gain to tell anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,55 @@ def _ratio(ratios: NDArray[np.float64], drawn: NDArray[np.int64]) -> tuple[float
     """Median of ratios [rounds] and its interval, from resamples [N, rounds] of them."""
     low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
     return float(np.median(ratios)), float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What balancing wins back of the time that imbalance costs, everything counted from the first step on.
+
+    Attributes:
+        static_ms, dynamic_ms, balanced_ms: Of all steps, without moves, with them, and with uniform routing.
+        cost: static / balanced.
+        share: (static - dynamic) / (static - balanced); 1 is as good as uniform routing.
+        low, high: The 95 % interval of `share`.
+    """
+
+    static_ms: float
+    dynamic_ms: float
+    balanced_ms: float
+    cost: float
+    share: float
+    low: float
+    high: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether imbalance costs enough for `share` to be more than noise divided by noise."""
+        return self.cost >= LEAST_COST
+
+
+def gain(samples_ms: Sequence[Sequence[Sequence[float]]], *, seed: int = 0) -> Gain:
+    """The gain from samples of the variants static, dynamic and balanced, by round and step.
+
+    Sums and not medians: what the first moves and their plans cost lies in few steps. For the interval see `compare`.
+    """
+    rounds = np.array([[np.sum(steps) for steps in of_variant] for of_variant in samples_ms])
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, rounds.shape[1], (_RESAMPLED, rounds.shape[1]))
+    low, high = np.percentile(_share(*rounds[:, drawn].sum(axis=2)), (2.5, 97.5))
+    static, dynamic, balanced = rounds.sum(axis=1)
+    return Gain(
+        float(static), float(dynamic), float(balanced), float(static / balanced),
+        float(_share(static, dynamic, balanced)), float(low), float(high),
+    )  # fmt: skip
+
+
+def _share(
+    static: NDArray[np.float64], dynamic: NDArray[np.float64], balanced: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: NDArray[np.float64] = (static - dynamic) / (static - balanced)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,10 @@ class Balancer(Section):
     seconds that a commit is waited for. `config`: path of a TensorRT-LLM balancer file to take the placement from.
     `spare_slots`: how many slots of a rank a plan changes at most; by default all. `state`: whether loads, tables and
     votes live on the ``host``, or on the ``device``, which then counts, votes and commits without a look by the host,
-    and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead.
+    and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead;
+    `awake_updater`: whether its updater may use a core while it waits for the device, to hear it sooner.
+    `weights_from`: whether an expert that moves is copied from the ``host``, or from a slot of this rank or a ``peer``
+    that holds it.
     `policy`: how a layer is planned, by the ``reference``'s rules from scratch, ``incremental`` with as few moves as a
     plan so balanced takes, or ``robust`` for what the layer's last loads let expect; `moves_per_update`: how many slots
     of a layer these two change at most, over all ranks. `alone`: also with one rank, where balance cannot get better,
@@ -145,6 +148,8 @@ class Balancer(Section):
     state: Literal["host", "device"] = "host"
     spare_slots: Annotated[int, Field(ge=1, le=1024)] | None = None
     run_ahead: int = Field(default=4, ge=1, le=1024)
+    awake_updater: bool = False
+    weights_from: Literal["host", "peer"] = "host"
     alone: bool = False
     policy: Literal["reference", "incremental", "robust"] = "reference"
     moves_per_update: Count | None = None

@@ -32,7 +32,8 @@ def problems(s: Scenario) -> tuple[Problem, ...]:
     ]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
-        found += [problem for rule in (_slots, _updates, _policy, _assignments) for problem in rule(s, s.balancer)]
+        of_balancer = (_slots, _updates, _weights_from, _policy, _assignments)
+        found += [problem for rule in of_balancer for problem in rule(s, s.balancer)]
     return tuple(found)
 
 
@@ -160,6 +161,12 @@ def _updates(s: Scenario, b: Balancer) -> Iterator[Problem]:
         what = f"nothing can move in {s.iterations} iterations: the first commit needs {needed}"
         why = f"warm_up {b.warm_up} + commit_delay {b.commit_delay} + 1"
         yield Problem(("iterations",), f"{what} ({why})", f"iterations: {needed} or more")
+
+
+def _weights_from(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    if b.weights_from == "peer" and b.state != "device":
+        what = "a slot that another rank reads would be overwritten in place while the state lives on the host"
+        yield Problem(("balancer", "weights_from"), what, "state: device")
 
 
 def _policy(s: Scenario, b: Balancer) -> Iterator[Problem]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, cells, resident_update
+from moe_eplb.balancer import resident_layer as resident_layer_module
+from moe_eplb.balancer.cells import assign_cells
 from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.core.planner import Plan
 from moe_eplb.device.control import Stage
 from tests.balancer.test_iter_context import STEPS, fail_at
@@ -119,6 +124,97 @@ def test_what_a_device_does_behind_a_host_that_runs_ahead_is_noted_once_it_is_ce
     assert device.journal.drops == []
 
 
+# -- counting where ids are routed -----------------------------------------------------------------------------------
+
+
+class Marks(NullSink):
+    """Keeps the kinds of work that did not wait, and how often each kind was recorded on a device."""
+
+    def __init__(self) -> None:
+        self.unordered: list[Kind] = []
+        self.work: Counter[Kind] = Counter()
+
+    def mark(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> None:
+        if kind is Kind.UNORDERED:
+            self.unordered.append(Kind(a))
+
+    def begin(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> int:
+        self.work[kind] += stream < HOST
+        return 0
+
+
+def counted(rig: Rig, layer: int = 0) -> list[int]:
+    return resident_layer(rig, layer).state.reduced.tolist()
+
+
+def histogram(*ids: Tensor, experts: int) -> list[int]:
+    return torch.bincount(torch.cat([part.flatten() for part in ids]), minlength=experts).tolist()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_ids_are_counted_where_they_are_routed(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", 10**6 if few else 0)
+    marks = Marks()
+    rig = resident(layers=2, seed=1, sink=marks, check_order=True)
+    try:
+        rig.iterate(5)
+        assert counted(rig) == histogram(rig.ids(0, 4), experts=rig.experts)
+        assert marks.work[Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS] == (0 if few else 10)
+        assert marks.unordered == []
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_vote_that_does_not_wait_for_the_route_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = Marks()
+    rig = resident(layers=2, seed=1, sink=marks, check_order=True)
+    monkeypatch.setattr("moe_eplb.balancer.layer_stream.LayerStream.follow", lambda self: None)
+    try:
+        rig.iterate()
+        assert marks.unordered == [Kind.VOTE, Kind.VOTE]
+    finally:
+        rig.balancer.shutdown()
+
+
+@pytest.mark.parametrize("routed", ["none", "copies", "first", "last", "both"])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_ids_that_are_not_routed_are_counted_all_the_same(routed: str, seed: int | None) -> None:
+    rig = resident(layers=1, seed=seed, commit_delay=2)
+    layer, ids = rig.layers[0], [rig.ids(0, iteration) for iteration in (0, 1)]
+    try:
+        for _ in range(2):
+            rig.balancer.start_iter()
+            layer.start_wait_gpu_stage()
+            layer.done_wait_gpu_stage()
+            for index, part in enumerate(ids):
+                layer.update_statistic_with_local_ids(part, index == 0, index == 1)
+                if routed == "copies":
+                    layer.route(part.clone())
+                elif routed == "both" or routed == ("first", "last")[index]:
+                    layer.route(part)
+            layer.start_set_cpu_stage()
+            layer.done_set_cpu_stage()
+            rig.balancer.end_iter()
+            assert counted(rig) == histogram(*ids, experts=rig.experts)
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_ids_of_an_aborted_iteration_are_not_counted_in_the_next() -> None:
+    rig = resident(layers=1, commit_delay=2)
+    layer = rig.layers[0]
+    try:
+        rig.balancer.start_iter()
+        layer.start_wait_gpu_stage()
+        layer.done_wait_gpu_stage()
+        layer.update_statistic_with_local_ids(rig.ids(0, 0), True, True)
+        rig.balancer.abort_iter()
+        rig.iterate()
+        assert counted(rig) == histogram(rig.ids(0, rig.balancer.iter_id - 1), experts=rig.experts)
+    finally:
+        rig.balancer.shutdown()
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -127,10 +223,10 @@ def test_no_cell_that_is_in_use_is_ever_written(rigs: Any, monkeypatch: pytest.M
     written: list[int] = []
     write = cells.CellWeights.write
 
-    def watched(self: cells.CellWeights, slot: int, cell: int, *rest: Any) -> None:
+    def watched(self: cells.CellWeights, slot: int, cell: int, *rest: Any) -> Any:
         written.append(cell)
         assert cell not in self.table.tolist()
-        write(self, slot, cell, *rest)
+        return write(self, slot, cell, *rest)
 
     monkeypatch.setattr(cells.CellWeights, "write", watched)
     device.iterate(20)
@@ -156,7 +252,7 @@ def test_more_changes_than_cells_are_refused() -> None:
     try:
         weights = resident_layer(rig, 0).cells
         with pytest.raises(BalancerError, match="E172"):
-            weights.choose(rig.cells[0].numpy(), [0, 1])
+            assign_cells(rig.cells[0].numpy()[None], np.array([0, 1]), len(weights.cells), layer=0, first_rank=0)
     finally:
         rig.balancer.shutdown()
 
@@ -370,16 +466,26 @@ def test_the_device_writes_down_what_it_did_in_which_iteration() -> None:
         rig.balancer.shutdown()
 
 
-def test_the_publisher_waits_for_its_own_copies_before_it_writes_anew() -> None:
+def test_the_publisher_waits_for_its_own_copies_before_it_writes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = resident(layers=1, updates=1, commit_delay=2)
     try:
         publisher = resident_layer(rig, 0)._publisher
-        waited = []
-        publisher._copied = lambda: waited.append(1)
-        publisher.give_up(5)
-        assert waited == [1]
-        assert int(resident_layer(rig, 0).resident.model.ready[0]) == 5
         assert isinstance(publisher, resident_update.Publisher)
+        done: list[str] = []
+        write = resident_update._Sheet.write
+
+        def watched(sheet: resident_update._Sheet, *plan: Any) -> None:
+            done.append(f"write {list(names).index(sheet)}")
+            write(sheet, *plan)
+
+        monkeypatch.setattr(resident_update._Sheet, "write", watched)
+        names = list(publisher._sheets)
+        for number, sheet in enumerate(names):
+            sheet.copied = lambda number=number: bool(done.append(f"wait {number}"))
+        for due in (5, 6):
+            publisher.give_up(due)
+            assert int(resident_layer(rig, 0).resident.model.ready[0]) == due
+        assert done == ["wait 0", "write 0", "wait 1", "write 1"]
     finally:
         rig.balancer.shutdown()
 

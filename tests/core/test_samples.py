@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from moe_eplb.core.samples import compare
+from moe_eplb.core.samples import compare, gain
 
 
 def drawn(scale: float, seed: int, rounds: int = 20, steps: int = 30) -> list[list[float]]:
@@ -54,3 +56,22 @@ def test_each_variant_is_held_against_the_one_before_it_too() -> None:
     assert third.ratio == pytest.approx(3.0, rel=0.05)
     assert third.step_ratio == pytest.approx(1.5, rel=0.05)
     assert third.step_low <= 1.5 <= third.step_high
+
+
+def test_a_gain_counts_every_step_and_knows_its_interval() -> None:
+    static = [[10.0, 10.0], [12.0, 8.0], [10.0, 10.0]]
+    dynamic = [[20.0, 5.0], [6.0, 5.0], [6.0, 6.0]]  # the first moves are in it
+    balanced = [[5.0, 5.0], [5.0, 5.0], [6.0, 4.0]]
+    found = gain([static, dynamic, balanced])
+    assert (found.static_ms, found.dynamic_ms, found.balanced_ms, found.cost) == (60.0, 48.0, 30.0, 2.0)
+    assert found.share == pytest.approx(12 / 30)
+    assert found.tells
+    assert found.low == pytest.approx((20 - 25) / 10)
+    assert found.high == pytest.approx((20 - 11) / 10)
+
+
+def test_a_gain_of_nothing_is_no_number_and_tells_nothing() -> None:
+    same = [[5.0], [5.0]]
+    found = gain([same, same, same])
+    assert not found.tells
+    assert math.isnan(found.share)

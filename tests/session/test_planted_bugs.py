@@ -42,6 +42,7 @@ PATHS = {
     "local_ids": PLAIN + "dispatch: allgather\n",
     "global_ids": PLAIN + "dispatch: allgather\nstatistics: global_ids\n",
     "state_on_device": PLAIN + "dispatch: alltoall\n",
+    "peers_state_on_device": PLAIN + "dispatch: alltoall\n",
     "fp8": FP8,
     "fp8_state_on_device": FP8,
     "before": PLAIN + "dispatch: allgather\noverlap: before\n",
@@ -49,6 +50,7 @@ PATHS = {
     "routed": ROUTED + "dispatch: alltoall\n",
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
+    "local_ids_state_on_device": PLAIN + "dispatch: allgather\n",
     "chunked_global_ids": LARGE + "dispatch: allgather\nstatistics: global_ids\n",
 }
 # bug -> (the check meant for it, statistics path of the run that it is planted in)
@@ -77,8 +79,11 @@ MEANT_FOR = {
     "device_keeps_its_load": ("effect", "state_on_device"),
     "scales_stay_behind": ("attestation", "fp8"),
     "scales_stay_behind_in_cells": ("attestation", "fp8_state_on_device"),
+    "peer_reads_the_first_cells": ("attestation", "peers_state_on_device"),
+    "peers_asked_for_and_the_host_taken": ("effect", "peers_state_on_device"),
     "older_wait_not_joined": ("stream_join", "before"),
     "older_statistics_not_joined": ("stream_join", "before"),
+    "vote_without_the_route_that_counts": ("stream_join", "local_ids_state_on_device"),
     "leaked_segment": ("leaks", "gathered"),
 }
 
@@ -87,7 +92,9 @@ def run(folder: Path, path: str, bug: str | None) -> tuple[int, dict[str, Any]]:
     """Exit code and verdict of the scenario, with or without a planted bug."""
     scenario = folder / "planted.yaml"
     state = "device" if path.endswith("state_on_device") else "host"
-    scenario.write_text(BASE.replace("never}", f"never, state: {state}}}") + PATHS[path])
+    source = "peer" if path.startswith("peers_") else "host"
+    settings = f"never, state: {state}, weights_from: {source}}}"
+    scenario.write_text(BASE.replace("never}", settings) + PATHS[path])
     environment = os.environ | {"PYTHONPATH": f"{PLANTED}{os.pathsep}{ROOT}"}
     environment.pop("PLANTED_BUG", None)
     if bug is not None:

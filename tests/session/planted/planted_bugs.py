@@ -254,13 +254,35 @@ def scales_stay_behind_in_cells(module: ModuleType) -> None:
     """The same where experts are written into free cells: the scales of what was there before are left in them."""
     write = module.CellWeights.write
 
-    def without_scales(self: Any, slot: int, cell: int, expert: int, host: Any, staged: Any) -> None:
-        scales = {name: tensor.clone() for name, tensor in self._cells[cell].items() if name.endswith("_scale")}
-        write(self, slot, cell, expert, host, staged)
-        for name, tensor in scales.items():
-            self._cells[cell][name].copy_(tensor)
+    def without_scales(self: Any, slot: int, cell: int, source: Any, staged: Any) -> Any:
+        scales = [tensor for name, tensor in self.cells[cell].items() if name.endswith("_scale")]
+        copies = write(self, slot, cell, source, staged)
+        return [(target, source) for target, source in copies if not any(target is scale for scale in scales)]
 
     module.CellWeights.write = without_scales
+
+
+def peer_reads_the_first_cells(module: ModuleType) -> None:
+    """Rank 1 takes other ranks' slots to live where they lived at first."""
+    of = module.FromPeers.of
+
+    def stale(self: Any, live: Any, experts: Any) -> Any:
+        if _rank() == 1:
+            first = live.cells.copy()
+            first[:] = range(first.shape[1])
+            live = dataclasses.replace(live, cells=first)
+        return of(self, live, experts)
+
+    module.FromPeers.of = stale
+
+
+def peers_asked_for_and_the_host_taken(module: ModuleType) -> None:
+    """Weights come from the host although they were to come from peers."""
+
+    def from_host(self: Any, cells: Any) -> Any:
+        return [module.FromHost(layer.updates.host, self.ep_rank) for layer in self.layers]
+
+    module.MoeLoadBalancer._weight_sources = from_host
 
 
 def every_vote_counts_as_yes(module: ModuleType) -> None:
@@ -308,6 +330,11 @@ def older_statistics_not_joined(module: ModuleType) -> None:
     module.OlderChoreography._join_statistics = lambda self, hand_over: None
 
 
+def vote_without_the_route_that_counts(module: ModuleType) -> None:
+    """The balancer stream does not wait for the kernel that routes and counts."""
+    module.LayerStream.follow = lambda self: None
+
+
 BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "stale_weight": ("moe_eplb.balancer.migrate", stale_weight),
     "slot_table_off_by_one": ("moe_eplb.balancer.replica_choice", slot_table_off_by_one),
@@ -333,7 +360,10 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "device_keeps_its_load": ("moe_eplb.device.control.plain", device_keeps_its_load),
     "scales_stay_behind": ("moe_eplb.balancer.migrate", scales_stay_behind),
     "scales_stay_behind_in_cells": ("moe_eplb.balancer.cells", scales_stay_behind_in_cells),
+    "peer_reads_the_first_cells": ("moe_eplb.balancer.weight_sources", peer_reads_the_first_cells),
+    "peers_asked_for_and_the_host_taken": ("moe_eplb.balancer.load_balancer", peers_asked_for_and_the_host_taken),
     "older_wait_not_joined": ("moe_eplb.balancer.older_choreography", older_wait_not_joined),
     "older_statistics_not_joined": ("moe_eplb.balancer.older_choreography", older_statistics_not_joined),
+    "vote_without_the_route_that_counts": ("moe_eplb.balancer.layer_stream", vote_without_the_route_that_counts),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
