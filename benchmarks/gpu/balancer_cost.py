@@ -2,18 +2,20 @@
 
     python -m benchmarks.gpu.balancer_cost --out FILE.json
 
-Both are captured into CUDA graphs and replayed in blocks, in the order A B B A. A third variant has the balancer's
-spare cells and none of its work. Exit 2 where there is no GPU, 1 where outputs differ.
+Both are captured into CUDA graphs, each several times, since the time of a graph depends on which memory it happens to
+get, and replayed in blocks, in the order A B B A. A third variant has the balancer's spare cells and none of its work.
+Exit 2 where there is no GPU, 1 where outputs differ.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any
+from statistics import fmean, median, quantiles
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -25,11 +27,13 @@ from benchmarks.gpu.stacks import Stack, build
 from benchmarks.gpu.timing import Graphs, ceilings, time_in_turns, time_without_pause
 from moe_eplb.balancer import BalancerOptions
 from moe_eplb.core.events import NullSink
-from moe_eplb.device import Device, get_device
+from moe_eplb.device.cuda import CudaDevice
 from moe_eplb.moe.stages import UnbalancedStages
 from moe_eplb.moe.statistics_path import make_path
 
 __all__ = ["main", "summary"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ BUDGETS = (
 )
 _SPARE = 2
 BLOCK = 9
+CAPTURES = 4
 
 
 @click.command()
@@ -60,7 +65,7 @@ def main(out: Path, replays: int, only: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
         raise SystemExit(2)
-    device = get_device("cuda", NullSink())
+    device = CudaDevice(NullSink())
     budgets = [budget for budget in BUDGETS if not only or any(part in budget.case for part in only)]
     with torch.inference_mode():
         limits, found = ceilings(), [_measure(budget, device, replays) for budget in budgets]
@@ -75,7 +80,7 @@ def main(out: Path, replays: int, only: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _measure(budget: Budget, device: Device, replays: int) -> dict[str, Any]:
+def _measure(budget: Budget, device: CudaDevice, replays: int) -> dict[str, Any]:
     case = next(case for case in CASES if case.name == budget.case)
     slots = case.experts + case.experts // 16
     options = BalancerOptions(resident=True, spare_slots=_SPARE)
@@ -83,18 +88,27 @@ def _measure(budget: Budget, device: Device, replays: int) -> dict[str, Any]:
         name: build(case, budget.layers, device, updates=updates, slots=slots, options=options)
         for name, updates in (("static", 0), ("dynamic", budget.layers))
     }
-    graphs = {name: stack.replay for name, stack in stacks.items()}
     try:
         for stack in stacks.values():
             stack.capture()
-        spare = _without_balancer(stacks["dynamic"])
-        samples = time_without_pause({**graphs, "spare": spare.replay}, replays, BLOCK)
+        # In turns, so that none has the luck of being the first.
+        graphs: dict[str, Callable[[], None]] = {
+            f"{name} {number}": partial(stack.replay, stack.captured())
+            for number in range(CAPTURES)
+            for name, stack in stacks.items()
+        }
+        spares = [_without_balancer(stacks["dynamic"]) for _ in range(CAPTURES)]
+        graphs |= {f"spare {number}": spare.replay for number, spare in enumerate(spares)}
+        samples = time_without_pause({**graphs}, replays, BLOCK)
+        for stack in stacks.values():
+            stack.replay()
+        torch.cuda.current_stream().synchronize()
         differs = not _same([stack.graph for stack in stacks.values()])
     finally:
         for stack in stacks.values():
             stack.balancer.shutdown()
     gemms = _gemms(case, stacks["static"], replays)
-    del stacks, graphs, spare
+    del stacks, graphs, spares
     torch.cuda.empty_cache()
     return {
         "name": budget.case, "layers": budget.layers, "slots": slots, "spare_slots": _SPARE, "differs": differs,
@@ -103,19 +117,32 @@ def _measure(budget: Budget, device: Device, replays: int) -> dict[str, Any]:
 
 
 def summary(budget: Budget, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians a layer, the cost as the median over rounds of blocks, and whether the budget was kept."""
-    rounds = [
-        (dynamic - static) / budget.layers * 1e3
-        for static, dynamic in zip(_blocks(samples["static"]), _blocks(samples["dynamic"]), strict=True)
-    ]
-    layer = {name: median(found) / budget.layers * 1e3 for name, found in samples.items()}
+    """Medians a layer, the cost as the median over rounds of blocks, and whether the budget was kept.
+
+    Args:
+        samples: Milliseconds by variant and number of the capture, such as "static 0". A variant's time is the mean
+            over its captures.
+    """
+    by_capture = {name: median(found) / budget.layers * 1e3 for name, found in samples.items()}
+    layer = {name: fmean(_captures(by_capture, name)) for name in ("static", "dynamic", "spare")}
+    static, dynamic = (
+        [fmean(blocks) for blocks in zip(*map(_blocks, _captures(samples, name)), strict=True)]
+        for name in ("static", "dynamic")
+    )
+    rounds = [(b - a) / budget.layers * 1e3 for a, b in zip(static, dynamic, strict=True)]
     cost = median(rounds)
     share = cost / layer["static"]
     return {
-        "layer_us": layer, "cost_us": cost, "cost_us_quartiles": quantiles(rounds, n=4), "cost_share": share,
+        "layer_us": layer, "layer_us_by_capture": by_capture, "cost_us": cost,
+        "cost_us_quartiles": quantiles(rounds, n=4), "cost_share": share,
         "asked": {"share": budget.share, "us": budget.us},
         "reached": (budget.share is None or share <= budget.share) and (budget.us is None or cost <= budget.us),
     }  # fmt: skip
+
+
+def _captures(by_name: Mapping[str, T], variant: str) -> list[T]:
+    """What belongs to the captures of a variant."""
+    return [found for name, found in by_name.items() if name.split()[0] == variant]
 
 
 def _blocks(samples: Sequence[float]) -> list[float]:

@@ -70,7 +70,8 @@ def main(out: Path, replays: int) -> None:
 def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     """Microseconds from the GPU's signal over a thread that waits in the driver to the GPU that sees the answer.
 
-    The GPU measures: its vote waits for what the thread publishes by a copy, and notes how long.
+    The GPU measures: in a graph that rings and then votes, the vote waits for what the thread publishes by a copy, and
+    notes how long.
     """
     device = CudaDevice(NullSink())
     place, host = device.torch_device, device.host_visible
@@ -80,18 +81,16 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     layers = [LayerState.make(index, 64, tables[index], cells[index], 1, host) for index in range(2)]
     bell, word = CudaBell(model.bell, place, sleeps=sleeps), host((1,), torch.int64)
     found: list[float] = []
-
+    answers = [(model.ready[1:2], word)]
     asked = threading.Semaphore(0)
 
-    @torch.inference_mode()
     def answer() -> None:
+        written = word.numpy()
         for ring in range(1, count + 1):
             if not asked.acquire(timeout=10) or not bell.wait(ring, 5.0):
                 return
-            word.fill_(ring)
-            with device.copying():
-                model.ready[1:2].copy_(word, non_blocking=True)
-            device.copied()()
+            written[0] = ring
+            device.enqueue_copies(answers)()
 
     def ring_and_wait() -> None:
         control.hand_over(model, layers[0], delay=1)
@@ -100,6 +99,11 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     main = torch.cuda.current_stream()
     ring_and_wait()  # to load a kernel may wait for all streams, one of which will wait for the bell
     main.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        ring_and_wait()
+    model.rung.zero_()
+    model.bell.zero_()
     thread = threading.Thread(target=answer)
     thread.start()
     for ring in range(1, count + 1):
@@ -108,8 +112,8 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
         model.decision.fill_(-1)
         main.synchronize()
         asked.release()
-        time.sleep(0.0005)  # the thread sleeps in the driver by now
-        ring_and_wait()
+        time.sleep(0.0005)  # the thread waits in the driver by now
+        graph.replay()
         main.synchronize()
         found.append(int(model.report(1, ring)[Report.WAITED_NS]) / 1e3)
     thread.join(timeout=10)
@@ -117,13 +121,13 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     return {"median_us": median(found), "p99_us": quantiles(found, n=100)[98], "asked_us": 30.0, "samples_us": found}
 
 
-def launch_rate(rounds: int = 20, launches: int = 8000) -> dict[str, Any]:
-    """Microseconds of an eager launch: no updater at work, one that rests 5 ms after updates, one that never rests."""
+def launch_rate(rounds: int = 12, launches: int = 16000) -> dict[str, Any]:
+    """Microseconds of an eager launch: no updater at work, one that rests after each update, one that never rests."""
     device = CudaDevice(NullSink())
     options = ForcedOptions(resident=True, spare_slots=_FORCED, forced=_FORCED)
     stack = build(_SMALL, _LAYERS, device, updates=_LAYERS, slots=20, options=options)
     busy = Busy(stack)
-    pauses = {"quiet": None, "every_5_ms": 0.005, "without_pause": 0.0}
+    pauses = {"quiet": None, "every_20_ms": 0.02, "every_5_ms": 0.005, "without_pause": 0.0}
     x = torch.zeros(64, device=device.torch_device)
     samples: dict[str, list[float]] = {name: [] for name in pauses}
     updates = dict.fromkeys(pauses, 0)
@@ -142,8 +146,12 @@ def launch_rate(rounds: int = 20, launches: int = 8000) -> dict[str, Any]:
     finally:
         stack.balancer.shutdown()
     quiet = median(samples["quiet"])
+    lost = {
+        name: (median(samples[name]) - quiet) * launches * rounds / updates[name] for name in pauses if name != "quiet"
+    }
     return {
         "median_us": {name: median(found) for name, found in samples.items()}, "asked": 1.05, "updates": updates,
+        "lost_us_per_update": lost,
         "ratio": {name: median(found) / quiet for name, found in samples.items()}, "samples_us": samples,
     }  # fmt: skip
 
@@ -159,6 +167,7 @@ class Busy:
         self._placement = Placement(32, 256, initial_slots(256, 32, 9))
         self._source = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)
         self._target = torch.zeros(8 << 20, dtype=torch.uint8, device=stack.x.device)
+        self._copied: list[Callable[[], bool]] = [lambda: False] * 2
         self.done = 0
         self._pause: float | None = None
         self._latest: Update | None = None
@@ -179,9 +188,8 @@ class Busy:
         self._updater.submit(update)
 
     def _stage(self, plan: Plan) -> StagedWeights:
-        with self._device.copying():
-            self._target.copy_(self._source, non_blocking=True)
-        self._device.copied()()
+        self._copied[0]()  # the one before the last, as the balancer does
+        self._copied = [self._copied[1], self._device.enqueue_copies([(self._target, self._source)])]
         self.done += 1
         if self._pause is not None:
             self._rest.wait(self._pause)

@@ -108,14 +108,19 @@ class Stack:
         for _ in range(3):
             self.eager()
         self.balancer.device.settle()
-        with self.balancer.capturing():
-            self.graph = self.balancer.device.capture(self.forward)
+        self.graph = self.captured()
 
-    def replay(self) -> None:
+    def captured(self) -> Captured[Tensor]:
+        """The iteration captured anew, into memory of its own."""
+        with self.balancer.capturing():
+            return self.balancer.device.capture(self.forward)
+
+    def replay(self, graph: Captured[Tensor] | None = None) -> None:
         """Enqueue one iteration."""
-        assert self.graph is not None
+        graph = graph or self.graph
+        assert graph is not None
         with MoeLoadBalancerIterContext(self.balancer):
-            self.graph.replay()
+            graph.replay()
             self.balancer.replayed()
 
     def updating(self, on: bool) -> None:
