@@ -21,8 +21,6 @@ _DRIVER_FOR_CUDA = {"13": 580, "12": 525}
 """The oldest driver branch that each major version of CUDA runs on."""
 _BAD_CUPTI = "13.0.48"
 _GOOD_CUPTI = "13.0.85"
-_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-_DEFAULT_CONNECTIONS = 8
 _SMALL_LOCK = 1 << 30
 
 
@@ -148,18 +146,20 @@ def _nvshmem(probes: Probes) -> Finding:
 
 def _connections(probes: Probes) -> Finding:
     from moe_eplb.core.events import STREAMS
+    from moe_eplb.device.environment import CONNECTIONS, ENOUGH_CONNECTIONS
 
-    value = probes.variable(_CONNECTIONS)
+    value = probes.variable(CONNECTIONS)
     # The communicators of dispatch and of statistics have one each; the last of ours is for `overlap: before` alone.
     needed = len(STREAMS) - 1 + 2
-    if value and not value.isdecimal():
-        return Finding(_CONNECTIONS, "warning", value, "it is no number and is not obeyed", f"export {_CONNECTIONS}=32")
-    count = int(value) if value else _DEFAULT_CONNECTIONS
-    found = value or f"not set: {_DEFAULT_CONNECTIONS}"
-    if count < needed:
-        cost = f"{needed} streams share {count} hardware queues: one that waits blocks another that could run"
-        return Finding(_CONNECTIONS, "warning", found, cost, f"export {_CONNECTIONS}=32")
-    return Finding(_CONNECTIONS, "ok", found)
+    fix = f"unset {CONNECTIONS}: ranks then ask for {ENOUGH_CONNECTIONS}"
+    if not value:
+        return Finding(CONNECTIONS, "ok", f"not set: ranks ask for {ENOUGH_CONNECTIONS}")
+    if not value.isdecimal():
+        return Finding(CONNECTIONS, "warning", value, "it is no number and is not obeyed", fix)
+    if int(value) < needed:
+        cost = f"{needed} streams share {value} hardware queues: one that waits blocks another that could run"
+        return Finding(CONNECTIONS, "warning", value, cost, fix)
+    return Finding(CONNECTIONS, "ok", value)
 
 
 def _lockable(probes: Probes) -> Finding:

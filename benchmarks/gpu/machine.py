@@ -13,12 +13,13 @@ import torch
 __all__ = ["machine"]
 
 
-def machine(module: str) -> dict[str, Any]:
-    """Command, GPU, driver and versions, for a benchmark that was started as a module."""
+def machine(module: str, ranks: int = 1) -> dict[str, Any]:
+    """Command, GPU, driver and versions, for a benchmark that was started as a module, in so many ranks by torchrun."""
     import triton
 
+    program = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*program, "-m", module, *sys.argv[1:]]),
         "gpu": torch.cuda.get_device_name(),
         "driver": _driver(),
         "torch": torch.__version__,

@@ -1,16 +1,18 @@
-"""A few MoE layers on one GPU, captured into a graph, with a balancer that idles or moves experts."""
+"""A few MoE layers on one GPU or several, captured into a graph, with a balancer that idles or moves experts."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.layer_cases import Case
+from benchmarks.gpu.ranks import ALONE, Ranks
 from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, MoeLoadBalancerIterContext
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
@@ -44,7 +46,9 @@ class Moves(NullProbe):
 
 @dataclass(frozen=True, slots=True)
 class TurningPlans(Planning):
-    """Plans that exchange the experts of `count` slots, others each time, whatever the load: moves that never end."""
+    """Plans that exchange the experts of `count` slots of each rank, others each time, whatever the load: moves that
+    never end. Of several ranks each gets all of its experts from the one before it.
+    """
 
     count: int = 1
 
@@ -54,11 +58,11 @@ class TurningPlans(Planning):
 
         def plan(load: np.ndarray, current: Placement) -> Plan:
             nonlocal begin
-            slots = current.slot_to_expert.copy()
-            chosen = (begin + np.arange(self.count)) % len(slots)
+            by_rank = current.slot_to_expert.reshape(current.ranks, -1).copy()
+            chosen = (begin + np.arange(self.count)) % by_rank.shape[1]
             begin += self.count
-            slots[chosen] = np.roll(slots[chosen], 1)
-            placement = Placement(current.ranks, current.experts, slots)
+            by_rank[:, chosen] = np.roll(by_rank[:, chosen], 1, axis=0 if current.ranks > 1 else 1)
+            placement = Placement(current.ranks, current.experts, by_rank.ravel())
             return Plan(placement, placement.changed_slots(current), placement.rank_load(load))
 
         return plan
@@ -81,6 +85,7 @@ class Stack:
 
     Attributes:
         x: Hidden states [T, D] that enter, `logits` float32 [L, T, E] the router's, both read anew by each replay.
+        tokens: T of each rank.
         graph: All layers, captured; there after `capture`.
     """
 
@@ -89,13 +94,14 @@ class Stack:
     x: Tensor
     logits: Tensor
     moves: Moves
+    tokens: list[int]
     graph: Captured[Tensor] | None = None
 
     def forward(self) -> Tensor:
         """Hidden states [T, D] that leave."""
         x = self.x
         for layer, logits in zip(self.layers, self.logits, strict=True):
-            x = x + layer(torch.nn.functional.rms_norm(x, x.shape[-1:]), logits, [len(x)])
+            x = x + layer(torch.nn.functional.rms_norm(x, x.shape[-1:]), logits, self.tokens)
         return x
 
     def eager(self) -> Tensor:
@@ -133,13 +139,22 @@ class Stack:
         self.balancer.collect()
 
 
-def build(case: Case, layers: int, device: Device, *, updates: int, slots: int, options: BalancerOptions) -> Stack:
-    """Layers of one rank with random weights in bf16, alike for equal cases; `updates` 0 routes statically."""
-    moves = Moves()
-    balancer = MoeLoadBalancer(0, 1, updates, device=device, options=options, probe=moves)
+def build(
+    case: Case, layers: int, device: Device, *, updates: int, slots: int, options: BalancerOptions,
+    ranks: Ranks = ALONE, statistics: Literal["local_ids", "global_ids"] = "local_ids",
+) -> Stack:  # fmt: skip
+    """This rank's layers with random weights in bf16, alike for equal cases; `updates` 0 routes statically.
+
+    Each rank has `case.tokens` tokens of its own; `slots` are those of all ranks.
+    """
+    moves, groups = Moves(), ranks.groups
+    balancer = MoeLoadBalancer(
+        ranks.rank, ranks.size, updates, device=device, group=groups.setup, options=options, probe=moves
+    )
     kinds = (AuxStreamType.MoeShared, AuxStreamType.MoeChunkingOverlap, AuxStreamType.MoeBalancer)
     streams = {kind: device.stream(kind) for kind in kinds}
-    generator = torch.Generator(device.torch_device).manual_seed(1)
+    place = device.torch_device
+    generator = torch.Generator(place).manual_seed(1)
     shape = MoeShape(case.experts, case.top_k, case.hidden, case.intermediate, torch.bfloat16)
     made = []
     with contextlib.ExitStack() as stack, torch.inference_mode():
@@ -147,15 +162,16 @@ def build(case: Case, layers: int, device: Device, *, updates: int, slots: int, 
         for _ in range(layers):
             layer = WideEPMoE(
                 DefaultMoeRoutingMethod(case.top_k), shape, device, num_slots=slots, aux_stream_dict=streams,
-                statistics="local_ids",
+                ep_group=groups.model, statistics_group=groups.statistics, dispatch="allgather", statistics=statistics,
             )  # fmt: skip
             layer.load_weights(_weights(case, generator))
             made.append(layer)
         balancer.finalize_model()
         balancer.set_iter_info(updates > 0, False)
-        x = torch.randn(case.tokens, case.hidden, generator=generator, device=device.torch_device).to(torch.bfloat16)
-        logits = torch.randn(layers, case.tokens, case.experts, generator=generator, device=device.torch_device)
-    return Stack(balancer, made, x, logits, moves)
+        generator.manual_seed(2 + ranks.rank)
+        x = torch.randn(case.tokens, case.hidden, generator=generator, device=place).to(torch.bfloat16)
+        logits = torch.randn(layers, case.tokens, case.experts, generator=generator, device=place)
+    return Stack(balancer, made, x, logits, moves, [case.tokens] * ranks.size)
 
 
 def _weights(case: Case, generator: torch.Generator) -> Callable[[int], dict[str, Tensor]]:

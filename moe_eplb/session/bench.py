@@ -32,12 +32,10 @@ def run_bench(
 
     Rounds go forward and backward in turn (A B B A ...): what drifts meets each variant equally often, early and late.
     """
-    if timing.rehearsal:
-        with contextlib.ExitStack() as stack, torch.inference_mode():
-            for scenario in variants:
-                _Variant(scenario, rank, groups, stack).time(Timing(1, timing.rehearsal, 0))
+    weights = _rehearse(variants, timing, rank, groups) if timing.rehearsal else []
     with contextlib.ExitStack() as stack, torch.inference_mode():
         running = [_Variant(scenario, rank, groups, stack) for scenario in variants]
+        weights.clear()
         samples: list[list[list[float]]] = [[] for _ in variants]
         for index in range(timing.rounds):
             for number in _order(len(variants), index):
@@ -45,6 +43,17 @@ def run_bench(
             on_step(index + 1, timing.rounds)
         found = {"samples_ms": samples, "device": _described(running[0].device.torch_device)}
         samples_path(folder, rank).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _rehearse(variants: Sequence[Scenario], timing: Timing, rank: int, groups: Groups) -> list[object]:
+    """Run models of their own, so that kernels are loaded; returns their weights, which need not be drawn again."""
+    weights: list[object] = []
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for scenario in variants:
+            variant = _Variant(scenario, rank, groups, stack)
+            variant.time(Timing(1, timing.rehearsal, 0))
+            weights += variant.masters
+    return weights
 
 
 def _order(count: int, index: int) -> Iterator[int]:
@@ -75,10 +84,20 @@ class _Variant:
                 self._balancer.set_warm_up_iter_count(scenario.balancer.warm_up)
         self._groups, self._done = groups, 0
 
+    @property
+    def masters(self) -> Sequence[object]:
+        """What the model's weights were drawn as."""
+        return self._model.masters
+
     def time(self, timing: Timing) -> list[float]:
-        """Milliseconds of some steps, after others that are not counted; all ranks begin together."""
+        """Milliseconds of some steps, after others that are not counted; all ranks begin together.
+
+        Steps follow each other without a pause, as in serving: a device that had to wait for each step's inputs would
+        begin each of them at rest.
+        """
         for _ in range(timing.warm_up):
             self._step()
+        self._model.prefetch(range(self._done, self._done + timing.steps))
         self.device.synchronize()
         if self._groups.checks is not None:
             dist.barrier(self._groups.checks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class GeneratingModel:
         self._next = self._prompts
         self._cache: Any = None
         self._generated: list[Tensor] = []
+
+    def prefetch(self, iterations: Iterable[int]) -> None:
+        """Nothing is drawn: each iteration goes on from what the one before has said."""
 
     def load(self, iteration: int) -> Callable[[], Tensor]:
         """See `Model`; the forward gives the next token of every sequence, int64 [B]."""

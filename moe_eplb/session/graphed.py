@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -41,6 +41,10 @@ class GraphedStack:
     def masters(self) -> Sequence[Master]:
         """See `Model`."""
         return self._stack.masters
+
+    def prefetch(self, iterations: Iterable[int]) -> None:
+        """See `Model`."""
+        self._stack.prefetch(iterations)
 
     def load(self, iteration: int) -> Callable[[], Tensor]:
         """See `Model`. Here, between two iterations, graphs are captured."""

@@ -1,9 +1,14 @@
-"""Process groups: the model's, the balancer's and the checks' collectives never share one."""
+"""Process groups: the model's, the balancer's and the checks' collectives never share one.
+
+The statistics' has one channel where it is NCCL's: a sum of a few kilobytes needs no more, and each further one takes a
+multiprocessor from the model's work beside it.
+"""
 
 from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -41,8 +46,20 @@ class GroupsBySize:
         return self._made[size, fast]
 
     def _make(self, size: int, fast: str) -> Groups:
-        model, statistics, setup, checks = (
-            dist.new_group(list(range(size)), timeout=self._timeout, backend=backend)
-            for backend in (fast, fast, "gloo", "gloo")
-        )
-        return Groups(model, statistics, setup, checks)
+        wanted = {
+            "model": (fast, None),
+            "statistics": (fast, self._one_channel() if fast == "nccl" else None),
+            "setup": ("gloo", None),
+            "checks": ("gloo", None),
+        }
+        made = {
+            name: dist.new_group(list(range(size)), timeout=self._timeout, backend=backend, pg_options=options)
+            for name, (backend, options) in wanted.items()
+        }
+        return Groups(**made)
+
+    def _one_channel(self) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.min_ctas = options.config.max_ctas = 1
+        options._timeout = self._timeout
+        return options

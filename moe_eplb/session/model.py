@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -28,6 +28,9 @@ class Model(Protocol):
     @property
     def masters(self) -> Sequence[Master]:
         """For each block."""
+
+    def prefetch(self, iterations: Iterable[int]) -> None:
+        """Draw the tokens of coming iterations now, so that `load` of them takes no time."""
 
     def load(self, iteration: int) -> Callable[[], Tensor]:
         """Prepare this rank's tokens of an iteration, before it begins; what is returned runs one forward on them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class MoeStack:
 
     def __init__(self, scenario: Scenario, rank: int, device: Device, groups: Groups) -> None:
         self._scenario, self._rank, self._device = scenario, rank, device
+        self._ahead: dict[int, Inputs] = {}
         maker = FamilyBlocks(scenario, device) if scenario.model.hf is not None else PlainBlocks(scenario, device)
         self.blocks: list[MoeBlock] = []
         for layer in range(scenario.model.layers):
@@ -59,8 +60,15 @@ class MoeStack:
         """See `Model`."""
         return partial(self.forward, self.inputs(iteration))
 
+    def prefetch(self, iterations: Iterable[int]) -> None:
+        """See `Model`."""
+        self._ahead = {iteration: self._drawn(iteration) for iteration in iterations}
+
     def inputs(self, iteration: int) -> Inputs:
-        """This rank's inputs of an iteration."""
+        """This rank's inputs of an iteration; for those that were drawn ahead, once."""
+        return self._ahead.pop(iteration, None) or self._drawn(iteration)
+
+    def _drawn(self, iteration: int) -> Inputs:
         tokens = tuple(workload.tokens(self._scenario, iteration, rank) for rank in range(self._scenario.ranks))
         return Inputs(self._input(iteration, tokens[self._rank]), tokens, self._ids(iteration))
 

@@ -37,6 +37,7 @@ def run_joined(
     import torch.distributed as dist
 
     from moe_eplb.device import require_devices
+    from moe_eplb.device.environment import prepare_process
     from moe_eplb.session.groups import GroupsBySize
     from moe_eplb.session.rank import run_rank
 
@@ -49,6 +50,7 @@ def run_joined(
             hint=f"use --nproc-per-node {scenario.ranks}, or --ranks {size}",
         )  # fmt: skip
     torch.set_num_threads(1)
+    prepare_process()
     timeout = datetime.timedelta(seconds=scenario.timeout_s)
     dist.init_process_group("gloo", timeout=timeout)
     try:

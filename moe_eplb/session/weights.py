@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -51,16 +52,27 @@ class MasterWeights:
 
     @classmethod
     def of(cls, scenario: Scenario, layer: int) -> MasterWeights:
-        """The weights of a scenario's layer."""
+        """The weights of a scenario's layer; models that live at the same time share them."""
         model = scenario.model
-        return cls(
-            scenario.seed, layer, experts=model.experts, hidden=model.hidden, intermediate=model.intermediate,
-            shared=model.shared_intermediate, dtype=expert_dtype(model.dtype),
+        key = (
+            scenario.seed, layer, model.experts, model.hidden, model.intermediate, model.shared_intermediate,
+            model.dtype,
         )  # fmt: skip
+        found = _ALIVE.get(key)
+        if found is None:
+            found = _ALIVE[key] = cls(
+                scenario.seed, layer, experts=model.experts, hidden=model.hidden, intermediate=model.intermediate,
+                shared=model.shared_intermediate, dtype=expert_dtype(model.dtype),
+            )  # fmt: skip
+        return found
 
     def __call__(self, expert: int) -> Mapping[str, Tensor]:
         """The tensors of one expert by name; callers must not write to them."""
         return {name: tensor[expert] for name, tensor in self._experts.items()}
+
+
+_ALIVE: weakref.WeakValueDictionary[tuple[object, ...], MasterWeights] = weakref.WeakValueDictionary()
+"""By what they are drawn from."""
 
 
 def _drawn(generator: torch.Generator, experts: int, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import EplbError, RunFailed
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.device import require_devices
+from moe_eplb.device.environment import prepare_process
 from moe_eplb.session.bench import run_bench
 from moe_eplb.session.groups import Groups, GroupsBySize
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
@@ -32,6 +33,7 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
     """Serve jobs until the parent says stop or is gone."""
     threading.Thread(target=_end_with_parent, name="moe_eplb-parent-watch", daemon=True).start()
     torch.set_num_threads(1)
+    prepare_process()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         # By descriptor: where the path is gone, torch looks for it for minutes and lets no other thread run meanwhile.

@@ -1,0 +1,116 @@
+"""What share of the time that imbalance costs the balancer wins back on two GPUs.
+
+    python -m benchmarks.gpu.gain --out FILE.json
+
+`eplbctl bench --gain` on Qwen3-30B's layers in prefill, 10 % more slots than experts, for several workloads. At the
+start experts lie in order of their loads, so that the hottest are neighbours and one rank has them all. Plans, moves
+and the balancer's warm-up are inside the clock. Exit 2 where there are no two GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import yaml
+from tabulate import tabulate
+
+from benchmarks.gpu.machine import machine
+from benchmarks.gpu.timing import ceilings
+from moe_eplb.core import scenario as scenarios
+from moe_eplb.core.workload import expert_weights
+
+__all__ = ["main"]
+
+_ASKED, _COST = 0.90, 1.3
+_EXPERTS, _SLOTS, _RANKS, _LAYERS = 128, 142, 2, 2
+_WORKLOADS: dict[str, dict[str, Any]] = {
+    "zipf": {"kind": "zipf", "skew": 1.0},
+    "hot": {"kind": "hot", "hot_experts": 8, "hot_share": 0.6},
+    "drifting": {"kind": "zipf", "skew": 1.0, "drift_every": 50},
+}
+
+
+def _scenario(name: str, tokens: int) -> dict[str, Any]:
+    return {
+        "name": f"gain_{name}", "ranks": _RANKS, "iterations": 100_000, "timeout_s": 500, "device": "cuda",
+        "execution": "graph", "dispatch": "allgather",
+        "model": {
+            "layers": _LAYERS, "experts": _EXPERTS, "top_k": 8, "hidden": 2048, "intermediate": 768,
+            "dtype": "bfloat16",
+        },
+        "workload": {**_WORKLOADS[name], "tokens_per_rank": tokens},
+        "balancer": {
+            "num_slots": _SLOTS, "layer_updates_per_iter": _LAYERS, "empty_group": "never", "state": "device",
+            "weights_from": "peer", "policy": "incremental", "warm_up": 2,
+        },
+    }  # fmt: skip
+
+
+def _adjacent(text: Mapping[str, Any]) -> dict[int, list[int]]:
+    """The expert of each slot, hottest first, by layer; the last slots hold replicas of the coldest."""
+    scenario = scenarios.loads(yaml.safe_dump(dict(text)), "gain.yaml")
+    found = {}
+    for layer in range(_LAYERS):
+        order = np.argsort(-expert_weights(scenario, 0, layer), kind="stable").tolist()
+        found[layer] = order + order[: -(_SLOTS - _EXPERTS) - 1 : -1]
+    return found
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of each rank.")
+@click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True)
+@click.option("--steps", type=click.IntRange(min=2), default=25, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(_WORKLOADS)), help="Only these workloads.")
+def main(out: Path, tokens: int, rounds: int, steps: int, only: Sequence[str]) -> None:
+    """Measure the gain for each workload."""
+    if torch.cuda.device_count() < _RANKS:
+        click.echo(f"{_RANKS} GPUs are needed: nothing was timed", err=True)
+        raise SystemExit(2)
+    result = {**machine("benchmarks.gpu.gain"), "asked": _ASKED, "ceilings": ceilings(), "workloads": {}}
+    torch.cuda.empty_cache()
+    for name in only or _WORKLOADS:
+        found = _gain(name, tokens, rounds, steps)
+        result["workloads"][name] = found | {"reached": found["gain"]["tells"] and found["gain"]["share"] >= _ASKED}
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _print(result["workloads"])
+
+
+def _gain(name: str, tokens: int, rounds: int, steps: int) -> dict[str, Any]:
+    text = _scenario(name, tokens)
+    text["balancer"]["initial_global_assignments"] = _adjacent(text)
+    with tempfile.TemporaryDirectory(prefix="moe_eplb_gain_") as folder:
+        path, found = Path(folder) / f"gain_{name}.yaml", Path(folder) / "gain.json"
+        path.write_text(yaml.safe_dump(text, default_flow_style=None), encoding="utf-8")
+        command = [
+            sys.executable, "-m", "eplbctl", "bench", str(path), "--gain", "--rounds", str(rounds), "--steps",
+            str(steps), "--format", "json", "-o", str(found),
+        ]  # fmt: skip
+        done = subprocess.run(command, timeout=550, check=False)
+        if done.returncode not in (0, 3):
+            raise SystemExit(done.returncode)
+        answer: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return answer
+
+
+def _print(workloads: Mapping[str, Any]) -> None:
+    rows = [
+        [name, g["static_ms"], g["dynamic_ms"], g["balanced_ms"], g["cost"], g["share"], g["low"], g["high"],
+         "yes" if found["reached"] else "no" if g["tells"] else f"imbalance costs less than {_COST}"]
+        for name, found in workloads.items() for g in [found["gain"]]
+    ]  # fmt: skip
+    heads = ["workload", "static ms", "dynamic", "balanced", "cost", "gain", "low", "high", f"at least {_ASKED}"]
+    click.echo(tabulate(rows, headers=heads, floatfmt=".3f"))
+
+
+if __name__ == "__main__":
+    main()
