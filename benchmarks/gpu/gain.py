@@ -50,7 +50,7 @@ def _scenario(name: str, tokens: int) -> dict[str, Any]:
         "workload": {**_WORKLOADS[name], "tokens_per_rank": tokens},
         "balancer": {
             "num_slots": _SLOTS, "layer_updates_per_iter": _LAYERS, "empty_group": "never", "state": "device",
-            "weights_from": "peer", "policy": "incremental", "warm_up": 2,
+            "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 2,
         },
     }  # fmt: skip
 

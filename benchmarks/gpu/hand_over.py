@@ -40,6 +40,7 @@ __all__ = ["main"]
 _SMALL = Case("small", 64, 16, 256, 128, 2)
 _LAYERS, _FORCED = 2, 2
 _BOUND_S = 1.0
+_DELAY = 2
 
 
 @click.command()
@@ -53,7 +54,7 @@ def main(out: Path, replays: int) -> None:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "hand_over": partial(hand_over, sleeps=True), "hand_over_awake": partial(hand_over, sleeps=False),
         "launch_rate": launch_rate, "bounded": partial(endless, replays, run_ahead=4),
-        "unbounded": partial(endless, max(100, replays // 20), run_ahead=8192),
+        "unbounded": partial(endless, max(100, replays // 20), run_ahead=8192, limited=False),
     }  # fmt: skip
     result: dict[str, Any] = machine("benchmarks.gpu.hand_over")
     for name, part in parts.items():
@@ -197,8 +198,13 @@ class Busy:
         return StagedWeights()
 
 
-def endless(replays: int, *, run_ahead: int) -> dict[str, Any]:
-    """Replays with moves in every one, by a thread that never synchronises."""
+def endless(replays: int, *, run_ahead: int, limited: bool = True) -> dict[str, Any]:
+    """Replays with moves in every one, by a thread that never synchronises.
+
+    Args:
+        replays, run_ahead: How many, and how many the host may be ahead of the device.
+        limited: Whether the host waits for the plans that the device is going to wait for.
+    """
     device = CudaDevice(NullSink())
     options = ForcedOptions(
         resident=True,
@@ -207,9 +213,15 @@ def endless(replays: int, *, run_ahead: int) -> dict[str, Any]:
         run_ahead=run_ahead,
         update_timeout_s=_BOUND_S,
         empty_group="never",
+        commit_delay=_DELAY,
     )
-    stacks = [build(_SMALL, _LAYERS, device, updates=updates, slots=20, options=options) for updates in (0, _LAYERS)]
+    updates = _LAYERS // _DELAY
+    stacks = [build(_SMALL, _LAYERS, device, updates=each, slots=20, options=options) for each in (0, updates)]
     static, moving = stacks
+    resident = moving.balancer._resident
+    assert resident is not None
+    if not limited:
+        resident.await_plan = lambda update: None  # type: ignore[method-assign]
     try:
         for stack in stacks:
             stack.capture()
@@ -223,16 +235,15 @@ def endless(replays: int, *, run_ahead: int) -> dict[str, Any]:
         static.replay()
         torch.cuda.current_stream().synchronize()
         differs = not torch.equal(static.graph.result, moving.graph.result)  # type: ignore[union-attr]
-        resident = moving.balancer._resident
-        waits = 0 if resident is None else resident.run_ahead_waits
     finally:
         for stack in stacks:
             stack.balancer.shutdown()
     counted = moving.moves
     return {
-        "replays": replays, "run_ahead": run_ahead, "launch_s": launched, "total_s": took, "run_ahead_waits": waits,
-        "commits": counted.commits, "slots_moved": counted.slots, "drops": counted.drops,
-        "longest_wait_s": max(counted.stalls, default=0.0), "bound_s": _BOUND_S, "differs": differs,
+        "replays": replays, "run_ahead": run_ahead, "limited": limited, "launch_s": launched, "total_s": took,
+        "run_ahead_waits": resident.run_ahead_waits, "plan_waits": resident.plan_waits, "commits": counted.commits,
+        "slots_moved": counted.slots, "drops": counted.drops, "longest_wait_s": max(counted.stalls, default=0.0),
+        "bound_s": _BOUND_S, "differs": differs,
     }  # fmt: skip
 
 

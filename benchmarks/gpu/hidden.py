@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.gpu.hidden --out FILE.json
 
-The torch profiler records replays of static routing, then of layers whose experts move, of each of which `--slots` on
-each rank in every step. `moe_eplb.analysis` tells what each kernel is and what hides it. What the main stream loses is
+The torch profiler records replays of static routing, then of layers whose experts move, `--slots` of a layer on each
+rank in every other step. `moe_eplb.analysis` tells what each kernel is and what hides it. What the main stream loses is
 taken twice: from the trace, as its idle time beyond that of static routing, and without a profiler, as the difference
 of step times of the two in turns. Exit 2 where there is no GPU.
 """
@@ -53,6 +53,8 @@ _ASKED = 0.95
 _BALANCER = (Role.EPLB_STATISTIC, Role.EPLB_ALLREDUCE, Role.EPLB_SIGNAL, Role.EPLB_MIGRATE)
 _BLOCK = 9
 _WARM_UP = 6
+_DELAY = 2
+"""Iterations from hand-over to commit; in each so large a part of the layers hands over."""
 
 
 @click.command()
@@ -100,7 +102,8 @@ def _measure(
     gc.collect()
     torch.cuda.empty_cache()
     return {
-        "case": shape.case.name, "layers": shape.layers, "slots_moved_per_layer_and_step": slots, "steps": steps,
+        "case": shape.case.name, "layers": shape.layers, "slots_moved_per_layer": slots,
+        "commit_delay": _DELAY, "steps": steps,
         "commits": counted.commits, "drops": counted.drops, "waits": len(counted.stalls),
         **summary([found for found in seen if isinstance(found, dict)], samples), "ranks_seen": seen,
         "samples_ms": samples,
@@ -109,12 +112,14 @@ def _measure(
 
 def _stack(shape: Shape, ranks: Ranks, slots: int, source: Literal["host", "peer"] | None) -> Stack:
     options = ForcedOptions(
-        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source or "host"
-    )
-    return build(
-        shape.case, shape.layers, CudaDevice(NullSink(), index=ranks.rank), updates=shape.layers if source else 0,
-        slots=shape.case.experts, options=options, ranks=ranks,
+        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source or "host",
+        commit_delay=_DELAY,
     )  # fmt: skip
+    device = CudaDevice(NullSink(), index=ranks.rank)
+    updates = shape.layers // _DELAY if source else 0
+    return build(
+        shape.case, shape.layers, device, updates=updates, slots=shape.case.experts, options=options, ranks=ranks
+    )
 
 
 def _traced(variants: Mapping[str, Callable[[], None]], steps: int, ranks: Ranks, keep: Path | None) -> dict[str, Any]:

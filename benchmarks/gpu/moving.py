@@ -1,11 +1,11 @@
-"""Steps of four MoE layers on one GPU, or on several, while experts move in every one of them.
+"""Steps of four MoE layers on one GPU, or on several, while experts of every other layer move.
 
     python -m benchmarks.gpu.moving --out FILE.json
     torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --slots 60 --out FILE.json
 
 On one GPU weights come from host memory, on several each expert comes from the GPU before. Four variants in turns, in
-blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy
-of as many bytes a step; a balancer that idles; a balancer that moves experts in every layer and step. All replay CUDA
+blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy of as many bytes a step; a
+balancer that idles; a balancer that moves experts in every step, those of a layer in every other one. All replay CUDA
 graphs. A step's time is its slowest rank's. The outputs of the moving layers are compared with the static ones' after
 each round of blocks. Exit 2 where there is no GPU, 1 where outputs differ.
 """
@@ -38,6 +38,8 @@ __all__ = ["main", "summary"]
 
 _CASE = "qwen3-30b, 8192 tokens"
 _LAYERS = 4
+_UPDATES, _DELAY = 2, 2
+"""Every other layer hands over in an iteration; a layer is free again two iterations later."""
 _FILL = 5
 _ASKED = {"p99_to_plain_copy": 1.02, "median_to_idle": 1.01, "of_link": 0.70}
 _OF_PLAIN_COPY = {"host": 0.95, "peer": 0.90}
@@ -64,7 +66,7 @@ class TimedCopies(CudaDevice):
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 @click.option("--steps", type=click.IntRange(min=200), default=2000, show_default=True, help="Steps of each variant.")
 @click.option("--block", type=click.IntRange(min=10), default=100, show_default=True, help="Steps without a change.")
-@click.option("--slots", type=click.IntRange(min=2), default=7, show_default=True, help="Slots that move in a layer.")
+@click.option("--slots", type=click.IntRange(min=2), default=14, show_default=True, help="Slots that move in a layer.")
 def main(out: Path, steps: int, block: int, slots: int) -> None:
     """Time steps while experts move."""
     if not torch.cuda.is_available():
@@ -91,7 +93,7 @@ def _measure(ranks: Ranks, steps: int, block: int, slots: int) -> dict[str, Any]
     held = case.experts if ranks.size > 1 else case.experts + case.experts // 16
     static, moving = (
         build(case, _LAYERS, device, updates=updates, slots=held, options=options, ranks=ranks)
-        for updates in (0, _LAYERS)
+        for updates in (0, _UPDATES)
     )
     try:
         for stack in (static, moving):
@@ -108,9 +110,10 @@ def _measure(ranks: Ranks, steps: int, block: int, slots: int) -> dict[str, Any]
     step_bytes = counted.bytes / (steps * (1 + _FILL / block))
     return {
         "case": _CASE, "layers": _LAYERS, "ranks": ranks.size, "weights_from": source,
-        "slots_moved_per_layer_and_step": slots, "block": block,
-        "bytes_per_step": plain.bytes_of_layer * _LAYERS, "commits": counted.commits, "slots_moved": counted.slots,
-        "bytes_moved": counted.bytes, "drops": counted.drops, "waits_ms": sorted(counted.stalls)[-20:],
+        "layers_per_step": _UPDATES, "commit_delay": _DELAY,
+        "slots_moved_per_layer": slots, "block": block,
+        "bytes_per_step": plain.bytes_of_layer * _UPDATES, "commits": counted.commits, "slots_moved": counted.slots,
+        "bytes_moved": counted.bytes, "drops": counted.drops, "waits_s": sorted(counted.stalls)[-20:],
         "waits": len(counted.stalls), "outputs_differ": any(ranks.all(differ)), "plain_copy_gb_per_s": alone,
         "plain_copy_beside_compute_gb_per_s": beside,
         "staged_gb_per_s": staged, **summary(samples, step_bytes, alone, beside, staged, limit),
@@ -137,10 +140,10 @@ class PlainCopies:
         self.bytes_of_layer = sum(source.numel() * source.element_size() for _, source in self._pairs)
 
     def enqueue(self) -> None:
-        """A layer's copies for each of the layers, once the current stream has come here."""
+        """A layer's copies for each layer that moves, once the current stream has come here."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(_LAYERS):
+            for _ in range(_UPDATES):
                 self._timed_copy()
 
     def beside(self) -> float:

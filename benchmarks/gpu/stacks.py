@@ -125,9 +125,8 @@ class Stack:
         """Enqueue one iteration."""
         graph = graph or self.graph
         assert graph is not None
-        with MoeLoadBalancerIterContext(self.balancer):
+        with MoeLoadBalancerIterContext(self.balancer), self.balancer.replaying():
             graph.replay()
-            self.balancer.replayed()
 
     def updating(self, on: bool) -> None:
         """Let experts move in the coming iterations, or not."""

@@ -285,10 +285,18 @@ class MoeLoadBalancer:
         finally:
             self._iter = before
 
-    def replayed(self) -> None:
-        """A graph of all layers of this iteration has been enqueued; called in place of the forward."""
-        for layer in self.layers:
-            self.enter_layer(layer.layer_idx)
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """A graph of all layers is launched inside, in place of this iteration's forward.
+
+        Waits first for the plans on which the device votes in it. With `commit_delay` 1 that of the first layer is made
+        from what the graph itself hands over; with 2 the host need not wait for the iteration before to end.
+        """
+        for layer in self._residents():
+            layer.await_plan(self.iter_id + (layer.layer_idx == 0))
+        yield
+        for each in self.layers:
+            self.enter_layer(each.layer_idx)
         for index in self._group_now:
             self.expect(index)
 

@@ -7,12 +7,12 @@ tables; a plan is taken by the device when all ranks have it. The host reads aft
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from moe_eplb.balancer.updater import Update
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import Device
 from moe_eplb.device.bell import CpuBell
@@ -34,6 +34,7 @@ class Resident:
 
     Attributes:
         run_ahead_waits: How often the host was too far ahead and waited.
+        plan_waits: How often it waited for the updater to have enqueued a plan.
         expected: How often the bell will have been rung when all that is enqueued is done.
     """
 
@@ -41,12 +42,12 @@ class Resident:
         self.model = ModelState.make(layers, device.torch_device, device.host_visible, run_ahead + 2)
         self.bell = device.new_bell(self.model.bell, awake=awake)
         self.timeout_ns = round(timeout_s * 1e9)
-        self.run_ahead_waits = 0
+        self.run_ahead_waits = self.plan_waits = 0
         self.expected = 0
-        self.publishing = threading.Lock()
         self._turns = device.host_visible((run_ahead, 2 + layers), torch.int64)
         self._read: list[Callable[[], bool] | None] = [None] * run_ahead
         self._device = device
+        self._late: Update | None = None
 
     def begin(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
         """Enqueue the row of an iteration; waits while the host is too far ahead of the device."""
@@ -61,6 +62,20 @@ class Resident:
             row[2 + layer] = 1
         self.model.turn.copy_(row, non_blocking=True)
         self._read[place] = self._device.submitted()
+
+    def await_plan(self, update: Update) -> None:
+        """Return when the copies of a plan are enqueued, before what waits for them is; at most the timeout.
+
+        The device may otherwise wait for copies that the driver does not take: launching holds the driver's lock while
+        the queue of launches is full, and it stays full while the device waits. After a wait in vain nobody waits again
+        until that update is done.
+        """
+        if update.done.is_set():
+            return
+        if self._late is not None and not self._late.done.is_set():
+            return
+        self.plan_waits += 1
+        self._late = None if update.done.wait(self.timeout_ns / 1e9) else update
 
     @property
     def wait(self) -> Callable[[int, int, int], int] | None:

@@ -181,6 +181,9 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def _vote(self) -> None:
         resident = self.resident
+        if not self._device.immediate and not self._device.capturing:
+            following = self._following
+            following.await_plan(self._device.iteration + (following.layer_idx == 0))
         control.vote(
             resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait
         )
@@ -218,6 +221,12 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             update.error = RuntimeError("the updater is dead")
             self._publisher.give_up(update.due)  # so that the device does not wait for it
             update.done.set()
+
+    def await_plan(self, due: int) -> None:
+        """What the device waits for when it votes on the plan that is due then is enqueued; see `Resident`."""
+        update = self._flying.get(due)
+        if update is not None:
+            self.resident.await_plan(update)
 
     def collect_until(self, iteration: int) -> None:
         """Take note of what the device has done with all plans due in an iteration that has ended, or before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import mmap
 import os
 import struct
@@ -25,6 +26,8 @@ from moe_eplb.recording.log_format import (
 )
 
 __all__ = ["EventLog", "LastEvent", "last_event"]
+
+_LOG = logging.getLogger(__name__)
 
 # Bound once: this runs twice a record, and attribute look-ups would be a third of its cost.
 _now = time.perf_counter_ns
@@ -189,8 +192,9 @@ class EventLog(_Rows):
                 rows = min(_RESERVED_ROWS, self._capacity - self._room)
                 try:
                     os.posix_fallocate(self._file, HEADER_BYTES + self._room * _ROW_BYTES, rows * _ROW_BYTES)
-                except OSError:  # full: what follows is dropped, counted and never part of a valid call order
+                except OSError as error:  # what follows is dropped, counted and never part of a valid call order
                     self._capacity = self._room
+                    _LOG.error("%s takes no more records: %s", self.path, error.strerror or error)
                 else:
                     self._room += rows
             return row < self._room

@@ -64,10 +64,8 @@ class GraphedStack:
         self._stack.finish(evidence)
 
     def _replay(self, graph: _Graph) -> Tensor:
-        result = graph.work.replay()
-        if self._balancer is not None:
-            self._balancer.replayed()
-        return result
+        with self._balancer.replaying() if self._balancer is not None else contextlib.nullcontext():
+            return graph.work.replay()
 
 
 class _Graph:

@@ -79,7 +79,9 @@ def test_full_shared_memory_is_told(tmp_path: Path) -> None:
 def test_a_full_disk_is_told(size: str, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     done = with_small(tmp_path / "runs", size, tmp_path, "run", scenario(tmp_path, 150))
-    assert done.returncode in (ExitCode.FAILED, ExitCode.USAGE), done.stdout + done.stderr
+    # With 2m the ranks may find no room for their records and leave enough for all else: then the order is unknown.
+    assert done.returncode in (ExitCode.FAILED, ExitCode.USAGE, ExitCode.UNKNOWN), done.stdout + done.stderr
+    assert done.returncode != ExitCode.UNKNOWN or "records dropped" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert "internal error" not in done.stderr
     assert "No space left on device" in done.stdout + done.stderr
@@ -104,7 +106,9 @@ def test_files_that_may_not_grow_are_told(tmp_path: Path) -> None:
     assert "File too large" in done.stdout
 
 
-def test_a_log_on_a_full_disk_counts_what_it_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_on_a_full_disk_counts_what_it_drops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     reserved: list[int] = []
 
     def fallocate(file: int, offset: int, length: int) -> None:
@@ -123,6 +127,9 @@ def test_a_log_on_a_full_disk_counts_what_it_drops(tmp_path: Path, monkeypatch: 
     assert tokens == [*range(20), *[-1] * 5]
     assert (header.dropped, header.closed) == (6, True)
     assert records["iteration"].tolist() == list(range(20))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'log'} takes no more records: No space left on device"
+    ]
 
 
 def test_a_log_reserves_the_disk_that_it_uses(tmp_path: Path) -> None:
