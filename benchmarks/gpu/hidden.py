@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.gpu.hidden --out FILE.json
 
 The torch profiler records replays of static routing, then of layers whose experts move, `--slots` of a layer on each
-rank in every other step. `moe_eplb.analysis` tells what each kernel is and what hides it. What the main stream loses is
+rank in every fourth step. `moe_eplb.analysis` tells what each kernel is and what hides it. What the main stream loses is
 taken twice: from the trace, as its idle time beyond that of static routing, and without a profiler, as the difference
 of step times of the two in turns. Exit 2 where there is no GPU.
 """
@@ -53,15 +53,16 @@ _ASKED = 0.95
 _BALANCER = (Role.EPLB_STATISTIC, Role.EPLB_ALLREDUCE, Role.EPLB_SIGNAL, Role.EPLB_MIGRATE)
 _BLOCK = 9
 _WARM_UP = 6
-_DELAY = 2
-"""Iterations from hand-over to commit; in each so large a part of the layers hands over."""
+_DELAY = 4
+"""Iterations from hand-over to commit, in each of which so large a part of the layers hands over: the profiler makes
+launches slow, and a host that must wait for plans would not be ahead of the device."""
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 @click.option("--steps", type=click.IntRange(min=4), default=40, show_default=True, help="Replays in the trace.")
 @click.option("--replays", type=click.IntRange(min=32), default=208, show_default=True, help="Of the step times.")
-@click.option("--slots", type=click.IntRange(min=1), default=2, show_default=True, help="Slots that move in a layer.")
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Slots that move in a layer.")
 @click.option("--only", type=click.Choice(list(SHAPES)), multiple=True, default=["prefill", "decode"])
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the first rank's traces.")
 def main(out: Path, steps: int, replays: int, slots: int, only: tuple[str, ...], keep: Path | None) -> None:

@@ -1,7 +1,7 @@
 """Steps of four MoE layers on one GPU, or on several, while experts of every other layer move.
 
     python -m benchmarks.gpu.moving --out FILE.json
-    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --slots 60 --out FILE.json
+    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --tokens 4096 --slots 44 --out FILE.json
 
 On one GPU weights come from host memory, on several each expert comes from the GPU before. Four variants in turns, in
 blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy of as many bytes a step; a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -36,7 +37,8 @@ from moe_eplb.device.cuda import CudaDevice
 
 __all__ = ["main", "summary"]
 
-_CASE = "qwen3-30b, 8192 tokens"
+_MODEL = "qwen3-30b"
+_CASE = f"{_MODEL}, 8192 tokens"
 _LAYERS = 4
 _UPDATES, _DELAY = 2, 2
 """Every other layer hands over in an iteration; a layer is free again two iterations later."""
@@ -67,14 +69,15 @@ class TimedCopies(CudaDevice):
 @click.option("--steps", type=click.IntRange(min=200), default=2000, show_default=True, help="Steps of each variant.")
 @click.option("--block", type=click.IntRange(min=10), default=100, show_default=True, help="Steps without a change.")
 @click.option("--slots", type=click.IntRange(min=2), default=14, show_default=True, help="Slots that move in a layer.")
-def main(out: Path, steps: int, block: int, slots: int) -> None:
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each rank.")
+def main(out: Path, steps: int, block: int, slots: int, tokens: int) -> None:
     """Time steps while experts move."""
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
         raise SystemExit(2)
     with torch.inference_mode(), joined() as ranks:
         measured = ceilings()
-        found = _measure(ranks, steps, block, slots)
+        found = _measure(ranks, steps, block, slots, tokens)
         result = {**machine("benchmarks.gpu.moving", ranks.size), "ceilings": measured, **found}
         if ranks.rank == 0:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -84,8 +87,8 @@ def main(out: Path, steps: int, block: int, slots: int) -> None:
         raise SystemExit(1)
 
 
-def _measure(ranks: Ranks, steps: int, block: int, slots: int) -> dict[str, Any]:
-    case = next(case for case in CASES if case.name == _CASE)
+def _measure(ranks: Ranks, steps: int, block: int, slots: int, tokens: int) -> dict[str, Any]:
+    case = replace(next(case for case in CASES if case.name == _CASE), name=f"{_MODEL}, {tokens} tokens", tokens=tokens)
     device = TimedCopies(ranks.rank)
     source: Literal["host", "peer"] = "host" if ranks.size == 1 else "peer"
     options = ForcedOptions(resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source)
@@ -109,7 +112,7 @@ def _measure(ranks: Ranks, steps: int, block: int, slots: int) -> dict[str, Any]
     counted, beside, limit = moving.moves, plain.beside(), _OF_PLAIN_COPY[source]
     step_bytes = counted.bytes / (steps * (1 + _FILL / block))
     return {
-        "case": _CASE, "layers": _LAYERS, "ranks": ranks.size, "weights_from": source,
+        "case": case.name, "layers": _LAYERS, "ranks": ranks.size, "weights_from": source,
         "layers_per_step": _UPDATES, "commit_delay": _DELAY,
         "slots_moved_per_layer": slots, "block": block,
         "bytes_per_step": plain.bytes_of_layer * _UPDATES, "commits": counted.commits, "slots_moved": counted.slots,

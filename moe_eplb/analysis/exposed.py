@@ -13,7 +13,7 @@ from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.intervals import EMPTY, Intervals, intervals, subtract, union
 from moe_eplb.analysis.overlap import Pair
 from moe_eplb.analysis.ranges import Launches, RangeIndex
-from moe_eplb.analysis.work import main_streams
+from moe_eplb.analysis.work import on_main
 
 __all__ = ["Stretch", "exposed_times", "largest_exposed"]
 
@@ -51,9 +51,10 @@ def largest_exposed(
         only: Mask [N] of the GPU events that may be B; what hides them is always taken from all.
     """
     found: list[tuple[int, int, int, NDArray[np.int64]]] = []
-    for (rank, device), main in _gpus(capture).items():
+    main = on_main(capture)
+    for rank, device in _gpus(capture):
         rows = np.flatnonzero((capture.gpu["rank"] == rank) & (capture.gpu["device"] == device))
-        work, behind = _of_pair(capture.gpu[rows], pair, main)
+        work, behind = _of_pair(capture.gpu[rows], pair, main[rows])
         work = work if only is None else work & only[rows]
         times = _exposed(capture.gpu[rows], work, behind, pair)
         longest = times[np.argsort(times[:, 0] - times[:, 1], kind="stable")][:most]
@@ -70,26 +71,24 @@ def exposed_times(
     capture: Capture, pair: Pair, only: NDArray[np.bool_] | None = None
 ) -> dict[tuple[int, int], Intervals]:
     """Every exposed stretch of a pair by (rank, device), as unions; the arguments are those of `largest_exposed`."""
-    found = {}
-    for (rank, device), main in _gpus(capture).items():
+    found, main = {}, on_main(capture)
+    for rank, device in _gpus(capture):
         rows = np.flatnonzero((capture.gpu["rank"] == rank) & (capture.gpu["device"] == device))
-        work, behind = _of_pair(capture.gpu[rows], pair, main)
+        work, behind = _of_pair(capture.gpu[rows], pair, main[rows])
         found[rank, device] = _exposed(capture.gpu[rows], work if only is None else work & only[rows], behind, pair)
     return found
 
 
-def _gpus(capture: Capture) -> dict[tuple[int, int], int]:
-    mains = main_streams(capture)
-    gpu = capture.gpu
-    keys = distinct_rows([gpu["rank"], gpu["device"]])[0].tolist()
-    return {(rank, device): mains.get((rank, device), c.UNKNOWN) for rank, device in keys}
+def _gpus(capture: Capture) -> list[tuple[int, int]]:
+    keys = distinct_rows([capture.gpu["rank"], capture.gpu["device"]])[0].tolist()
+    return [(rank, device) for rank, device in keys]
 
 
-def _of_pair(gpu: Table, pair: Pair, main: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _of_pair(gpu: Table, pair: Pair, main: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     updater = gpu["kind"] == c.UPDATER_WORK
     work = np.isin(gpu["role"], role_codes(pair.hidden))
     behind = np.isin(gpu["role"], role_codes(pair.behind)) & ~updater
-    return work if pair.updater else work & ~updater, behind if pair.other_streams else behind & (gpu["stream"] == main)
+    return work if pair.updater else work & ~updater, behind if pair.other_streams else behind & main
 
 
 def _exposed(gpu: Table, work: NDArray[np.bool_], behind: NDArray[np.bool_], pair: Pair) -> Intervals:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture, role_codes
 from moe_eplb.analysis.dependencies import Dependencies
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.intervals import Intervals, grouped_length, intervals
-from moe_eplb.analysis.work import main_streams
+from moe_eplb.analysis.work import on_main, replayed
 from moe_eplb.core.events import Role
 
 __all__ = ["Stall", "main_stall"]
@@ -39,37 +38,29 @@ class Stall:
 
 
 def main_stall(capture: Capture) -> Stall | None:
-    """The stall of every rank and iteration; None when the source does not record which stream waited for which.
+    """The stall of every rank and iteration; None when the source does not record which stream waited for which, as
+    none does of what a replayed graph waits for.
 
     Args:
         capture: One with roles.
     """
     dependencies = Dependencies(capture)
-    if not dependencies.waits_recorded:
+    if not dependencies.waits_recorded or replayed(capture).any():
         return None
     gpu = capture.gpu
-    on_main = _on_main(capture)
+    main = on_main(capture)
     held, on = dependencies.waits.T
-    mine = on_main[held] & ~on_main[on] & np.isin(gpu["role"][on], _BALANCER)
+    mine = main[held] & ~main[on] & np.isin(gpu["role"][on], _BALANCER)
     held, on = held[mine], on[mine]
     before = dependencies.previous[held]
     launched = dependencies.launch_end[held]
     ready = np.where(before >= 0, np.maximum(gpu["end"][before], launched), launched)
     late = (gpu["end"][on] > ready) & (gpu["start"][held] > ready)
-    spins = np.flatnonzero(on_main & (gpu["role"] == ROLE_CODE[Role.EPLB_WAIT]))
+    spins = np.flatnonzero(main & (gpu["role"] == ROLE_CODE[Role.EPLB_WAIT]))
     return Stall(
         idle=_by_iteration(capture, held[late], intervals(ready[late], gpu["start"][held[late]])),
         spin=_by_iteration(capture, *_lasting(capture, spins)),
     )
-
-
-def _on_main(capture: Capture) -> NDArray[np.bool_]:
-    gpu = capture.gpu
-    on_main: NDArray[np.bool_] = np.zeros(len(gpu), np.bool_)
-    for (rank, device), stream in main_streams(capture).items():
-        on_main |= (gpu["rank"] == rank) & (gpu["device"] == device) & (gpu["stream"] == stream)
-    on_main &= gpu["kind"] != c.UPDATER_WORK
-    return on_main
 
 
 def _lasting(capture: Capture, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], Intervals]:

@@ -9,17 +9,19 @@ from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis import intervals
-from moe_eplb.analysis.capture import ROLE_CODE, Capture, role_codes
+from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture, role_codes
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.intervals import Intervals
+from moe_eplb.analysis.ranges import Launches
 from moe_eplb.analysis.trace import Records
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.events import KINDS, STREAMS, UPDATER, Role
 
-__all__ = ["MAIN", "Work", "main_streams", "work_of_capture", "work_of_records"]
+__all__ = ["MAIN", "Work", "main_streams", "on_main", "replayed", "work_of_capture", "work_of_records"]
 
 MAIN = STREAMS.index("Main")
 _LONGEST = 1 << 62
+_BALANCER = role_codes(role for role in ROLES if role.startswith("eplb_"))
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,44 @@ def work_of_capture(capture: Capture, main: dict[tuple[int, int], int] | None = 
         capture: Its events must have roles.
         main: The main stream by (rank, device), by default `main_streams`.
     """
-    main = main_streams(capture) if main is None else main
-    gpu = capture.gpu[capture.gpu["end"] > capture.gpu["start"]]
-    gpus, place = distinct_rows([gpu["rank"], gpu["device"]])
-    mains = [main.get((rank, device), c.UNKNOWN) for rank, device in gpus.tolist()]
+    lasted = capture.gpu["end"] > capture.gpu["start"]
+    gpu = capture.gpu[lasted]
+    _, place = distinct_rows([gpu["rank"], gpu["device"]])
     columns = {name: gpu[name].astype(np.int64) for name in ("start", "end", "stream", "rank", "layer", "iteration")}
-    updater = gpu["kind"] == c.UPDATER_WORK
-    of_place = np.array(mains, np.int64)[place]
     return Work(
-        **columns, role=gpu["role"], place=place, updater=updater,
-        main=(gpu["stream"] == of_place) & ~updater,
+        **columns, role=gpu["role"], place=place, updater=gpu["kind"] == c.UPDATER_WORK,
+        main=on_main(capture, main)[lasted],
     )  # fmt: skip
+
+
+def on_main(capture: Capture, main: dict[tuple[int, int], int] | None = None) -> NDArray[np.bool_]:
+    """Mask [N] of the GPU events on the main stream.
+
+    A device spreads a graph's nodes over streams of its own choice, whose numbers mean nothing: of a replay all that is
+    not the balancer's counts as the main stream's, that of other auxiliary streams too.
+
+    Args:
+        capture, main: See `work_of_capture`.
+    """
+    main = main_streams(capture) if main is None else main
+    gpu = capture.gpu
+    gpus, place = distinct_rows([gpu["rank"], gpu["device"]])
+    of_place = np.array([main.get((rank, device), c.UNKNOWN) for rank, device in gpus.tolist()], np.int64)[place]
+    by_role = ~np.isin(gpu["role"], _BALANCER)
+    there: NDArray[np.bool_] = np.where(replayed(capture), by_role, gpu["stream"] == of_place)
+    there &= gpu["kind"] != c.UPDATER_WORK
+    return there
+
+
+def replayed(capture: Capture) -> NDArray[np.bool_]:
+    """Mask [N] of the events of graph replays: by their node, or by the call that launched them."""
+    launching = np.array(["GraphLaunch" in name for name in capture.names], np.bool_)
+    call = Launches(capture).call
+    launched = np.zeros(len(capture.gpu), np.bool_)
+    known = call >= 0
+    launched[known] = launching[capture.calls["name"][call[known]]]
+    found: NDArray[np.bool_] = launched | (capture.gpu["graph_node"] >= 0)
+    return found
 
 
 def main_streams(capture: Capture) -> dict[tuple[int, int], int]:

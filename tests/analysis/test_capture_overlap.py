@@ -16,6 +16,7 @@ from moe_eplb.analysis.ranges import Launches
 from moe_eplb.analysis.readers.any import read_capture
 from moe_eplb.analysis.readers.records import capture_of
 from moe_eplb.analysis.roles import prepare
+from moe_eplb.analysis.stall import main_stall
 from moe_eplb.analysis.trace import read_trace
 from moe_eplb.analysis.work import main_streams, work_of_capture
 from moe_eplb.core.events import Role
@@ -180,3 +181,39 @@ def test_an_expert_parallel_trace_has_numbers_where_a_name_prefix_finds_none(tmp
     assert set(moving.by_layer()) == {0, 1, 2}
     assert set(moving.by_iteration()) == {0, 1}
     assert measure(work, PAIRS["balancer"]).whole.overlap is None
+
+
+# -- replays, whose stream numbers mean nothing ------------------------------------------------------------------------
+
+
+def _replay(*, nodes: bool) -> Capture:
+    """The model's work on streams that change within a replay, the balancer's on those and on others."""
+    made = MakeCapture()
+    work = [
+        (Role.COMPUTE, 0, 40, 7), (Role.COMM, 40, 60, 31), (Role.COMPUTE, 60, 100, 32),
+        (Role.EPLB_STATISTIC, 10, 30, 31), (Role.EPLB_ALLREDUCE, 45, 75, 7), (Role.EPLB_SIGNAL, 90, 110, 32),
+    ]  # fmt: skip
+    made.call(0, 2, 5, "cudaGraphLaunch")
+    for node, (role, start, end, stream) in enumerate(work):
+        which = {"graph_node": 1 + node} if nodes else {"correlation": 5}
+        made.gpu(role, 100 + start, 100 + end, stream, **which)
+    return made.done()
+
+
+@pytest.mark.parametrize("nodes", [True, False], ids=["told by node", "told by call"])
+def test_of_a_replay_all_the_models_work_hides_on_whatever_streams_the_device_did_it(nodes: bool) -> None:
+    capture = _replay(nodes=nodes)
+    work = work_of_capture(capture)
+    shares = {name: measure(work, PAIRS[name]).whole for name in ("statistic", "reduction", "handover")}
+    assert shares == {"statistic": Hidden(20, 20), "reduction": Hidden(30, 30), "handover": Hidden(20, 10)}
+    (stretch,) = largest_exposed(capture, PAIRS["handover"])
+    assert (stretch.start, stretch.end) == (200, 210)
+    assert main_stall(capture) is None, "what a replay waited for leaves no record"
+
+
+def test_launched_work_hides_on_the_main_stream_alone() -> None:
+    made = MakeCapture()
+    made.launched(Role.COMPUTE, 0, 10, 50)
+    made.launched(Role.COMPUTE, 2, 60, 70, 31)
+    made.launched(Role.EPLB_STATISTIC, 4, 40, 70, 20)
+    assert measure(work_of_capture(made.done()), PAIRS["statistic"]).whole == Hidden(30, 10)
