@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.gpu.hidden --out FILE.json
 
 The torch profiler records replays of static routing, then of layers whose experts move, `--slots` of a layer on each
-rank in every fourth step. `moe_eplb.analysis` tells what each kernel is and what hides it. What the main stream loses is
-taken twice: from the trace, as its idle time beyond that of static routing, and without a profiler, as the difference
-of step times of the two in turns. Exit 2 where there is no GPU.
+rank in every fourth step. `moe_eplb.analysis` tells what each kernel is and what hides it. What the main stream loses
+is taken twice: from the trace, as its idle time beyond that of static routing, and without a profiler, as the
+difference of step times of the two in turns. Exit 2 where there is no GPU.
 """
 
 from __future__ import annotations
