@@ -166,16 +166,30 @@ def test_a_plan_that_comes_too_late_is_dropped_after_one_wait_and_later_ones_wor
     assert sum(waits) < 3 * TIMEOUT_S, "and is not repeated for each plan"
 
 
-def peers(state: str) -> Scenario:
+def peers(how: str) -> Scenario:
     changes = [
-        "ranks=2", "iterations=3000", "share_gpus=true", f"balancer.state={state}", "balancer.alone=false",
-        "balancer.num_slots=24", "balancer.update_timeout_s=2",
-    ]  # fmt: skip
-    return scenarios.loads(TEXT, "failures.yaml", changes)
+        "ranks=2",
+        "iterations=3000",
+        "balancer.alone=false",
+        "balancer.num_slots=24",
+        "balancer.update_timeout_s=2",
+    ]
+    return scenarios.loads(TEXT, "failures.yaml", [*changes, *PEERS[how]])
 
 
-@pytest.mark.parametrize("state", ["host", "device"])
-def test_a_lost_peer_ends_the_run_with_its_cause_and_leaves_nothing(state: str, tmp_path: Path) -> None:
+PEERS = {
+    "host": ["share_gpus=true", "balancer.state=host"],
+    "device": ["share_gpus=true"],
+    "nccl": ["dispatch=allgather"],
+    "nccl_graph": ["dispatch=allgather", "execution=graph", "balancer.weights_from=peer"],
+}
+"""Two ranks on one GPU, and on two."""
+
+
+@pytest.mark.parametrize("how", list(PEERS))
+def test_a_lost_peer_ends_the_run_with_its_cause_and_leaves_nothing(how: str, tmp_path: Path) -> None:
+    if how.startswith("nccl") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     pool, killed_at, pids = RankPool(), list[float](), list[int]()
 
     def on_step(done: int, total: int) -> None:
@@ -185,12 +199,12 @@ def test_a_lost_peer_ends_the_run_with_its_cause_and_leaves_nothing(state: str, 
             os.kill(pids[1], signal.SIGKILL)
 
     with pool:
-        result = pool.run(peers(state), tmp_path / "run", progress=on_step)
+        result = pool.run(peers(how), tmp_path / "run", progress=on_step)
         seconds = time.monotonic() - killed_at[0]
         assert multiprocessing.active_children() == []
     assert result.exit_code is ExitCode.FAILED
     assert "rank 1 died: killed by signal 9" in result.verdict.failure
     assert "last event of rank 1: " in result.verdict.failure
     assert [segment.name for segment in list_segments() if segment.owner_pid in pids] == []
-    print(f"{state}: ended {seconds:.1f} s after the rank was killed")
+    print(f"{how}: ended {seconds:.1f} s after the rank was killed")
     assert seconds < 20
