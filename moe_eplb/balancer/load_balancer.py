@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_eplb.balancer import agreement
 from moe_eplb.balancer.host_memory import clean_segments, new_instance
 from moe_eplb.balancer.layer_update import LayerUpdate
+from moe_eplb.balancer.one_reduction import OneReductionLayer
 from moe_eplb.balancer.options import BalancerOptions
 from moe_eplb.balancer.peers import PeerCells
 from moe_eplb.balancer.resident import Resident
@@ -229,7 +230,9 @@ class MoeLoadBalancer:
     # -- what a device that holds the state has done by itself ---------------------------------------------------------
 
     def _layer_type(self) -> type[SingleLayerMoeLoadBalancer]:
-        return ResidentLayer if self.is_resident else SingleLayerMoeLoadBalancer
+        if not self.is_resident:
+            return SingleLayerMoeLoadBalancer
+        return OneReductionLayer if self.options.reduction == "iteration" else ResidentLayer
 
     @property
     def is_resident(self) -> bool:
