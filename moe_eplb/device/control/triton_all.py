@@ -92,10 +92,10 @@ def _settle_and_fold_all(
 
 
 @declares(writes=["due", "decision", "stages", "rung", "bell", "load", "handed_load", "handed"])
-@triton.jit(do_not_specialize=["layers", "experts", "delay"])
+@triton.jit(do_not_specialize=["experts", "delay"])
 def _hand_over_all(
-    turn, due, decision, stages, rung, bell, load, handed_load, handed, layers, experts, delay, block: tl.constexpr,
-    releases: tl.constexpr,
+    turn, due, decision, stages, rung, bell, load, handed_load, handed, layers: tl.constexpr, experts, delay,
+    block: tl.constexpr, releases: tl.constexpr,
 ):  # fmt: skip
     for layer in tl.range(0, layers, num_stages=1):
         _hand_over(
