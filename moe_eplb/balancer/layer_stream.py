@@ -50,9 +50,9 @@ class LayerStream:
         """Later work on the balancer stream comes after what the current stream has submitted so far."""
         self._follow(self._device.current)
 
-    def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False) -> None:
-        """Put work right behind the latest on the balancer stream."""
-        self._device.submit(self._aux, kind, self._layer, work, collective=collective)
+    def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False, a: int = 0) -> None:
+        """Put work right behind the latest on the balancer stream; `a` is its record's payload."""
+        self._device.submit(self._aux, kind, self._layer, work, collective=collective, a=a)
 
     def mark(self) -> None:
         """The next `join` waits for all work submitted so far."""

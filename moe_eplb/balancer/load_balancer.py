@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_eplb.balancer import agreement
 from moe_eplb.balancer.host_memory import clean_segments, new_instance
 from moe_eplb.balancer.layer_update import LayerUpdate
+from moe_eplb.balancer.one_reduction import OneReductionLayer
 from moe_eplb.balancer.options import BalancerOptions
 from moe_eplb.balancer.peers import PeerCells
 from moe_eplb.balancer.resident import Resident
@@ -229,7 +230,9 @@ class MoeLoadBalancer:
     # -- what a device that holds the state has done by itself ---------------------------------------------------------
 
     def _layer_type(self) -> type[SingleLayerMoeLoadBalancer]:
-        return ResidentLayer if self.is_resident else SingleLayerMoeLoadBalancer
+        if not self.is_resident:
+            return SingleLayerMoeLoadBalancer
+        return OneReductionLayer if self.options.reduction == "iteration" else ResidentLayer
 
     @property
     def is_resident(self) -> bool:
@@ -290,15 +293,21 @@ class MoeLoadBalancer:
         """A graph of all layers is launched inside, in place of this iteration's forward.
 
         Waits first for the plans on which the device votes in it. With `commit_delay` 1 that of the first layer is made
-        from what the graph itself hands over; with 2 the host need not wait for the iteration before to end.
+        from what the graph itself hands over; with 2, and 3 where there is one reduction an iteration, the host need
+        not wait for the iteration before to end.
         """
-        for layer in self._residents():
-            layer.await_plan(self.iter_id + (layer.layer_idx == 0))
+        self.await_plans()
         yield
         for each in self.layers:
             self.enter_layer(each.layer_idx)
         for index in self._group_now:
             self.expect(index)
+
+    def await_plans(self) -> None:
+        """Return when all plans on which the device votes in this iteration are enqueued; see `Resident`."""
+        if not self.device.immediate and not self.device.capturing:
+            for layer in self._residents():
+                layer.await_plan(self.iter_id)
 
     def collect_layer(self, layer: int) -> None:
         """See `collect`; the layer has begun this iteration."""

@@ -51,9 +51,9 @@ class OlderChoreography:
             self._follow(stream, self._last)  # a chunk on another stream has called for it
         self._submit(stream, kind, work)
 
-    def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False) -> None:
-        """Put work right behind the latest."""
-        self._submit(self._last, kind, work, collective=collective)
+    def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False, a: int = 0) -> None:
+        """Put work right behind the latest; `a` is its record's payload."""
+        self._submit(self._last, kind, work, collective=collective, a=a)
 
     def mark(self) -> None:
         """The next `join` waits for all work on the stream of the latest."""
@@ -90,9 +90,11 @@ class OlderChoreography:
             return self._device.current
         return self._lock if kind in _LOCK else self._statistic
 
-    def _submit(self, stream: Stream, kind: Kind, work: Callable[[], None], *, collective: bool = False) -> None:
+    def _submit(
+        self, stream: Stream, kind: Kind, work: Callable[[], None], *, collective: bool = False, a: int = 0
+    ) -> None:
         self._last = stream
-        self._device.submit(stream, kind, self._layer, work, collective=collective)
+        self._device.submit(stream, kind, self._layer, work, collective=collective, a=a)
 
     def _follow(self, stream: Stream, other: Stream) -> None:
         if stream is not other:

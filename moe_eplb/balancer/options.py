@@ -33,6 +33,8 @@ class BalancerOptions:
             "peer", a slot of this or another rank that holds it, which needs `resident`.
         policy, moves_per_update: See `moe_eplb.planning.online.Planning`.
         overlap: How the balancer's work uses the streams: "after" is `LayerStream`, "before" `OlderChoreography`.
+        reduction: Whether each "layer" sums its counts and votes over the ranks, or all layers together once an
+            "iteration", which needs `resident`, statistics of local ids and a `commit_delay` of at least 2.
     """
 
     commit_delay: int = 1
@@ -50,6 +52,7 @@ class BalancerOptions:
     policy: OnlinePolicy = "reference"
     moves_per_update: int | None = None
     overlap: Literal["after", "before"] = "after"
+    reduction: Literal["layer", "iteration"] = "layer"
 
     def planning(self, *, compiled: bool = False) -> Planning:
         """How layers are planned."""
@@ -63,17 +66,35 @@ class BalancerOptions:
             or not timeout_is_good
             or self.overlap not in ("after", "before")
             or self.weights_from not in ("host", "peer")
+            or self.reduction not in ("layer", "iteration")
         ):
             raise BalancerError(
                 "E148", "the balancer's options are out of range",
                 why=f"commit_delay {self.commit_delay}, window {self.window}, decay {self.decay}, "
                 f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}, overlap {self.overlap!r}, "
-                f"weights_from {self.weights_from!r}",
+                f"weights_from {self.weights_from!r}, reduction {self.reduction!r}",
                 hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], the timeout is finite and > 0, "
-                "overlap is 'after' or 'before', weights_from 'host' or 'peer'",
+                "overlap is 'after' or 'before', weights_from 'host' or 'peer', reduction 'layer' or 'iteration'",
             )  # fmt: skip
         if self.weights_from == "peer" and not self.resident:
             raise BalancerError(
                 "E207", "weights cannot come from peers while the balancer's state lives on the host",
                 why="a slot that another rank reads would be overwritten in place", hint="use resident=True",
             )  # fmt: skip
+        if self.reduction == "iteration":
+            self._require_one_reduction()
+
+    def _require_one_reduction(self) -> None:
+        for holds, why, hint in (
+            (self.resident, "the state on the host sums and votes layer by layer", "use resident=True"),
+            (
+                self.commit_delay >= 2,
+                f"commit_delay {self.commit_delay}: a plan that is handed over at the end of an iteration is voted on "
+                "at the end of the next one, and due in the one after that",
+                "use commit_delay=2 or more",
+            ),
+            (self.overlap == "after", f"overlap {self.overlap!r} has no sum of its own", "use overlap='after'"),
+        ):
+            if not holds:
+                what = "one reduction an iteration does not fit the other options"
+                raise BalancerError("E208", what, why=why, hint=hint)

@@ -16,7 +16,7 @@ from moe_eplb.balancer.updater import Update
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import Device
 from moe_eplb.device.bell import CpuBell
-from moe_eplb.device.control import ModelState
+from moe_eplb.device.control import LayerStack, ModelState
 
 __all__ = ["Resident"]
 
@@ -36,6 +36,7 @@ class Resident:
         run_ahead_waits: How often the host was too far ahead and waited.
         plan_waits: How often it waited for the updater to have enqueued a plan.
         expected: How often the bell will have been rung when all that is enqueued is done.
+        stack: The layers' states together, where one reduction an iteration sums them all.
     """
 
     def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float, awake: bool = False) -> None:
@@ -44,6 +45,7 @@ class Resident:
         self.timeout_ns = round(timeout_s * 1e9)
         self.run_ahead_waits = self.plan_waits = 0
         self.expected = 0
+        self.stack: LayerStack | None = None
         self._turns = device.host_visible((run_ahead, 2 + layers), torch.int64)
         self._read: list[Callable[[], bool] | None] = [None] * run_ahead
         self._device = device

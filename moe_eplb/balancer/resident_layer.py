@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,15 +83,17 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def finish_setup(self, resident: Resident, following: ResidentLayer, source: WeightSource) -> None:
         """All layers are there and weights are loaded; `following` runs next, weights that move come from `source`."""
-        options = self._owner.options
         self.resident, self._following, self._flying = resident, following, {}
-        self.state = LayerState.make(
-            self.layer_idx, self.expert_count, self._tables.block, self.cells.table, options.window,
-            self._device.host_visible,
-        )  # fmt: skip
+        self.state = self._new_state()
         self.statistic_flag_tensor = resident.model.turn[1:2]
         self._statistics.use(self.state.counts)
         self._publisher = Publisher(self, self._tables, self.placement, source)
+
+    def _new_state(self) -> LayerState:
+        return LayerState.make(
+            self.layer_idx, self.expert_count, self._tables.block, self.cells.table, self._owner.options.window,
+            self._device.host_visible,
+        )  # fmt: skip
 
     @property
     def device(self) -> Device:
@@ -152,8 +154,8 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             return super()._route(choose, ids, flags)
         self._late = None
         slots = super()._route(partial(choose, counts=self.state.counts), ids, flags | ROUTE_COUNTS)
-        stream.follow()
         if late.reduce is not None:
+            stream.follow()
             late.reduce()
         return slots
 
@@ -167,23 +169,32 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
                 late.reduce()
 
     def _reduce(self, allreduce: AllReduce | None) -> None:
-        def fold() -> None:
-            control.settle_and_fold(
-                self.resident.model, self.state, self._following.state, self.state.message,
-                ranks=self.ep_size, decay=self._owner.options.decay,
-            )  # fmt: skip
-            self._folded()
-
-        self._stream.submit_next(Kind.VOTE, self._vote)
+        self._stream.submit_next(Kind.VOTE, self._vote, a=self._carries)
         if allreduce is not None:
-            self._stream.submit_next(Kind.STATISTIC_REDUCE, lambda: allreduce(self.state.message), collective=True)
-        self._stream.submit_next(Kind.LOAD_UPDATE, fold)
+            self._stream.submit_next(Kind.STATISTIC_REDUCE, partial(allreduce, self._message), collective=True)
+        self._stream.submit_next(Kind.LOAD_UPDATE, self._settle_and_fold)
+
+    @property
+    def _carries(self) -> int:
+        """Payload of the records of its votes."""
+        return 0
+
+    @property
+    def _message(self) -> Tensor:
+        """What its sum over the ranks sums."""
+        return self.state.message
+
+    def _settle_and_fold(self) -> None:
+        control.settle_and_fold(
+            self.resident.model, self.state, self._following.state, self.state.message,
+            ranks=self.ep_size, decay=self._owner.options.decay,
+        )  # fmt: skip
+        self._folded()
 
     def _vote(self) -> None:
         resident = self.resident
         if not self._device.immediate and not self._device.capturing:
-            following = self._following
-            following.await_plan(self._device.iteration + (following.layer_idx == 0))
+            self._following.await_plan(self._device.iteration)
         control.vote(
             resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait
         )
@@ -201,9 +212,14 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def _hand_over(self) -> None:
         control.hand_over(self.resident.model, self.state, delay=self._owner.options.commit_delay)
+        self._handed_over([self.layer_idx])
+
+    def _handed_over(self, layers: Iterable[int]) -> None:
+        """The hand-over of some layers is enqueued, in this order."""
         self.resident.bell.tell()
         if not self._device.capturing:
-            self._owner.expect(self.layer_idx)
+            for layer in layers:
+                self._owner.expect(layer)
 
     # -- what the host does beside it ------------------------------------------------------------------------------
 
@@ -222,11 +238,19 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             self._publisher.give_up(update.due)  # so that the device does not wait for it
             update.done.set()
 
-    def await_plan(self, due: int) -> None:
-        """What the device waits for when it votes on the plan that is due then is enqueued; see `Resident`."""
-        update = self._flying.get(due)
+    def await_plan(self, iteration: int) -> None:
+        """Return when what the device waits for to vote on the layer's plan is enqueued; see `Resident`.
+
+        Args:
+            iteration: In which it votes.
+        """
+        update = self._flying.get(self._due_of_vote(iteration))
         if update is not None:
             self.resident.await_plan(update)
+
+    def _due_of_vote(self, iteration: int) -> int:
+        """In which iteration the plan is due on which ranks vote in this one: the last layer votes on the first's."""
+        return iteration + (self.layer_idx == 0)
 
     def collect_until(self, iteration: int) -> None:
         """Take note of what the device has done with all plans due in an iteration that has ended, or before."""

@@ -78,6 +78,9 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         repeat, self._repeat = self._repeat, (self._repeat + 1) % self.repeated_count
         return repeat == 0, self._repeat == 0
 
+    def require_statistics(self, path: str) -> None:
+        """Raise BalancerError where the layer cannot take this statistics path; here it takes any."""
+
     # -- the ten stage calls -------------------------------------------------------------------------------------
 
     def start_wait_gpu_stage(self) -> None:

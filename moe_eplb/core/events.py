@@ -111,6 +111,9 @@ _FLAGS = "flags: 1 first, 2 last, 4 dynamic"
 ROUTE_COUNTS = 8
 """Payload `a` of a route on a device that counts the ids for the statistics, too."""
 
+ALL_LAYERS = 1
+"""Payload `a` of a vote that takes the counts of all layers along."""
+
 KINDS: dict[Kind, KindInfo] = {
     Kind.START_WAIT_GPU_STAGE: KindInfo("start_wait_gpu_stage", Role.EPLB_WAIT, _FLAGS),
     Kind.DONE_WAIT_GPU_STAGE: KindInfo("done_wait_gpu_stage", Role.EPLB_WAIT, _FLAGS),
@@ -133,7 +136,7 @@ KINDS: dict[Kind, KindInfo] = {
     Kind.STAGE_WEIGHTS: KindInfo("stage_weights", Role.EPLB_MIGRATE, "bytes", "slots"),
     Kind.COMMIT: KindInfo("commit", Role.EPLB_MIGRATE, "changed slots", "digest"),
     Kind.PLAN_DROPPED: KindInfo("plan_dropped", Role.OTHER, "ready ranks", "1 digests differ"),
-    Kind.VOTE: KindInfo("vote", Role.EPLB_WAIT),
+    Kind.VOTE: KindInfo("vote", Role.EPLB_WAIT, "1 of all layers"),
     Kind.SETTLE_VOTE: KindInfo("settle_vote", Role.EPLB_SIGNAL),
     Kind.TOPK: KindInfo("topk", Role.COMPUTE, "tokens"),
     Kind.PREPARE: KindInfo("prepare", Role.COMM, "bytes"),

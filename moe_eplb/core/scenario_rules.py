@@ -32,7 +32,7 @@ def problems(s: Scenario) -> tuple[Problem, ...]:
     ]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
-        of_balancer = (_slots, _updates, _weights_from, _policy, _assignments)
+        of_balancer = (_slots, _updates, _weights_from, _reduction, _policy, _assignments)
         found += [problem for rule in of_balancer for problem in rule(s, s.balancer)]
     return tuple(found)
 
@@ -167,6 +167,22 @@ def _weights_from(s: Scenario, b: Balancer) -> Iterator[Problem]:
     if b.weights_from == "peer" and b.state != "device":
         what = "a slot that another rank reads would be overwritten in place while the state lives on the host"
         yield Problem(("balancer", "weights_from"), what, "state: device")
+
+
+def _reduction(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    if b.reduction == "layer":
+        return
+    loc: Loc = ("balancer", "reduction")
+    if b.state != "device":
+        yield Problem(loc, "with the state on the host each layer sums and votes by itself", "state: device")
+    if s.overlap == "before":
+        yield Problem(loc, "overlap 'before' has no sum of its own that could wait for the end", "overlap: after")
+    elif s.calls is None and s.statistics_path != "local_ids":
+        what = f"with statistics {s.statistics_path!r} counts or votes ride in an exchange that each layer makes"
+        yield Problem(loc, what, "statistics: local_ids")
+    if b.commit_delay < 2:
+        what = "with one reduction an iteration a plan is voted on at the end of the iteration after its hand-over"
+        yield Problem(("balancer", "commit_delay"), f"{what}: {b.commit_delay} is too early", "commit_delay: 2")
 
 
 def _policy(s: Scenario, b: Balancer) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from moe_eplb.core.events import ROUTE_COUNTS, Kind
+from moe_eplb.core.events import ALL_LAYERS, ROUTE_COUNTS, Kind
 from moe_eplb.device.base import Stream
 
 __all__ = ["Clock", "StreamOrder", "Unordered"]
@@ -48,8 +48,9 @@ class StreamOrder:
     """Follows the work of all streams of a device.
 
     The rules, for each layer: route, experts and statistics come after the wait for the layer; the vote, which takes
-    the counts along, comes after whatever has counted; the hand-over comes after all of them, on whatever stream; the
-    next layer's top-k comes after every result of the layer before and after its hand-over.
+    the counts along, comes after whatever has counted, in all layers where it takes those of all; the hand-over comes
+    after all of them, on whatever stream; the next layer's top-k comes after every result of the layer before and after
+    its hand-over.
     """
 
     def __init__(self) -> None:
@@ -82,17 +83,17 @@ class StreamOrder:
         work = _Work(kind, stream, position)
         if kind in _STATISTICS or (kind is Kind.ROUTE and a & ROUTE_COUNTS):
             self._counts[layer].append(work)
-        for earlier in self._earlier(work, layer):
+        for earlier in self._earlier(work, layer, a):
             if clock.get(earlier.stream, 0) < earlier.position:
                 return Unordered(earlier.kind, earlier.stream)
         return None
 
-    def _earlier(self, work: _Work, layer: int) -> list[_Work]:
+    def _earlier(self, work: _Work, layer: int, a: int) -> list[_Work]:
         """What `work` must come after, while it takes its place among the layer's work."""
         kind = work.kind
         if kind in _BEFORE_HAND_OVER:
             self._reads[layer].append(work)
-            counted = self._counts.pop(layer, []) if kind is Kind.VOTE else []
+            counted = self._counted(layer, a) if kind is Kind.VOTE else []
             return [self._wait[layer], *counted] if layer in self._wait else counted
         if kind in _RESULTS:
             self._results[layer].append(work)
@@ -104,6 +105,11 @@ class StreamOrder:
         elif kind is Kind.TOPK:
             return self._inputs(layer)
         return []
+
+    def _counted(self, layer: int, a: int) -> list[_Work]:
+        """What has counted for a vote."""
+        layers = list(self._counts) if a & ALL_LAYERS else [layer]
+        return [work for layer in layers for work in self._counts.pop(layer, [])]
 
     def _inputs(self, layer: int) -> list[_Work]:
         """Results of the layer before, which are this layer's input on whatever stream a chunk of it begins."""

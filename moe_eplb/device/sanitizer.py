@@ -35,11 +35,14 @@ class Declaration:
         kernel: Triton's.
         writes: Names of the kernel's arguments.
         words: Names of arguments that are not reported.
+        stacked: Names of arguments whose rows are tensors that other kernels use one by one: a tensor is known by its
+            address, so that each row is reported.
     """
 
     kernel: Any
     writes: frozenset[str]
     words: frozenset[str]
+    stacked: frozenset[str] = frozenset()
 
     def tensors(self, arguments: Sequence[object], named: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of the arguments of a launch that are tensors."""
@@ -49,7 +52,10 @@ class Declaration:
 
     def launched(self, *arguments: object, **named: object) -> None:
         """Report a launch with these arguments."""
-        given = [(name, tensor) for name, tensor in self.tensors(arguments, named) if name not in self.words]
+        given: list[tuple[str, Tensor]] = []
+        for name, tensor in self.tensors(arguments, named):
+            if name not in self.words:
+                given += [(name, row) for row in (tensor.unbind() if name in self.stacked else [tensor])]
         report(self.kernel.__name__, given, self.writes)
 
 
@@ -58,14 +64,14 @@ _attached = 0
 """How many of them are told of launches."""
 
 
-def declares(*, writes: Sequence[str], words: Sequence[str] = ()) -> Callable[[Any], Any]:
+def declares(*, writes: Sequence[str], words: Sequence[str] = (), stacked: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Declare a kernel's accesses, see `Declaration`; put above `triton.jit`."""
 
     def declare(kernel: Any) -> Any:
-        unknown = {*writes, *words} - set(kernel.arg_names)
+        unknown = {*writes, *words, *stacked} - set(kernel.arg_names)
         if unknown:
             raise TypeError(f"{kernel.__name__} has no arguments {sorted(unknown)}")
-        _DECLARATIONS.append(Declaration(kernel, frozenset(writes), frozenset(words)))
+        _DECLARATIONS.append(Declaration(kernel, frozenset(writes), frozenset(words), frozenset(stacked)))
         attach()
         return kernel
 

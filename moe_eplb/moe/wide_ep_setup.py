@@ -75,9 +75,11 @@ def make_allreduce(membership: Membership, path: StatisticsName, group: dist.Pro
     """The sum over ranks that path "local_ids" of a dynamic layer needs; None where none is needed.
 
     Raises:
-        BalancerError: E155 when it is needed and there is no group for it.
+        BalancerError: E155 when it is needed and there is no group for it, E209 when the balancer takes no such path.
     """
     balancer = membership.balancer
+    if balancer is not None:
+        balancer.require_statistics(path)
     if balancer is None or balancer.is_static_routing() or path != "local_ids" or membership.size == 1:
         return None
     if group is None:

@@ -71,27 +71,58 @@ def rig() -> Iterator[Rig]:
     made.balancer.shutdown()
 
 
+def awaited_in(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(layer, iteration of its plan) of plans that are awaited from here on, by a device that works later."""
+    found: list[tuple[int, int]] = []
+
+    def note(layer: ResidentLayer, iteration: int) -> None:
+        found.append((layer.layer_idx, layer._due_of_vote(iteration)))
+
+    monkeypatch.setattr(ResidentLayer, "await_plan", note)
+    monkeypatch.setattr(type(rig.balancer.device), "immediate", False)
+    return found
+
+
+def flying(rig: Rig) -> list[int]:
+    return [len(layer._flying) for layer in rig.layers if isinstance(layer, ResidentLayer)]
+
+
 def test_before_a_replay_the_plans_that_it_votes_on_are_awaited(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         rig.iterate()
-    awaited: list[tuple[int, int]] = []
-    monkeypatch.setattr(ResidentLayer, "await_plan", lambda layer, due: awaited.append((layer.layer_idx, due)))
+    awaited = awaited_in(rig, monkeypatch)
+    monkeypatch.setattr(rig.balancer.updater, "submit", lambda update: None)  # whose load nobody hands over here
     rig.balancer.start_iter()
     with rig.balancer.replaying():
         assert awaited == [(0, 3), (1, 2), (2, 2)], "the last layer carries the vote on the first one's next plan"
-        expected = [len(layer._flying) for layer in rig.layers if isinstance(layer, ResidentLayer)]
-    after = [len(layer._flying) for layer in rig.layers if isinstance(layer, ResidentLayer)]
-    assert [b - a for a, b in zip(expected, after, strict=True)] == [1, 1, 1], "each hands its load over"
+        before = flying(rig)
+    handed = [b - a for a, b in zip(before, flying(rig), strict=True)]
+    assert handed == [1, 1, 1], "each hands its load over"
     rig.balancer.end_iter()
 
 
 def test_launched_work_awaits_the_plan_that_its_vote_waits_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig.iterate()
-    awaited: list[tuple[int, int]] = []
-    monkeypatch.setattr(ResidentLayer, "await_plan", lambda layer, due: awaited.append((layer.layer_idx, due)))
-    rig.iterate()
-    assert awaited == [], "a device that works at once waits by itself"
-    monkeypatch.setattr(type(rig.balancer.device), "immediate", False)
-    monkeypatch.setattr(type(rig.balancer.device), "capturing", False, raising=False)
+    rig.iterate(2)
+    awaited = awaited_in(rig, monkeypatch)
     rig.iterate()
     assert awaited == [(1, 2), (2, 2), (0, 3)]
+
+
+def test_a_vote_on_all_plans_at_once_awaits_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(
+        resident=True, layers=3, updates=3, commit_delay=3, update_timeout_s=TIMEOUT_S, reduction="iteration"
+    )  # fmt: skip
+    try:
+        rig.iterate(2)
+        awaited = awaited_in(rig, monkeypatch)
+        rig.iterate()
+        assert awaited == [(0, 3), (1, 3), (2, 3)]
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_device_that_works_at_once_waits_by_itself(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    awaited = awaited_in(rig, monkeypatch)
+    monkeypatch.setattr(type(rig.balancer.device), "immediate", True)
+    rig.iterate(3)
+    assert awaited == []

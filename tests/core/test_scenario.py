@@ -101,6 +101,7 @@ def test_a_balancer_that_is_on_has_no_reason_to_be_off(overrides: list[str]) -> 
 
 ONE_LAYER = ["model.layers=1", "balancer.layer_updates_per_iter=1"]
 ASSIGNED = "balancer.initial_global_assignments="
+ONE_REDUCTION = ["balancer.reduction=iteration", "balancer.commit_delay=2", "statistics=local_ids"]
 RULES = [
     (["model.top_k=17"], "x.yaml", "17 is more than the 16 experts"),
     (["model.backend=fused"], "x.yaml", "cannot have a balancer"),
@@ -111,6 +112,14 @@ RULES = [
     (["balancer.num_slots=null"], "x.yaml", "slots_per_rank: 8 is the fewest"),
     (["balancer.slots_per_rank=10"], "x.yaml", "not both"),
     (ONE_LAYER, "x.yaml", "commit_delay: 2"),
+    (ONE_REDUCTION, "x.yaml", "state: device"),
+    ([*ONE_REDUCTION, "balancer.state=device", "statistics=auto"], "x.yaml", "statistics 'gathered'"),
+    ([*ONE_REDUCTION, "balancer.state=device", "balancer.commit_delay=1"], "x.yaml", "1 is too early"),
+    (
+        [*ONE_REDUCTION, "balancer.state=device", "statistics=auto", "dispatch=allgather", "overlap=before"],
+        "x.yaml",
+        "overlap: after",
+    ),
     ([*ONE_LAYER, "ranks=1", "calls=[start_iter]"], "x.yaml", "commit_delay: 2"),
     (["iterations=1"], "x.yaml", "nothing can move in 1 iterations"),
     (["balancer.warm_up=11"], "x.yaml", "iterations: 13 or more"),

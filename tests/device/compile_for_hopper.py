@@ -8,11 +8,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_eplb.device.control import triton_control
+from moe_eplb.device.control import triton_all, triton_control
 from moe_eplb.device.ops import triton_fp8, triton_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
-NUMBERS = ("count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay")
+NUMBERS = (
+    "count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay", "layers", "kept", "ranks",
+    "timeout_ns",
+)  # fmt: skip
 COUNTS = dict.fromkeys(NUMBERS, "i32")
 
 
@@ -39,13 +42,21 @@ def main() -> None:
         text = build(triton_fp8._spread_rows, 16, spread, top_k=8, block=8192)
         assert "e4m3x2.f32" in text, "not rounded to fp8"
         assert "div.rn.f32" in text, "not divided as the plain twin does"
-    words = dict.fromkeys(("turn", "due", "decision", "stages", "handed"), "*i64")
-    words |= {"rung": "*i32", "bell": "*i32", "load": "*fp32", "handed_load": "*fp32"}
-    text = build(triton_control._hand_over, 4, words, block=256, releases=True)
-    assert "atom." not in text, "an atomic operation on host memory, which not every GPU supports"
-    assert "bar.sync" in text[text.index("st.global") : text.index("st.release.sys")], (
-        "not behind what all threads store"
-    )
+    words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
+    words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes"), "*i64")
+    words |= dict.fromkeys(("rung", "bell", "counts"), "*i32")
+    words |= {"load": "*fp32", "handed_load": "*fp32", "decay": "fp32"}
+    for hand_over, constants in ((triton_control._hand_over, {}), (triton_all._hand_over_all, {"layers": 58})):
+        text = build(hand_over, 4, words, block=256, releases=True, **constants)
+        assert "atom." not in text, "an atomic operation on host memory, which not every GPU supports"
+        assert "bar.sync" in text[text.index("st.global") : text.index("st.release.sys")], (
+            "not behind what all threads store"
+        )
+    assert text.count("bar.sync") == 2, "the next layer's part reads what the one before may not have stored yet"
+    text = build(triton_all._vote_all, 1, words, block=256, spin=True)
+    assert "sys.acquire" in text, "what is published behind the word may be read before it"
+    for window in (1, 4):
+        build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import os
 import pytest
 import torch
 
-from moe_eplb.device.control import LANES, LayerState, ModelState, Outcome, Report, Stage, plain
+from moe_eplb.device.control import LANES, LayerStack, LayerState, ModelState, Outcome, Report, Stage, plain, plain_all
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 triton_control = pytest.importorskip("moe_eplb.device.control.triton_control")
+triton_all = pytest.importorskip("moe_eplb.device.control.triton_all")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TIMEOUT_NS = 20_000_000
@@ -26,21 +27,23 @@ def visible(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @dataclasses.dataclass
 class World:
-    """A model of L layers."""
+    """A model of L layers, whose states are rows of a stack in every world but those of one layer."""
 
     model: ModelState
     layers: list[LayerState]
+    stack: LayerStack | None = None
 
     @staticmethod
     def make(layers: int, experts: int, slots: int, per_rank: int, window: int = 1) -> World:
-        made = [
-            LayerState.make(
-                layer, experts, torch.arange(2 * experts + slots, dtype=torch.int32, device=DEVICE),
-                torch.arange(per_rank, dtype=torch.int32, device=DEVICE), window, visible,
-            )
-            for layer in range(layers)
-        ]  # fmt: skip
-        return World(ModelState.make(layers, DEVICE, visible), made)
+        model = ModelState.make(layers, DEVICE, visible)
+        tables = [torch.arange(2 * experts + slots, dtype=torch.int32, device=DEVICE) for _ in range(layers)]
+        cells = [torch.arange(per_rank, dtype=torch.int32, device=DEVICE) for _ in range(layers)]
+        if layers == 1:
+            return World(model, [LayerState.make(0, experts, tables[0], cells[0], window, visible)])
+        stack = LayerStack.make(layers, experts, window, DEVICE, visible)
+        for parts in zip(tables, cells, strict=True):
+            stack.add(*parts)
+        return World(model, stack.states, stack)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = {f"model.{f.name}": getattr(self.model, f.name) for f in dataclasses.fields(self.model)}
@@ -115,6 +118,83 @@ def test_settling_and_folding_at_once_is_both(layers: int, seed: int, ranks: int
         else:
             ops.settle_and_fold(model, state, following, state.message, ranks=ranks, decay=0.95)
     assert_equal(fast, slow)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("seed", range(24))
+def test_steps_of_all_layers_equal_their_twins(seed: int, ranks: int) -> None:
+    fast, slow = twins(seed, layers=4)
+    for world in (fast, slow):
+        world.model.due[seed % 4] = world.model.due[(seed // 4) % 4] = 6  # what is due next is what is voted on
+        world.model.decision[seed % 4] = -1
+        world.layers[(seed + 1) % 4].counts[3] = -5 if seed % 5 == 0 else 5
+    for world, ops in ((fast, triton_all), (slow, plain_all)):
+        model, stack = world.model, world.stack
+        ops.vote_all(model, stack, timeout_ns=TIMEOUT_NS, wait=no_wait if ops is plain_all else WAIT)
+        stack.message.mul_(ranks)
+        ops.settle_and_fold_all(model, stack, ranks=ranks, decay=0.95)
+        ops.hand_over_all(model, stack, delay=2 + seed % 2)
+    assert_equal(fast, slow)
+    assert slow.model.stages[:, Stage.VOTE :].tolist() == [[5] * 3] * 4
+    assert int(slow.model.bell) == int(slow.model.turn[2:].sum()), "one ring for each turn"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_step_of_all_layers_is_the_step_of_each(seed: int) -> None:
+    fast, slow = twins(seed, layers=3)
+    for world in (fast, slow):
+        world.model.due[seed % 3], world.model.decision[seed % 3] = 6, -1
+    stack = fast.stack
+    triton_all.vote_all(fast.model, stack, timeout_ns=TIMEOUT_NS, wait=WAIT)
+    triton_all.settle_and_fold_all(fast.model, stack, ranks=1, decay=0.95)
+    triton_all.hand_over_all(fast.model, stack, delay=3)
+    for state in slow.layers:
+        plain.vote(slow.model, state, state, timeout_ns=TIMEOUT_NS, wait=no_wait, early=True)
+    for state in slow.layers:
+        plain.settle(slow.model, state, state.message[None, state.experts :], ranks=1, early=True)
+        triton_control.fold(slow.model, state, state.message[None, : state.experts], decay=0.95)
+        triton_control.hand_over(slow.model, state, delay=3)
+    assert_equal(fast, slow)
+
+
+def test_the_votes_of_all_layers_wait_in_vain_together() -> None:
+    world = World.make(5, 8, 8, 4)
+    model, stack = world.model, world.stack
+    assert stack is not None
+    model.due[:] = torch.tensor([1, 1, 2, 1, -1])
+    model.ready[3] = 1
+    waits = []
+
+    def wait(layer: int, due: int, timeout_ns: int) -> int:
+        waits.append((layer, timeout_ns))
+        return timeout_ns
+
+    on_gpu = DEVICE.type == "cuda"
+    (triton_all if on_gpu else plain_all).vote_all(model, stack, timeout_ns=TIMEOUT_NS, wait=None if on_gpu else wait)
+    if on_gpu:
+        torch.cuda.synchronize()
+        assert TIMEOUT_NS <= int(model.reports[1, :, Report.WAITED_NS].max()) < 2 * TIMEOUT_NS, "beside each other"
+    else:
+        assert waits == [(0, TIMEOUT_NS), (1, 0), (3, 0)], "one wait in vain, and nobody waits for what is due later"
+    assert int(model.overdue) == 1
+    assert [int(model.report(layer, 1)[Report.READY_HERE]) for layer in (0, 1, 3)] == [0, 0, 1]
+    assert model.reports[:, [2, 4]].max() == -1, "nothing is voted on there"
+
+
+def test_the_bell_rings_for_each_layer_once_and_in_their_order() -> None:
+    """The host tells by the number of rings whose load is there: what is handed over first is rung first."""
+    fast, slow = World.make(3, 4, 4, 4), World.make(3, 4, 4, 4)
+    for world, ops in ((fast, triton_all), (slow, plain_all)):
+        world.model.turn.copy_(torch.tensor([7, 1, 1, 0, 1]))
+        world.model.due[2] = 8  # it keeps its load, and rings all the same
+        for state in world.layers:
+            state.load.fill_(state.layer + 1.0)
+        ops.hand_over_all(world.model, world.stack, delay=2)
+    assert_equal(fast, slow)
+    assert slow.model.bell.tolist() == [2]
+    assert [int(state.handed) for state in slow.layers] == [7, -1, -1]
+    assert slow.model.due.tolist() == [9, -1, 8]
+    assert [state.load.tolist() for state in slow.layers] == [[0.0] * 4, [2.0] * 4, [3.0] * 4]
 
 
 @pytest.mark.parametrize("seed", range(20))

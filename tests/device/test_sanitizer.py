@@ -21,13 +21,16 @@ from moe_eplb.device import control, ops, sanitizer
 from moe_eplb.device.base import Event, Stream
 from moe_eplb.device.cpu import CpuDevice
 from moe_eplb.device.sanitizer import Declaration, declarations, declares
-from tests.device.test_control import DEVICE, TIMEOUT_NS, WAIT, triton_control, twins
+from tests.device.test_control import DEVICE, TIMEOUT_NS, WAIT, triton_all, triton_control, twins
 from tests.support import balanced
 
 # Behind the import above, which turns Triton's interpreter on where there is no GPU.
 triton_ops = pytest.importorskip("moe_eplb.device.ops.triton_ops")
 triton_group = pytest.importorskip("moe_eplb.device.ops.triton_group")
-NAMES = ("ops.triton_choose", "ops.triton_fp8", "ops.triton_group", "ops.triton_rows", "control.triton_control")
+NAMES = (
+    "ops.triton_choose", "ops.triton_fp8", "ops.triton_group", "ops.triton_rows", "control.triton_all",
+    "control.triton_control",
+)  # fmt: skip
 MODULES = [pytest.importorskip(f"moe_eplb.device.{name}") for name in NAMES]
 HOST_VISIBLE = {"bell", "committed", "reports", "overflow", "handed", "handed_load"}
 
@@ -119,12 +122,27 @@ def launch_control(seed: int, layer: int) -> None:
     triton_control.hand_over(model, state, delay=2)
 
 
+def launch_control_of_all(seed: int) -> None:
+    """The steps of all layers, likewise."""
+    world, _ = twins(seed)
+    model, stack = world.model, world.stack
+    assert stack is not None
+    stack.counts[seed % 3, 0] = -5 if seed == 3 else 5
+    model.due[seed % 3], model.decision[seed % 3], model.ready[:] = 6, -1, 9 if seed % 2 else -1
+    triton_all.vote_all(model, stack, timeout_ns=TIMEOUT_NS // 20, wait=WAIT)
+    model.stages[:] = -1
+    triton_all.settle_and_fold_all(model, stack, ranks=1, decay=0.95)
+    model.turn[2 + seed % 3], model.due[seed % 3], model.decision[seed % 3] = 1, -1, 1
+    triton_all.hand_over_all(model, stack, delay=2)
+
+
 def test_kernels_write_what_they_declare_and_nothing_else(
     changed: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch_operations(monkeypatch)
     for seed in range(12):
         launch_control(seed, seed % 3)
+        launch_control_of_all(seed)
     declared = {d.kernel.__name__: set(d.writes) for d in declarations()}
     assert changed == declared, "a declared write was seen in no launch"
 
@@ -143,7 +161,7 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
         name for module in MODULES for name in re.findall(r"^ +(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
-    assert len(launched) == 20
+    assert len(launched) == 23
 
 
 def test_a_declaration_names_arguments() -> None:
@@ -171,7 +189,7 @@ class Traced(CpuDevice):
 class World:
     """A balancer whose kernels run in the interpreter, followed by a sanitizer of its own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         from torch.cuda import _sanitizer as csan  # begins to trace where there is a GPU
 
         self.handler, self.errors = csan.EventHandler(), csan.CUDASanitizerErrors
@@ -185,9 +203,10 @@ class World:
         monkeypatch.setattr(sanitizer, "_sanitizer", lambda: module)
         sanitizer.attach()
         monkeypatch.setattr(control, "_for", lambda model: triton_control)
+        monkeypatch.setattr(control, "_for_all", lambda model: triton_all)
         monkeypatch.setattr(ops, "_at", lambda tensor: triton_ops)
         monkeypatch.setattr(balanced, "get_device", self._device)
-        self.rig = balanced.Rig(layers=2, updates=2, resident=True)
+        self.rig = balanced.Rig(layers=2, updates=2, resident=True, **options)
         followed = self._device_memory()
         monkeypatch.setattr(sanitizer, "_followed", lambda tensor: tensor.data_ptr() in followed)
         monkeypatch.setattr(sanitizer, "_stream", lambda: self.rig.balancer.device.current.index)
@@ -219,6 +238,34 @@ def test_the_choreography_has_no_race(world: World) -> None:
     world.rig.assert_weights_match()
     assert world.handler.seq_num == 5 * 2 * 5, "five kernels a layer were followed"
     assert len(world.rig.journal.commits) > 2
+
+
+@pytest.fixture
+def one_reduction(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    if DEVICE.type == "cuda":
+        pytest.skip("real streams are followed instead, in tests/gpu/test_sanitizer.py")
+    made = World(monkeypatch, reduction="iteration", commit_delay=2)
+    yield made
+    made.rig.balancer.shutdown()
+
+
+def test_one_reduction_has_no_race(one_reduction: World) -> None:
+    one_reduction.rig.iterate(7)
+    one_reduction.rig.assert_weights_match()
+    assert one_reduction.handler.seq_num == 7 * (2 * 2 + 3), "two kernels a layer and three for all were followed"
+    assert len(one_reduction.rig.journal.commits) > 2
+
+
+def test_a_vote_of_all_layers_beside_one_that_counts_is_a_race(
+    one_reduction: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layer 0 counts where it routes; its counts are a row of what the vote reads."""
+    monkeypatch.setattr(LayerStream, "_follow", lambda stream, other: None)
+    with pytest.raises(one_reduction.errors):
+        one_reduction.rig.iterate(5)
+    told = capsys.readouterr().err
+    assert re.search(r"during kernel:\n_vote_all\nreading from argument\(s\) counts", told), told
+    assert re.search(r"during kernel:\n_route\n(reading from and )?writing to argument\(s\) \w*counts", told), told
 
 
 def test_a_missing_join_is_a_race(

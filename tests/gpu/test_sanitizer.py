@@ -32,6 +32,9 @@ CHUNKED = TEXT.replace("64, drift", "[64], drift") + "moe_max_num_tokens: 24\n"
 SCENARIOS = {
     "state_on_host": TEXT + BALANCER.replace("STATE", "host"),
     "state_on_device": TEXT + BALANCER.replace("STATE", "device") + "dispatch: allgather\n",
+    "one_reduction": TEXT
+    + BALANCER.replace("STATE", "device, reduction: iteration, commit_delay: 2")
+    + "dispatch: allgather\n",
     "gathered": TEXT + BALANCER.replace("STATE", "device") + "dispatch: alltoall\n",
     "chunked": CHUNKED + BALANCER.replace("STATE", "device"),
     "fp8": FP8 + BALANCER.replace("STATE", "device"),

@@ -317,6 +317,14 @@ def test_a_layer_that_lacks_something_for_two_ranks_is_refused(what: str, code: 
     assert run_ranks(_build_without_groups, 2, what) == [code, code]
 
 
+@pytest.mark.parametrize(("dispatch", "statistics"), [("alltoall", None), ("allgather", "global_ids")])
+def test_statistics_that_one_reduction_cannot_sum_are_refused(dispatch: Any, statistics: Any) -> None:
+    device = get_device("cpu", NullSink())
+    options = BalancerOptions(resident=True, commit_delay=2, reduction="iteration")
+    with MoeLoadBalancer(0, 1, 1, device=device, options=options), pytest.raises(BalancerError, match="E209"):
+        _layer(device, num_slots=6, dispatch=dispatch, statistics=statistics)
+
+
 def _has_allreduce(rank: int, size: int) -> list[bool]:
     """Whether a layer has one: dynamic with local ids, dynamic gathered, static with local ids."""
     device, group = get_device("cpu", NullSink()), dist.new_group([0, 1])

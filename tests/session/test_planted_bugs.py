@@ -51,6 +51,7 @@ PATHS = {
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
     "local_ids_state_on_device": PLAIN + "dispatch: allgather\n",
+    "one_reduction_state_on_device": PLAIN + "dispatch: allgather\n",
     "chunked_global_ids": LARGE + "dispatch: allgather\nstatistics: global_ids\n",
 }
 # bug -> (the check meant for it, statistics path of the run that it is planted in)
@@ -84,6 +85,8 @@ MEANT_FOR = {
     "older_wait_not_joined": ("stream_join", "before"),
     "older_statistics_not_joined": ("stream_join", "before"),
     "vote_without_the_route_that_counts": ("stream_join", "local_ids_state_on_device"),
+    "one_layer_left_out_of_the_sum": ("statistics", "one_reduction_state_on_device"),
+    "loads_from_before_the_sum": ("effect", "one_reduction_state_on_device"),
     "leaked_segment": ("leaks", "gathered"),
 }
 
@@ -93,7 +96,8 @@ def run(folder: Path, path: str, bug: str | None) -> tuple[int, dict[str, Any]]:
     scenario = folder / "planted.yaml"
     state = "device" if path.endswith("state_on_device") else "host"
     source = "peer" if path.startswith("peers_") else "host"
-    settings = f"never, state: {state}, weights_from: {source}}}"
+    one_sum = ", reduction: iteration, commit_delay: 2" if path.startswith("one_reduction_") else ""
+    settings = f"never, state: {state}, weights_from: {source}{one_sum}}}"
     scenario.write_text(BASE.replace("never}", settings) + PATHS[path])
     environment = os.environ | {"PYTHONPATH": f"{PLANTED}{os.pathsep}{ROOT}"}
     environment.pop("PLANTED_BUG", None)

@@ -60,14 +60,15 @@ class AllHost:
 
 
 class StandIn(AllReduce):
-    """A sum over R ranks of which this process is one: the others count `others` [E] and vote as this one does."""
+    """A sum over R ranks of which this process is one: the others count `others` [..., E] and vote as this one does."""
 
     def __init__(self, ranks: int, others: Tensor) -> None:
         self._ranks, self._others = ranks, others
 
     def __call__(self, tensor: Tensor) -> None:
-        tensor[: len(self._others)] += self._others
-        tensor[len(self._others) :] *= self._ranks
+        experts = self._others.shape[-1]
+        tensor[..., :experts] += self._others
+        tensor[..., experts:] *= self._ranks
 
 
 class Journal(NullProbe):
@@ -182,14 +183,17 @@ class Rig:
         ids = self.ids(index, iteration)
         layer.start_wait_gpu_stage()
         layer.done_wait_gpu_stage()
-        layer.update_statistic_with_local_ids(
-            ids, True, True, allreduce or StandIn(self.ranks, self.others(index, iteration))
-        )
+        layer.update_statistic_with_local_ids(ids, True, True, allreduce or self._stand_in(index, iteration))
         slots = layer.route(ids)
         on_held()
         layer.start_set_cpu_stage()
         layer.done_set_cpu_stage()
         return slots
+
+    def _stand_in(self, layer: int, iteration: int) -> StandIn:
+        if self.balancer.options.reduction == "layer":
+            return StandIn(self.ranks, self.others(layer, iteration))
+        return StandIn(self.ranks, torch.stack([self.others(one, iteration) for one in range(len(self.layers))]))
 
     def iterate(self, count: int = 1, allreduce: AllReduce | None = None) -> list[list[list[int]]]:
         """Whole iterations; returns the slots chosen in the last one, by layer."""

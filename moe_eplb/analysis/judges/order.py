@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-
 from moe_eplb.analysis.conformance import Replay, Violation, replay
 from moe_eplb.analysis.judges.findings import Findings
+from moe_eplb.analysis.judges.reductions import judge_reductions
+from moe_eplb.analysis.judges.spans import Span, Stage, spans
 from moe_eplb.analysis.run_folder import Place, RunFolder
 from moe_eplb.analysis.trace import OPEN, Records, Trace
 from moe_eplb.core.events import KINDS, STREAMS, Kind
@@ -61,26 +59,12 @@ def _need_complete_logs(folder: RunFolder, trace: Trace, findings: Findings) -> 
         findings.missing(incomplete)
 
 
-class Stage(NamedTuple):
-    """One layer of one iteration on one rank."""
-
-    rank: int
-    layer: int
-    iteration: int
-
-
-class Span(NamedTuple):
-    """From the first start to the last end of records."""
-
-    start: int
-    end: int
-
-
 def stream_join(folder: RunFolder) -> CheckResult:
     """The work itself was in order, by the records that the device wrote.
 
     No work was put on a stream without waiting for what it must come after. Where experts move: the wait ended before
-    route and experts began; the hand-over began after the experts and ended before `done_set_cpu_stage` returned.
+    route and experts began; the hand-over began after the experts and ended before `done_set_cpu_stage` returned; sums
+    over the ranks were made as often as the scenario says, after all that they hold was counted.
     """
     findings = Findings(
         "stream_join", "wait before route and experts, hand-over after experts and before done_set returns"
@@ -90,11 +74,12 @@ def stream_join(folder: RunFolder) -> CheckResult:
         return findings.result("nothing")
     _need_complete_logs(folder, folder.trace, findings)
     _judge_unordered(folder.trace.records, findings)
+    judge_reductions(folder, folder.trace, findings)
     if folder.moving:
-        spans, on_host = _Spans(folder.trace.records), folder.scenario.device == "cpu"
+        seen, on_host = _Spans(folder.trace.records), folder.scenario.device == "cpu"
         for place in folder.places:
             for rank in folder.ranks:
-                _judge_joins(spans, Stage(rank, place.layer, place.iteration), findings, on_host=on_host)
+                _judge_joins(seen, Stage(rank, place.layer, place.iteration), findings, on_host=on_host)
     return findings.result(f"{len(folder.places) * len(folder.ranks)} layers x iterations x ranks")
 
 
@@ -115,38 +100,25 @@ class _Spans:
 
     def __init__(self, records: Records) -> None:
         device, host = records.device, records.host.where(records.host.end != OPEN)
-        self.wait = _spans(device.kinds(Kind.START_WAIT_GPU_STAGE))
-        self.route = _spans(device.kinds(Kind.ROUTE))
-        self.experts = _spans(device.kinds(Kind.EXPERTS))
-        self.hand_over = _spans(device.kinds(Kind.START_SET_CPU_STAGE))
-        self.statistics = _spans(device.kinds(*_STATISTICS))
-        self.done = _spans(host.kinds(Kind.DONE_SET_CPU_STAGE))
+        self.wait = spans(device.kinds(Kind.START_WAIT_GPU_STAGE))
+        self.route = spans(device.kinds(Kind.ROUTE))
+        self.experts = spans(device.kinds(Kind.EXPERTS))
+        self.hand_over = spans(device.kinds(Kind.START_SET_CPU_STAGE))
+        self.statistics = spans(device.kinds(*_STATISTICS))
+        self.done = spans(host.kinds(Kind.DONE_SET_CPU_STAGE))
 
 
-def _spans(records: Records) -> dict[Stage, Span]:
-    if not len(records):
-        return {}
-    keys = np.stack([records.rank, records.layer, records.iteration], axis=1)
-    names, index = np.unique(keys, axis=0, return_inverse=True)
-    starts = np.full(len(names), np.iinfo(np.int64).max)
-    ends = np.zeros(len(names), dtype=np.int64)
-    np.minimum.at(starts, index.reshape(-1), records.start)
-    np.maximum.at(ends, index.reshape(-1), records.end)
-    rows = zip(names.tolist(), starts.tolist(), ends.tolist(), strict=True)
-    return {Stage(*name): Span(start, end) for name, start, end in rows}
-
-
-def _judge_joins(spans: _Spans, stage: Stage, findings: Findings, *, on_host: bool) -> None:
+def _judge_joins(seen: _Spans, stage: Stage, findings: Findings, *, on_host: bool) -> None:
     where = f"rank {stage.rank}, {Place(stage.layer, stage.iteration)}"
     # A GPU's work goes on when the call has returned; what later work waits for is then seen by `_judge_unordered`.
     names = ("wait", "route", "experts", "hand_over", "done" if on_host else "hand_over")
-    found = [getattr(spans, name).get(stage) for name in names]
+    found = [getattr(seen, name).get(stage) for name in names]
     absent = sorted({name for name, span in zip(names, found, strict=True) if span is None})
     if absent:
         findings.missing(f"no record of {', '.join(absent)}", where)
         return
     wait, route, experts, hand_over, done = (span for span in found if span is not None)
-    statistics = spans.statistics.get(stage, Span(wait.end, hand_over.start))  # `statistics` misses them, not this one
+    statistics = seen.statistics.get(stage, Span(wait.end, hand_over.start))  # `statistics` misses them, not this one
     for what, earlier, later in (
         ("route began {} ns before the wait ended", wait.end, route.start),
         ("experts began {} ns before the wait ended", wait.end, experts.start),

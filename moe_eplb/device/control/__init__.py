@@ -7,11 +7,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from moe_eplb.device.control import plain
+from moe_eplb.device.control import plain, plain_all
+from moe_eplb.device.control.stack import LayerStack
 from moe_eplb.device.control.state import LANES, LayerState, ModelState, Outcome, Report, Stage
 
 __all__ = [
     "LANES",
+    "LayerStack",
     "LayerState",
     "ModelState",
     "Outcome",
@@ -19,10 +21,13 @@ __all__ = [
     "Stage",
     "fold",
     "hand_over",
+    "hand_over_all",
     "settle",
     "settle_and_fold",
+    "settle_and_fold_all",
     "take_over",
     "vote",
+    "vote_all",
 ]
 
 
@@ -32,6 +37,14 @@ def _for(model: ModelState) -> ModuleType:
     from moe_eplb.device.control import triton_control  # Triton is there wherever torch has a GPU
 
     return triton_control
+
+
+def _for_all(model: ModelState) -> ModuleType:
+    if not model.turn.is_cuda:
+        return plain_all
+    from moe_eplb.device.control import triton_all
+
+    return triton_all
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
@@ -67,3 +80,20 @@ def settle_and_fold(
 def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
     """See `plain.hand_over`."""
     _for(model).hand_over(model, layer, delay=delay)
+
+
+def vote_all(
+    model: ModelState, stack: LayerStack, *, timeout_ns: int, wait: Callable[[int, int, int], int] | None
+) -> None:  # fmt: skip
+    """See `plain_all.vote_all`."""
+    _for_all(model).vote_all(model, stack, timeout_ns=timeout_ns, wait=wait)
+
+
+def settle_and_fold_all(model: ModelState, stack: LayerStack, *, ranks: int, decay: float) -> None:
+    """See `plain_all.settle_and_fold_all`."""
+    _for_all(model).settle_and_fold_all(model, stack, ranks=ranks, decay=decay)
+
+
+def hand_over_all(model: ModelState, stack: LayerStack, *, delay: int) -> None:
+    """See `plain_all.hand_over_all`."""
+    _for_all(model).hand_over_all(model, stack, delay=delay)

@@ -32,7 +32,7 @@ def take_over(model: ModelState, layer: LayerState) -> None:
 
 def vote(
     model: ModelState, layer: LayerState, following: LayerState, *, timeout_ns: int,
-    wait: Callable[[int, int, int], int],
+    wait: Callable[[int, int, int], int], early: bool = False,
 ) -> None:  # fmt: skip
     """Make the message of a layer: its counts, and this rank's vote on the plan of the layer that runs next.
 
@@ -44,11 +44,12 @@ def vote(
         timeout_ns: The longest wait.
         wait: Waits until ``ready[layer] >= due``, given (layer, due, timeout_ns); the ns that it took. The kernel
             waits by itself.
+        early: The iteration ends: whatever layer `following` is, it runs next in the iteration that comes.
     """
     at, carrier, iteration = following.layer, layer.layer, int(model.turn[0])
     due = int(model.due[at])
     lanes = torch.zeros_like(following.lanes)
-    if due == _due_of_next(iteration, at) and int(model.decision[at]) == -1:
+    if due == _due_of_next(iteration, at, early) and int(model.decision[at]) == -1:
         waited = wait(at, due, 0 if int(model.overdue) else timeout_ns)
         ready = int(model.ready[at]) >= due
         if ready:
@@ -65,11 +66,11 @@ def vote(
     model.stages[carrier, Stage.VOTE] = iteration
 
 
-def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: int) -> None:
+def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: int, early: bool = False) -> None:
     """Decide on the plan of the layer that runs next by the votes of all ranks, int64 [N, LANES], which are summed."""
     at, iteration = following.layer, int(model.turn[0])
     due = int(model.due[at])
-    if due != _due_of_next(iteration, at) or int(model.decision[at]) != -1:
+    if due != _due_of_next(iteration, at, early) or int(model.decision[at]) != -1:
         return
     ready, high, high2, low, low2 = (int(value) for value in lanes.sum(0))
     differ = ready * high2 != high * high or ready * low2 != low * low
@@ -124,6 +125,6 @@ def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
     model.bell.copy_(model.rung)
 
 
-def _due_of_next(iteration: int, following: int) -> int:
+def _due_of_next(iteration: int, following: int, early: bool) -> int:
     """In which iteration the layer that runs next will run."""
-    return iteration + (following == 0)
+    return iteration + (early or following == 0)

@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "REPORT", "LayerState", "ModelState", "Outcome", "Report", "Stage"]
+__all__ = ["LANES", "REPORT", "HostVisible", "LayerState", "ModelState", "Outcome", "Report", "Stage"]
 
 HostVisible = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Makes zeros that host and device share."""

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import globaltimer
 from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["block_of", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
@@ -30,7 +30,7 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     _take_over[(1,)](
         model.turn, model.due, model.decision, model.stages, model.reports, model.committed, layer.pending,
         layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0], tables, cells,
-        layer.experts, block=_block(max(layer.experts, tables + cells)), num_warps=4,
+        layer.experts, block=block_of(max(layer.experts, tables + cells)), num_warps=4,
     )  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def vote(
     _vote[(1,)](
         model.turn, model.due, model.decision, model.ready, model.overdue, model.stages, model.reports, model.overflow,
         layer.counts, following.lanes, layer.message, layer.layer, following.layer, model.layers,
-        model.reports.shape[0], layer.experts, timeout_ns, block=_block(layer.experts), spin=wait is None, num_warps=1,
+        model.reports.shape[0], layer.experts, timeout_ns, block=block_of(layer.experts), spin=wait is None,
+        early=False, num_warps=1,
     )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: in
     """See `plain.settle`."""
     _settle[(1,)](
         model.turn, model.due, model.decision, model.reports, lanes, lanes.stride(0), following.layer,
-        model.layers, model.reports.shape[0], ranks, rows=lanes.shape[0], num_warps=1,
+        model.layers, model.reports.shape[0], ranks, rows=lanes.shape[0], early=False, num_warps=1,
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) 
     _fold[(1,)](
         model.turn, model.stages, counts, counts.stride(0), layer.load, layer.recent, layer.folded, layer.reduced,
         decay, layer.layer, layer.experts, rows=counts.shape[0], window=layer.recent.shape[0],
-        block=_block(layer.experts), num_warps=4, enable_fp_fusion=False,
+        block=block_of(layer.experts), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def settle_and_fold(
     _settle_and_fold[(1,)](
         model.turn, model.due, model.decision, model.reports, model.stages, message, layer.load, layer.recent,
         layer.folded, layer.reduced, decay, layer.layer, following.layer, model.layers, model.reports.shape[0], ranks,
-        layer.experts, window=layer.recent.shape[0], block=_block(layer.experts), num_warps=4, enable_fp_fusion=False,
+        layer.experts, window=layer.recent.shape[0], block=block_of(layer.experts), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -80,12 +81,13 @@ def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
     """See `plain.hand_over`."""
     _hand_over[(1,)](
         model.turn, model.due, model.decision, model.stages, model.rung, model.bell, layer.load, layer.handed_load,
-        layer.handed, layer.layer, layer.experts, delay, block=_block(layer.experts), releases=model.turn.is_cuda,
+        layer.handed, layer.layer, layer.experts, delay, block=block_of(layer.experts), releases=model.turn.is_cuda,
         num_warps=4,
     )  # fmt: skip
 
 
-def _block(size: int) -> int:
+def block_of(size: int) -> int:
+    """Entries of the block that holds `size` values."""
     return max(16, int(triton.next_power_of_2(size)))
 
 
@@ -119,11 +121,11 @@ def _take_over(
 @triton.jit(do_not_specialize=["layer", "following", "layers", "kept", "experts", "timeout_ns"])
 def _vote(
     turn, due, decision, ready, overdue, stages, reports, overflow, counts, lanes, message, layer, following, layers,
-    kept, experts, timeout_ns, block: tl.constexpr, spin: tl.constexpr,
+    kept, experts, timeout_ns, block: tl.constexpr, spin: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     iteration = tl.load(turn)
     at_due = tl.load(due + following)
-    expected = iteration + (following == 0).to(tl.int64)
+    expected = _due_of_next(iteration, following, early)
     carried = (at_due == expected) & (tl.load(decision + following) == -1)
     prepared = tl.load(ready + following, volatile=True)
     waited = tl.zeros([], dtype=tl.int64)
@@ -133,6 +135,8 @@ def _vote(
         while carried & (prepared < at_due) & (waited < limit):
             prepared = tl.atomic_add(ready + following, 0, sem="acquire", scope="sys")
             waited = (globaltimer() - begin).to(tl.int64)
+            if early:  # programs of other layers wait beside this one: the first wait in vain ends all of them
+                limit = tl.where(tl.load(overdue, volatile=True) == 0, limit, 0)
     voted = carried & (prepared >= at_due)
     tl.store(overdue, 1, mask=carried & (prepared < at_due))
     report = reports + ((at_due % kept) * layers + following) * _REPORT
@@ -152,10 +156,13 @@ def _vote(
 
 @declares(writes=["decision", "reports"])
 @triton.jit(do_not_specialize=["stride", "following", "layers", "kept", "ranks"])
-def _settle(turn, due, decision, reports, lanes, stride, following, layers, kept, ranks, rows: tl.constexpr):
+def _settle(
+    turn, due, decision, reports, lanes, stride, following, layers, kept, ranks, rows: tl.constexpr,
+    early: tl.constexpr,
+):  # fmt: skip
     iteration = tl.load(turn)
     at_due = tl.load(due + following)
-    carried = (at_due == iteration + (following == 0).to(tl.int64)) & (tl.load(decision + following) == -1)
+    carried = (at_due == _due_of_next(iteration, following, early)) & (tl.load(decision + following) == -1)
     ready = _sum_lane(lanes, stride, rows)
     high, high2 = _sum_lane(lanes + 1, stride, rows), _sum_lane(lanes + 2, stride, rows)
     low, low2 = _sum_lane(lanes + 3, stride, rows), _sum_lane(lanes + 4, stride, rows)
@@ -166,6 +173,12 @@ def _settle(turn, due, decision, reports, lanes, stride, following, layers, kept
     tl.store(report + 7, iteration, mask=carried)
     tl.debug_barrier()
     tl.store(decision + following, ((ready == ranks) & (differ == 0)).to(tl.int64), mask=carried)
+
+
+@triton.jit
+def _due_of_next(iteration, following, early: tl.constexpr):
+    """See `plain._due_of_next`."""
+    return iteration + 1 if early else iteration + (following == 0).to(tl.int64)
 
 
 @triton.jit
@@ -210,7 +223,7 @@ def _settle_and_fold(
     turn, due, decision, reports, stages, message, load, recent, folded, reduced, decay, layer, following, layers, kept,
     ranks, experts, window: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    _settle(turn, due, decision, reports, message + experts, 0, following, layers, kept, ranks, 1)
+    _settle(turn, due, decision, reports, message + experts, 0, following, layers, kept, ranks, 1, False)
     _fold(turn, stages, message, 0, load, recent, folded, reduced, decay, layer, experts, 1, window, block)
 
 

@@ -91,6 +91,34 @@ def missing_stream_join(module: ModuleType) -> None:
     module.LayerStream.begin_reading = no_join
 
 
+def one_layer_left_out_of_the_sum(module: ModuleType) -> None:
+    """The one sum over ranks leaves the counts of the second layer as they were; its votes are summed."""
+    reduce = module.AllReduce.__call__
+
+    def without_one(self: Any, tensor: Any) -> None:
+        mine = tensor[1, :-5].clone()
+        reduce(self, tensor)
+        tensor[1, :-5] = mine
+
+    module.AllReduce.__call__ = without_one
+
+
+def loads_from_before_the_sum(module: ModuleType) -> None:
+    """The last layer hands loads over that lack the counts of the iteration."""
+    fold, hand_over = module.settle_and_fold_all, module.hand_over_all
+    before: list[Any] = []
+
+    def kept(model: Any, stack: Any, **options: Any) -> None:
+        before[:] = [stack.load.clone()]
+        fold(model, stack, **options)
+
+    def stale(model: Any, stack: Any, *, delay: int) -> None:
+        hand_over(model, stack, delay=delay)
+        stack.handed_load[stack.handed == model.turn[0]] = before[0][stack.handed == model.turn[0]]
+
+    module.settle_and_fold_all, module.hand_over_all = kept, stale
+
+
 def wrong_axis_balancedness(module: ModuleType) -> None:
     """Mean over maximum along another axis than the ranks'."""
 
@@ -341,6 +369,8 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "late_commit": ("moe_eplb.balancer.layer_update", late_commit),
     "replica_chosen_by_receiver": ("moe_eplb.moe.wide_ep", replica_chosen_by_receiver),
     "statistics_never_reduced": ("moe_eplb.balancer.statistics", statistics_never_reduced),
+    "one_layer_left_out_of_the_sum": ("moe_eplb.balancer.statistics", one_layer_left_out_of_the_sum),
+    "loads_from_before_the_sum": ("moe_eplb.device.control.plain_all", loads_from_before_the_sum),
     "missing_stream_join": ("moe_eplb.balancer.layer_stream", missing_stream_join),
     "wrong_axis_balancedness": ("moe_eplb.balancer.single_layer", wrong_axis_balancedness),
     "updates_silently_off": ("moe_eplb.balancer.load_balancer", updates_silently_off),
