@@ -12,7 +12,6 @@ from moe_eplb.core.events import NullSink
 from moe_eplb.device import get_device, ops
 from moe_eplb.device.symmetric import HostSymmetric, Symmetric, Window
 from moe_eplb.moe.dispatch import AllToAll, Dispatcher, Received, SymmMem
-from moe_eplb.moe.dispatch.send_order import needed_by, send_order
 from moe_eplb.moe.experts import sum_over_k
 from tests.support.ranks import run_ranks
 
@@ -89,16 +88,6 @@ def test_outputs_are_those_of_the_all_to_all_bit_for_bit(size: int, dtype: torch
             for y in ours:
                 assert y.dtype is dtype
                 assert torch.equal(y, wanted)
-
-
-def test_the_order_of_rows_is_that_of_ranks_and_then_of_tokens() -> None:
-    slots = torch.tensor([[0, 4, 9], [-1, 3, 4], [9, -1, 99], [5, 2, 1]], dtype=torch.int32)
-    order = send_order(needed_by(slots, 3, 3), 5)
-    assert order.counts.tolist() == [2, 3, 0]
-    assert order.position.tolist() == [[0, 15, 15, 1], [2, 3, 15, 4], [15] * 4]
-    assert order.token_at.tolist() == [0, 3, 0, 1, 3] + [0] * 10
-    assert order.place_at.tolist() == [0, 1, 5, 6, 7] + [-1] * 10
-    assert [order.place[0, 3], order.place[1, 3]] == [1, 7]
 
 
 # -- what stays behind -----------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_eplb.device import ops
 from moe_eplb.moe.dispatch.base import Exchange, Received
 from moe_eplb.moe.dispatch.blocks import gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
 from moe_eplb.moe.dispatch.fixed_blocks import FixedBlocksExchange
 from moe_eplb.moe.dispatch.packing import RowFormat
-from moe_eplb.moe.dispatch.send_order import needed_by
 
 __all__ = ["AllToAll", "AllToAllExchange"]
 
@@ -60,7 +60,7 @@ class AllToAll:
         if self.static_shapes and tokens is not None:
             return FixedBlocksExchange(self, slot_ids, tuple(tokens), gather_riders(self.ranks, riders))
         size = self.ranks.size
-        sends = needed_by(slot_ids, self.slots_per_rank, size)
+        sends = ops.needed_by(slot_ids, self.slots_per_rank, size)
         counts = sends.sum(dim=1)
         told = counts if riders is None else torch.cat((counts, riders))
         gathered = self.ranks.all_gather(told.unsqueeze(0))

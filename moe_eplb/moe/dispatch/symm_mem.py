@@ -24,18 +24,15 @@ from moe_eplb.moe.dispatch.blocks import gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
 from moe_eplb.moe.dispatch.fixed_blocks import FixedBlocksExchange
 from moe_eplb.moe.dispatch.packing import RowFormat
-from moe_eplb.moe.dispatch.send_order import needed_by, send_order
 
 __all__ = ["SymmMem", "SymmMemExchange"]
-
-_MARKS = 2
-"""A row's source rank and its place."""
 
 
 class SymmMem:
     """Makes exchanges over `group` (None: a single rank), in the buffers of `symmetric`, which several ranks need.
 
-    A row carries the hidden state, K scales, the K slot ids that its source rank chose, the token's index, and marks.
+    A row carries the hidden state, K scales, the K slot ids that its source rank chose, and marks, see
+    `moe_eplb.device.ops.plain_sends`; a partial sum carries its row's source rank and place.
     """
 
     def __init__(
@@ -57,10 +54,8 @@ class SymmMem:
         self.top_k = top_k
         self.dtype = dtype
         align = 1 if symmetric is None else symmetric.align
-        self.row = RowFormat(hidden_size, top_k, top_k + 1 + _MARKS, dtype, align=align)
-        # Of rows like these alone: what earlier exchanges left behind must be rows of the same columns.
-        self.purpose = f"dispatch of {hidden_size} {dtype}, top {top_k}"
-        self.returned = RowFormat(hidden_size, 0, _MARKS, dtype, align=align)
+        self.row = RowFormat(hidden_size, top_k, top_k + ops.MARKS, dtype, align=align)
+        self.returned = RowFormat(hidden_size, 0, 2, dtype, align=align)
 
     def prepare_bytes(self, riders: Tensor | None, tokens: Sequence[int] | None = None) -> int:
         """See `Dispatcher`."""
@@ -100,8 +95,6 @@ class SymmMemExchange:
         self._owner, self._symmetric = owner, symmetric
         self._slot_ids, self._block = slot_ids, block
         self._rows = owner.ranks.size * block
-        self._sends = needed_by(slot_ids, owner.slots_per_rank, owner.ranks.size)
-        self._order = send_order(self._sends, block)
 
     @property
     def dispatch_bytes(self) -> int:
@@ -120,50 +113,39 @@ class SymmMemExchange:
 
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """See `Exchange`."""
-        row, rows, order = self._owner.row, self._rows, self._order
-        window = self._symmetric.window(self._owner.purpose, rows, row.words)
-        torch.index_select(self._packed(x, scales), 0, order.token_at, out=window.send[:rows])
-        row.unpack(window.send[:rows]).integers[:, -1] = order.place_at
-        window.send_counts.copy_(order.counts)
-        self._symmetric.exchange(window)
-        # Copies of all but the hidden states, which are read before the combine: peers and later layers write here.
-        self._counts = window.received_counts.clone()
-        return self._received(window.received[:rows])
+        owner, there = self._owner, self._symmetric.window("dispatch", self._rows, self._owner.row.words)
+        back = self._symmetric.window("combine", self._rows, owner.returned.words)
+        self._position, token_at = ops.order_sends(
+            self._slot_ids, there.send_counts, slots_per_rank=owner.slots_per_rank, block=self._block
+        )
+        columns = (x.contiguous().view(torch.int32), scales.contiguous().view(torch.int32), self._slot_ids)
+        rows, rank = there.send[: self._rows], owner.ranks.rank
+        ops.send_rows(columns, token_at, there.send_counts, rows, rank=rank, block=self._block)
+        self._symmetric.exchange(there)
+        # As many go back as came; peers write new numbers there only behind the combine's barrier.
+        back.send_counts.copy_(there.received_counts)
+        hidden, sent_scales, integers = owner.row.unpack(there.received[: self._rows])
+        arrived = ops.arrive(
+            sent_scales, integers, back.send_counts, rank=rank, block=self._block, slots_per_rank=owner.slots_per_rank
+        )
+        self._there, self._back, self._marks = there, back, arrived.marks
+        return self._received(hidden, arrived)
 
-    def _packed(self, x: Tensor, scales: Tensor) -> Tensor:
-        """Rows int32 [max(T, 1), W] of this rank's tokens, without their places."""
-        tokens, rank = x.shape[0], self._owner.ranks.rank
-        marks = torch.full((tokens, 1 + _MARKS), rank, dtype=torch.int32, device=x.device)
-        marks[:, 0] = torch.arange(tokens, device=x.device)
-        return self._owner.row.pack_block(max(tokens, 1), x, scales, self._slot_ids, marks)
-
-    def _received(self, rows: Tensor) -> Received:
-        owner = self._owner
-        hidden, scales, integers = owner.row.unpack(rows)
-        token, source, place = integers[:, owner.top_k :].clone().unbind(1)
-        line = torch.arange(self._rows, device=rows.device)
-        filled = line < self._counts.sum()
-        begin = self._counts.cumsum(0) - self._counts - owner.ranks.rank * self._block
-        right = begin[source] + place == line
-        self._marks = torch.where(filled.unsqueeze(1), torch.stack((source, place), dim=1), -1)
-        # A wrong row stands for a token of which nothing is known: NaN for any slot makes its sum NaN.
-        slots = integers[:, : owner.top_k] - owner.ranks.rank * owner.slots_per_rank
-        slots = torch.where(filled.unsqueeze(1), torch.where(right.unsqueeze(1), slots, 0), -1)
-        scales = torch.where(right.unsqueeze(1), scales, torch.nan)
-        entries = None if owner.static_shapes else int(((slots >= 0) & (slots < owner.slots_per_rank)).sum())
-        return Received(hidden, slots, scales, None, entries, sent_token=token, sent_rank=source)
+    def _received(self, hidden: Tensor, arrived: ops.Arrived) -> Received:
+        """All but the hidden states are copies: peers and later layers write where they came from."""
+        entries = None
+        if not self._owner.static_shapes:
+            entries = int(((arrived.slots >= 0) & (arrived.slots < self._owner.slots_per_rank)).sum())
+        source = arrived.marks[:, 0]
+        return Received(hidden, arrived.slots, arrived.scales, None, entries, arrived.token, source)
 
     def combine(self, partial: Tensor) -> Tensor:
         """See `Exchange`. They are added in float32, in order of rank."""
-        owner, rows = self._owner, self._rows
-        window = self._symmetric.window("combine", rows, owner.returned.words)
-        ops.pack_rows((partial.to(owner.dtype).contiguous().view(torch.int32), self._marks), window.send[:rows])
-        window.send_counts.copy_(self._counts)
-        self._symmetric.exchange(window)
-        hidden, _, marks = owner.returned.unpack(window.received[:rows])
-        at = self._order.position.clamp(max=max(rows - 1, 0))
-        source, place = marks[at].unbind(-1)
-        right = self._sends & (source == owner.ranks.rank) & (place == self._order.place)
-        other = torch.where(self._sends, torch.nan, 0.0).to(owner.dtype).unsqueeze(-1)
-        blocks = torch.where(right.unsqueeze(-1), hidden[at], other)
-        return ops.add_blocks(blocks, self._slot_ids.shape[0], owner.dtype)
+        owner, back = self._owner, self._back
+        sums = partial.to(owner.dtype).contiguous().view(torch.int32)
+        ops.pack_rows((sums, self._marks), back.send[: self._rows])
+        self._symmetric.exchange(back)
+        hidden, _, marks = owner.returned.unpack(back.received[: self._rows])
+        return ops.add_returned(
+            hidden, marks, self._position, self._there.send_counts, rank=owner.ranks.rank, block=self._block
+        )
