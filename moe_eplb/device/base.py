@@ -187,7 +187,7 @@ class Device(abc.ABC):
         """Buffers that the ranks of the group read from each other, the same for all layers.
 
         Raises:
-            BalancerError: E208 where they cannot be had.
+            BalancerError: E211 where they cannot be had.
         """
 
     @abc.abstractmethod

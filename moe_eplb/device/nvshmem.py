@@ -19,7 +19,7 @@ class NvshmemSymmetric(Symmetric):
     """`torch.ops.symm_mem.all_to_all_vdev`: ranks tell each other their counts, pass a barrier, read each other's rows.
 
     Raises:
-        BalancerError: E208 when there is no NVSHMEM, when ranks share GPUs, or when the group is not all ranks.
+        BalancerError: E211 when there is no NVSHMEM, when ranks share GPUs, or when the group is not all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -63,4 +63,4 @@ def _require(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def _refused(why: str, hint: str) -> BalancerError:
-    return BalancerError("E208", "dispatch 'symm_mem' cannot be had", why=why, hint=f"{hint}; or dispatch: alltoall")
+    return BalancerError("E211", "dispatch 'symm_mem' cannot be had", why=why, hint=f"{hint}; or dispatch: alltoall")

@@ -73,7 +73,7 @@ class Symmetric(abc.ABC):
             words: W, a multiple of `align`.
 
         Raises:
-            BalancerError: E209 when it had to be made while a graph is captured.
+            BalancerError: E212 when it had to be made while a graph is captured.
         """
         made = self._windows.setdefault((purpose, words), [])
         if not made or len(made[-1].send) < rows:
@@ -101,7 +101,7 @@ class Symmetric(abc.ABC):
     def _check_capture(self, rows: int) -> None:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise BalancerError(
-                "E209", f"symmetric buffers for {rows} rows were needed while a graph is captured",
+                "E212", f"symmetric buffers for {rows} rows were needed while a graph is captured",
                 why="to make them is a collective, for which the host waits",
                 hint="run a forward of as many tokens before the capture",
             )  # fmt: skip
@@ -139,11 +139,11 @@ def shared_by_layers(
     """The one `Symmetric` of this process for the group.
 
     Raises:
-        BalancerError: E208 for more ranks than one exchange takes.
+        BalancerError: E211 for more ranks than one exchange takes.
     """
     if group.size() > MOST_RANKS:
         raise BalancerError(
-            "E208", f"dispatch 'symm_mem' cannot join {group.size()} ranks",
+            "E211", f"dispatch 'symm_mem' cannot join {group.size()} ranks",
             why=f"one exchange takes at most {MOST_RANKS}", hint="use dispatch 'alltoall' or 'allgather'",
         )  # fmt: skip
     key = (str(device), group.group_name)

@@ -65,7 +65,7 @@ class WideEPMoE(nn.Module):
             the MoeChunkingOverlap stream. None for no limit.
 
     Raises:
-        BalancerError: E154 when the dispatch cannot carry the statistics, E208 when "symm_mem" cannot be had or is
+        BalancerError: E154 when the dispatch cannot carry the statistics, E211 when "symm_mem" cannot be had or is
             asked for chunks, and see `join_balancer`, `make_allreduce` and `overlap_stream`.
 
     Attributes:

@@ -94,11 +94,11 @@ def check_one_stream(dispatch: DispatchName, limit: int | None) -> None:
     """Chunks run on two streams, and exchanges through symmetric memory on one alone.
 
     Raises:
-        BalancerError: E208 for "symm_mem" with a limit of tokens.
+        BalancerError: E211 for "symm_mem" with a limit of tokens.
     """
     if dispatch == "symm_mem" and limit is not None:
         raise BalancerError(
-            "E208", "dispatch 'symm_mem' cannot run in chunks",
+            "E211", "dispatch 'symm_mem' cannot run in chunks",
             why=f"moe_max_num_tokens is {limit}; chunks on two streams would pass each other's barriers",
             hint="leave moe_max_num_tokens out, or use dispatch 'alltoall' or 'allgather'",
         )  # fmt: skip

@@ -70,7 +70,7 @@ def test_no_window_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyP
     symmetric._device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert symmetric.window("dispatch", 3, 128) is made
-    with pytest.raises(BalancerError, match=r"E209(.|\n)*5 rows"):
+    with pytest.raises(BalancerError, match=r"E212(.|\n)*5 rows"):
         symmetric.window("dispatch", 5, 128)
 
 
@@ -139,7 +139,7 @@ def test_blocks_that_the_user_asks_for_divide_a_row_too(monkeypatch: pytest.Monk
 
 
 def test_more_ranks_than_an_exchange_takes_are_refused() -> None:
-    with pytest.raises(BalancerError, match=r"E208(.|\n)*513 ranks(.|\n)*at most 512"):
+    with pytest.raises(BalancerError, match=r"E211(.|\n)*513 ranks(.|\n)*at most 512"):
         shared_by_layers(HostSymmetric, _group(MOST_RANKS + 1), CPU)
 
 
@@ -171,5 +171,5 @@ def test_nvshmem_that_cannot_be_had_is_an_error(
     monkeypatch.setattr(_symmetric_memory, "set_backend", _no_backend)
     monkeypatch.setattr(dist, "get_backend", lambda group: backend)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    with pytest.raises(BalancerError, match=rf"E208(.|\n)*{why}(.|\n)*dispatch: alltoall"):
+    with pytest.raises(BalancerError, match=rf"E211(.|\n)*{why}(.|\n)*dispatch: alltoall"):
         NvshmemSymmetric(_group(2), CPU)

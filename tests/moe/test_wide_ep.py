@@ -309,7 +309,7 @@ def test_statistics_that_the_dispatch_cannot_carry_are_refused(dispatch: str, st
 
 
 def test_symmetric_memory_and_chunks_are_refused_together() -> None:
-    with pytest.raises(BalancerError, match=r"E208(.|\n)*moe_max_num_tokens is 64"):
+    with pytest.raises(BalancerError, match=r"E211(.|\n)*moe_max_num_tokens is 64"):
         _layer(get_device("cpu", NullSink()), dispatch="symm_mem", moe_max_num_tokens=64)
 
 
