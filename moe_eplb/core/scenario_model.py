@@ -40,7 +40,7 @@ class Scenario(Section):
     execution: Literal["eager", "graph"] = "eager"
     share_gpus: bool = False
     model: Model
-    dispatch: Literal["alltoall", "allgather"] = "alltoall"
+    dispatch: Literal["alltoall", "allgather", "symm_mem"] = "alltoall"
     moe_max_num_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
     statistics: Literal["auto", "gathered", "local_ids", "global_ids"] = "auto"
     overlap: Literal["after", "before", "serial"] = "after"
@@ -91,6 +91,11 @@ class Scenario(Section):
     def fast_backend(self) -> str:
         """The backend of torch.distributed for the model's tensors and statistics; NCCL takes a GPU for each rank."""
         return "nccl" if self.device == "cuda" and not self.share_gpus else "gloo"
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether there may be no other rank beside those that run it: NVSHMEM makes its buffers on all of them."""
+        return self.device == "cuda" and self.dispatch == "symm_mem" and self.ranks > 1
 
     @property
     def effective_reorder_seed(self) -> int:

@@ -22,6 +22,7 @@ def problems(s: Scenario) -> tuple[Problem, ...]:
     rules = [
         model_rules.problems,
         _dispatch,
+        _symm_mem,
         _overlap,
         _execution,
         _chunks,
@@ -42,8 +43,19 @@ def _dispatch(s: Scenario) -> Iterator[Problem]:
         hint = "use dispatch 'alltoall', or statistics 'local_ids'"
         yield Problem(("statistics",), "gathered statistics ride in the exchange that only 'alltoall' has", hint)
     if s.statistics == "global_ids" and s.dispatch != "allgather":
-        hint = "use dispatch 'allgather', or statistics 'gathered'"
+        hint = "use dispatch 'allgather', or statistics 'auto'"
         yield Problem(("statistics",), "the ids of all ranks reach every rank only with dispatch 'allgather'", hint)
+
+
+def _symm_mem(s: Scenario) -> Iterator[Problem]:
+    if s.dispatch != "symm_mem":
+        return
+    hint = "dispatch: alltoall or allgather"
+    if s.moe_max_num_tokens is not None:
+        what = "chunks run on two streams, and exchanges of dispatch 'symm_mem' on one alone"
+        yield Problem(("moe_max_num_tokens",), what, f"remove it, or {hint}")
+    if s.share_gpus:
+        yield Problem(("share_gpus",), "dispatch 'symm_mem' takes a GPU for each rank", f"remove it, or {hint}")
 
 
 def _overlap(s: Scenario) -> Iterator[Problem]:

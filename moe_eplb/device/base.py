@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
@@ -18,6 +19,7 @@ from moe_eplb.device.bell import Bell, CpuBell
 from moe_eplb.device.captured import Captured
 from moe_eplb.device.sharing import Sharing
 from moe_eplb.device.streams import AuxStreamType
+from moe_eplb.device.symmetric import Symmetric
 
 __all__ = ["Device", "Event", "Stream"]
 
@@ -179,6 +181,14 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def new_sharing(self) -> Sharing:
         """How other processes of this node read memory of this device."""
+
+    @abc.abstractmethod
+    def symmetric(self, group: dist.ProcessGroup) -> Symmetric:
+        """Buffers that the ranks of the group read from each other, the same for all layers.
+
+        Raises:
+            BalancerError: E211 where they cannot be had.
+        """
 
     @abc.abstractmethod
     def discard(self) -> int:

@@ -17,12 +17,14 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import KINDS, EventSink, Kind, Role
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.order import Clock, StreamOrder
 from moe_eplb.device.sharing import SharedHostMemory, Sharing
+from moe_eplb.device.symmetric import HostSymmetric, Symmetric, shared_by_layers
 
 __all__ = ["CpuDevice"]
 
@@ -140,6 +142,9 @@ class CpuDevice(Device):
 
     def new_sharing(self) -> Sharing:
         return SharedHostMemory()
+
+    def symmetric(self, group: dist.ProcessGroup) -> Symmetric:
+        return shared_by_layers(HostSymmetric, group, self.torch_device)
 
     def discard(self) -> int:
         left = self._waiting

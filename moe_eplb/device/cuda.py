@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,9 +23,11 @@ from moe_eplb.device.cuda_bell import CudaBell
 from moe_eplb.device.cuda_graph import CudaGraph, Piece, external_event
 from moe_eplb.device.cuda_sharing import SharedDeviceMemory
 from moe_eplb.device.driver_calls import addresses, driver_calls, require_success
+from moe_eplb.device.nvshmem import NvshmemSymmetric
 from moe_eplb.device.order import Clock, StreamOrder
 from moe_eplb.device.sanitizer import attach
 from moe_eplb.device.sharing import Sharing
+from moe_eplb.device.symmetric import Symmetric, shared_by_layers
 
 __all__ = ["CudaDevice"]
 
@@ -277,6 +280,9 @@ class CudaDevice(Device):
 
     def new_sharing(self) -> Sharing:
         return SharedDeviceMemory(self.torch_device)
+
+    def symmetric(self, group: dist.ProcessGroup) -> Symmetric:
+        return shared_by_layers(NvshmemSymmetric, group, self.torch_device)
 
     def _do(self, stream: _CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
         self._check(stream, kind, layer, a)

@@ -54,7 +54,7 @@ def create_moe(
 
     Raises:
         BalancerError: E140 when a stream is missing, E158 when the backend does not exist or cannot do what is asked,
-            E187 when the two dtypes do not fit, E188 when the device cannot multiply fp8.
+            E187 when the two dtypes do not fit, E188 when the device cannot multiply fp8; and see `WideEPMoE`.
     """
     shape = MoeShape(num_experts, routing_method.top_k, hidden_size, intermediate_size, dtype, expert_dtype)
     if backend == "wide_ep":

@@ -19,12 +19,12 @@ from moe_eplb.moe.stages import LayerStages
 
 __all__ = ["DispatchName", "StatisticsName", "StatisticsPath", "choose_path", "make_path"]
 
-DispatchName = Literal["alltoall", "allgather"]
+DispatchName = Literal["alltoall", "allgather", "symm_mem"]
 StatisticsName = Literal["gathered", "local_ids", "global_ids"]
 
 
 def choose_path(dispatch: DispatchName, statistics: StatisticsName | None) -> StatisticsName:
-    """The statistics path for a dispatch, by default all-to-all gathers and all-gather gives local ids.
+    """The statistics path for a dispatch; by default all-to-all gathers and the others give local ids.
 
     Raises:
         BalancerError: E154 when the dispatch cannot carry the path.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,14 @@ from moe_eplb.core.placement import Placement
 from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
 from moe_eplb.moe.chunking import Chunk, ChunkStreams
-from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received
+from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received, SymmMem
 from moe_eplb.moe.experts import ExpertSlots, entries_of, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.splitter import Splitter
 from moe_eplb.moe.stages import LayerStages
 from moe_eplb.moe.statistics_path import DispatchName, StatisticsName, choose_path, make_path
-from moe_eplb.moe.wide_ep_setup import join_balancer, make_allreduce, overlap_stream
+from moe_eplb.moe.wide_ep_setup import check_one_stream, join_balancer, make_allreduce, overlap_stream
 
 __all__ = ["WideEPMoE"]
 
@@ -57,12 +57,16 @@ class WideEPMoE(nn.Module):
         ep_group: Process group of the R ranks, for dispatch and combine; None for one rank.
         statistics_group: Another process group of the same ranks, for the reduction of path "local_ids".
         aux_stream_dict: Model-wide auxiliary streams; None makes own ones.
-        dispatch: How tokens travel.
+        dispatch: How tokens travel; "symm_mem" reads them from symmetric memory, for which the host waits nowhere.
         statistics: How counts reach the balancer, see `moe_eplb.moe.statistics_path`; None follows the dispatch.
         initial_slots: The expert of each of the P slots at the start; by default the balancer's or the reference's.
         layer_idx: Number of the layer in records when there is no balancer; a balancer numbers its layers itself.
         moe_max_num_tokens: The most tokens of all ranks in one pass; larger forwards go in chunks, every other one on
             the MoeChunkingOverlap stream. None for no limit.
+
+    Raises:
+        BalancerError: E154 when the dispatch cannot carry the statistics, E211 when "symm_mem" cannot be had or is
+            asked for chunks, and see `join_balancer`, `make_allreduce` and `overlap_stream`.
 
     Attributes:
         probe: Watches routing, computation and output when set.
@@ -87,6 +91,7 @@ class WideEPMoE(nn.Module):
     ) -> None:
         super().__init__()
         path = choose_path(dispatch, statistics)
+        check_one_stream(dispatch, moe_max_num_tokens)
         membership = join_balancer(
             shape, device, num_slots or shape.num_experts, ep_group, aux_stream_dict, initial_slots, layer_idx
         )
@@ -114,7 +119,10 @@ class WideEPMoE(nn.Module):
 
     def _make_dispatcher(self, name: DispatchName, group: dist.ProcessGroup | None, *, gather_ids: bool) -> Dispatcher:
         shape = self.shape
-        make = AllToAll if name == "alltoall" else partial(AllGather, gather_ids=gather_ids)
+        make: Callable[..., Dispatcher] = {"alltoall": AllToAll, "allgather": AllGather, "symm_mem": SymmMem}[name]
+        options: dict[str, Any] = {"gather_ids": gather_ids} if name == "allgather" else {}
+        if name == "symm_mem":
+            options["symmetric"] = None if group is None or group.size() == 1 else self.device.symmetric(group)
         return make(
             group,
             slots_per_rank=self.slots_per_rank,
@@ -122,6 +130,7 @@ class WideEPMoE(nn.Module):
             top_k=shape.top_k,
             dtype=shape.dtype,
             static_shapes=self.device.kind == "cuda",
+            **options,
         )
 
     def placement(self) -> Placement:

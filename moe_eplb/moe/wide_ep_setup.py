@@ -21,9 +21,9 @@ from moe_eplb.device import AuxStreamType, Device, Stream
 from moe_eplb.moe.dispatch.collectives import Ranks
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.stages import LayerStages, UnbalancedStages
-from moe_eplb.moe.statistics_path import StatisticsName
+from moe_eplb.moe.statistics_path import DispatchName, StatisticsName
 
-__all__ = ["Membership", "join_balancer", "make_allreduce", "overlap_stream", "required_stream"]
+__all__ = ["Membership", "check_one_stream", "join_balancer", "make_allreduce", "overlap_stream", "required_stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,20 @@ def make_allreduce(membership: Membership, path: StatisticsName, group: dist.Pro
             hint="pass statistics_group=torch.distributed.new_group(ranks)",
         )
     return AllReduce(group)
+
+
+def check_one_stream(dispatch: DispatchName, limit: int | None) -> None:
+    """Chunks run on two streams, and exchanges through symmetric memory on one alone.
+
+    Raises:
+        BalancerError: E211 for "symm_mem" with a limit of tokens.
+    """
+    if dispatch == "symm_mem" and limit is not None:
+        raise BalancerError(
+            "E211", "dispatch 'symm_mem' cannot run in chunks",
+            why=f"moe_max_num_tokens is {limit}; chunks on two streams would pass each other's barriers",
+            hint="leave moe_max_num_tokens out, or use dispatch 'alltoall' or 'allgather'",
+        )  # fmt: skip
 
 
 def overlap_stream(streams: Mapping[AuxStreamType, Stream], device: Device, limit: int | None) -> Stream:

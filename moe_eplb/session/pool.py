@@ -48,8 +48,8 @@ class _Rank(NamedTuple):
 class RankPool:
     """Rank processes of this node, started on demand and kept for the next scenario.
 
-    A scenario of n ranks runs on the first n, the others wait. After a failure all are killed; the next scenario starts
-    anew.
+    A scenario of n ranks runs on the first n, the others wait; one that needs all ranks that there are starts n anew.
+    After a failure all are killed; the next scenario starts anew.
     """
 
     def __init__(self) -> None:
@@ -121,6 +121,8 @@ class RankPool:
         variants: Sequence[Scenario] = (),
         timing: Timing | None = None,
     ) -> None:
+        if len(self._ranks) > scenario.ranks and any(s.needs_all_ranks for s in (scenario, *variants)):
+            self.close()
         self.reserve(scenario.ranks, timeout_s=min(_START_S, max(0.0, deadline - time.monotonic())))
         others = tuple(scenarios.dump(variant) for variant in variants)
         job = Job(scenarios.dump(scenario), str(folder), others, timing)

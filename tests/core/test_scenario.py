@@ -66,12 +66,21 @@ def test_slots(overrides: list[str], expected: tuple[int, int]) -> None:
     [
         ([], "gathered"),
         (["dispatch=allgather"], "local_ids"),
+        (["dispatch=symm_mem"], "local_ids"),
         (["statistics=local_ids"], "local_ids"),
         (["dispatch=allgather", "overlap=before"], "global_ids"),
     ],
 )
 def test_statistics_follow_the_dispatch(overrides: list[str], path: str) -> None:
     assert load(BASE, *overrides).statistics_path == path
+
+
+def test_symmetric_memory_of_gpus_needs_all_ranks_of_the_pool() -> None:
+    on_gpus = ["device=cuda", "dispatch=symm_mem"]
+    assert load(BASE, *on_gpus).needs_all_ranks
+    assert not load(BASE, *on_gpus, "ranks=1").needs_all_ranks
+    assert not load(BASE, "dispatch=symm_mem").needs_all_ranks
+    assert not load(BASE, "device=cuda").needs_all_ranks
 
 
 def test_the_reorder_seed_is_the_seed_unless_given() -> None:
@@ -126,6 +135,10 @@ RULES = [
     (["balancer.update_timeout_s=60"], "x.yaml", "smaller than timeout_s"),
     (["statistics=gathered", "dispatch=allgather"], "x.yaml", "only 'alltoall' has"),
     (["statistics=global_ids"], "x.yaml", "only with dispatch 'allgather'"),
+    (["statistics=gathered", "dispatch=symm_mem"], "x.yaml", "only 'alltoall' has"),
+    (["statistics=global_ids", "dispatch=symm_mem"], "x.yaml", "only with dispatch 'allgather'"),
+    (["moe_max_num_tokens=64", "dispatch=symm_mem"], "x.yaml", "chunks run on two streams"),
+    (["device=cuda", "share_gpus=true", "dispatch=symm_mem"], "x.yaml", "a GPU for each rank"),
     (["workload.kind=uniform", "workload.skew=2.0"], "x.yaml", "'skew' has no effect"),
     (["workload.hot_share=0.1"], "x.yaml", "'hot_share' has no effect"),
     (["workload.kind=hot", "workload.hot_experts=17"], "x.yaml", "17 hot experts of only 16"),

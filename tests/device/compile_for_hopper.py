@@ -9,12 +9,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_eplb.device.control import triton_all, triton_control
-from moe_eplb.device.ops import triton_fp8, triton_rows
+from moe_eplb.device.ops import triton_fp8, triton_rows, triton_sends
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = (
     "count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay", "layers", "kept", "ranks",
-    "timeout_ns",
+    "timeout_ns", "tokens", "per_rank", "width1", "width2", "width3", "words", "rank", "most", "rows", "stride",
+    "scale_stride", "mark_stride",
 )  # fmt: skip
 COUNTS = dict.fromkeys(NUMBERS, "i32")
 
@@ -22,7 +23,7 @@ COUNTS = dict.fromkeys(NUMBERS, "i32")
 def build(kernel: Any, warps: int, types: dict[str, str], **constants: Any) -> str:
     """PTX of a kernel; machine code is made on the way."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else (types | COUNTS)[name] for name in names}
+    signature = {name: "constexpr" if name in constants else (COUNTS | types)[name] for name in names}
     known = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known)
     text: str = triton.compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
@@ -42,6 +43,7 @@ def main() -> None:
         text = build(triton_fp8._spread_rows, 16, spread, top_k=8, block=8192)
         assert "e4m3x2.f32" in text, "not rounded to fp8"
         assert "div.rn.f32" in text, "not divided as the plain twin does"
+    sends()
     words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
     words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes"), "*i64")
     words |= dict.fromkeys(("rung", "bell", "counts"), "*i32")
@@ -57,6 +59,18 @@ def main() -> None:
     assert "sys.acquire" in text, "what is published behind the word may be read before it"
     for window in (1, 4):
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
+
+
+def sends() -> None:
+    """Rows that go only to the ranks that need them."""
+    names = ("slot_ids", "position", "token_at", "first", "second", "third", "integers", "slots", "token", "marks")
+    words = dict.fromkeys(names, "*i32") | {"counts": "*i64", "scales": "*fp32", "checked": "*fp32"}
+    build(triton_sends._count_sends, 4, words, top_k=8, tiles=2, tile=1024)
+    build(triton_sends._order_sends, 4, words, top_k=8, ranks=8, tiles=2, tile=1024)
+    build(triton_sends._send_rows, 4, words | {"rows": "*i32"}, ranks=8, block=1024)
+    build(triton_sends._arrive, 4, words, ranks=8, top_k=6, columns=8, tile=32)
+    for hidden in ("*bf16", "*fp32"):
+        build(triton_sends._add_returned, 4, words | {"hidden": hidden, "total": hidden}, ranks=8, block=1024)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,8 @@ from tests.support import balanced
 # Behind the import above, which turns Triton's interpreter on where there is no GPU.
 triton_ops = pytest.importorskip("moe_eplb.device.ops.triton_ops")
 triton_group = pytest.importorskip("moe_eplb.device.ops.triton_group")
-NAMES = (
-    "ops.triton_choose", "ops.triton_fp8", "ops.triton_group", "ops.triton_rows", "control.triton_all",
-    "control.triton_control",
-)  # fmt: skip
+OPS = ("choose", "fp8", "group", "rows", "sends")
+NAMES = (*(f"ops.triton_{name}" for name in OPS), "control.triton_all", "control.triton_control")
 MODULES = [pytest.importorskip(f"moe_eplb.device.{name}") for name in NAMES]
 HOST_VISIBLE = {"bell", "committed", "reports", "overflow", "handed", "handed_load"}
 
@@ -102,6 +100,17 @@ def launch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_ops.add_blocks(torch.randn(2, 4, 64).to(DEVICE), 3, torch.float32)
     columns = [torch.ones(3, width, dtype=torch.int32, device=DEVICE) for width in (4, 2)]
     triton_ops.pack_rows(columns, torch.zeros(5, 6, dtype=torch.int32, device=DEVICE))
+    launch_sends()
+
+
+def launch_sends() -> None:
+    slots, counts = ids(7, 6), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    position, token_at = triton_ops.order_sends(slots, counts, slots_per_rank=3, block=7)
+    rows = torch.zeros(14, 16, dtype=torch.int32, device=DEVICE)
+    triton_ops.send_rows((slots, slots, slots), token_at, counts, rows, rank=0, block=7)
+    scales = rows[:, 3:6].view(torch.float32)
+    marks = triton_ops.arrive(scales, rows[:, 6:12], counts, rank=0, block=7, slots_per_rank=3).marks
+    triton_ops.add_returned(torch.randn(14, 64).to(DEVICE), marks, position, counts, rank=0, block=7)
 
 
 def launch_control(seed: int, layer: int) -> None:
@@ -161,7 +170,7 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
         name for module in MODULES for name in re.findall(r"^ +(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
-    assert len(launched) == 23
+    assert len(launched) == 28
 
 
 def test_a_declaration_names_arguments() -> None:

@@ -73,7 +73,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [FEW, TOKENS])
-@pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather", "symm_mem"])
 def test_a_replay_computes_what_the_exact_path_does(
     untimed: Device, dispatch: str, tokens: int, dtype: torch.dtype
 ) -> None:
@@ -103,7 +103,7 @@ def test_a_replay_computes_what_the_exact_path_does(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, FEW, TOKENS])
-@pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather", "symm_mem"])
 def test_an_eager_forward_waits_for_nothing(untimed: Device, dispatch: str, tokens: int, dtype: torch.dtype) -> None:
     layer = _layer(untimed, dispatch, dtype)
     x, logits = _inputs(tokens, 0)

@@ -1,4 +1,4 @@
-"""Both dispatches against sums computed in one process, with ragged and empty ranks."""
+"""All dispatches against sums computed in one process, with ragged and empty ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_eplb.device import ops
-from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Received
+from moe_eplb.core.events import NullSink
+from moe_eplb.device import get_device, ops
+from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Received, SymmMem
 from moe_eplb.moe.experts import entries_of, sum_over_k
 from tests.support.ranks import run_ranks
 
@@ -56,17 +57,21 @@ def _expert(rows: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
 
 
 def _dispatcher(kind: str, group: dist.ProcessGroup | None, dtype: torch.dtype) -> Dispatcher:
-    """`kind`: "alltoall", "allgather", or "ids" for an all-gather of ids too; after a hyphen, "static"."""
+    """`kind`: "alltoall", "allgather", "ids" for an all-gather of ids too, "symm_mem"; after a hyphen, "static"."""
     name, _, shapes = kind.partition("-")
     sizes: dict[str, Any] = {"slots_per_rank": PER_RANK, "hidden_size": HIDDEN, "top_k": TOP_K, "dtype": dtype}
     sizes["static_shapes"] = shapes == "static"
+    if name == "symm_mem":
+        symmetric = None if group is None else get_device("cpu", NullSink()).symmetric(group)
+        return SymmMem(group, symmetric=symmetric, **sizes)
     return AllToAll(group, **sizes) if name == "alltoall" else AllGather(group, **sizes, gather_ids=name == "ids")
 
 
 def _forward(dispatcher: Dispatcher, rank: int, given: Inputs, tokens: list[int]) -> Outputs:
     exchange = dispatcher.prepare(given.slots, given.ids, given.riders, tokens)
     received = exchange.dispatch(given.x, given.scales)
-    assert (received.entries is None) == dispatcher.static_shapes
+    one_rank = isinstance(dispatcher, SymmMem) and dispatcher.ranks.size == 1  # which sends nothing and counts nothing
+    assert (received.entries is None) == (dispatcher.static_shapes or one_rank)
     rows, position, offs = ops.permute_rows(received.hidden, received.slots, PER_RANK, None, received.entries)
     entries = entries_of(received.slots, position, offs)
     assert received.entries in (None, len(entries.row))
@@ -105,7 +110,9 @@ def _wanted(given: Inputs, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["alltoall", "allgather", "alltoall-static", "allgather-static"])
+@pytest.mark.parametrize(
+    "kind", ["alltoall", "allgather", "symm_mem", "alltoall-static", "allgather-static", "symm_mem-static"]
+)
 def test_every_entry_is_processed_once_by_its_slot_and_comes_back(kind: str, size: int) -> None:
     for tokens, outputs in zip(CASES[size], _run(size, kind, torch.float32), strict=True):
         given = [_inputs(rank, size, tokens[rank], torch.float32) for rank in range(size)]
@@ -128,7 +135,7 @@ def test_every_entry_is_processed_once_by_its_slot_and_comes_back(kind: str, siz
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+@pytest.mark.parametrize("kind", ["alltoall", "allgather", "symm_mem"])
 def test_static_shapes_give_the_same_as_exchanged_sizes(kind: str, size: int, dtype: torch.dtype) -> None:
     """Ragged and empty ranks; the exact dispatch is the twin."""
     for exact, static in zip(_run(size, kind, dtype), _run(size, f"{kind}-static", dtype), strict=True):
@@ -139,7 +146,7 @@ def test_static_shapes_give_the_same_as_exchanged_sizes(kind: str, size: int, dt
             assert got.riders == wanted.riders
 
 
-@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+@pytest.mark.parametrize("kind", ["alltoall", "allgather", "symm_mem"])
 def test_bfloat16_states_arrive_unchanged_and_sum_in_float32(kind: str) -> None:
     for tokens, outputs in zip(CASES[2], _run(2, kind, torch.bfloat16), strict=True):
         for rank, output in enumerate(outputs):
@@ -176,8 +183,11 @@ def test_byte_counts_are_those_of_the_rows_sent() -> None:
         for tokens, outputs in zip(CASES[2], _run(2, f"{kind}-static", torch.float32), strict=True):
             block = max(tokens) + more
             assert {output.sizes for output in outputs} == {(apart, block * 64, 2 * block * 4 * HIDDEN)}
-    assert {output.sizes for case in _run(1, "alltoall", torch.float32) for output in case} == {(0, 0, 0)}
-    assert {output.sizes for case in _run(1, "allgather", torch.float32) for output in case} == {(0, 0, 0)}
+    # Rows are rounded up to 512 bytes; how many have a receiver nobody knows.
+    for tokens, outputs in zip(CASES[2], _run(2, "symm_mem", torch.float32), strict=True):
+        assert {output.sizes for output in outputs} == {(8 * 2, 2 * max(tokens) * 512, 2 * max(tokens) * 512)}
+    for kind in ("alltoall", "allgather", "symm_mem"):
+        assert {output.sizes for case in _run(1, kind, torch.float32) for output in case} == {(0, 0, 0)}
 
 
 def test_riders_that_no_row_has_room_for_go_apart() -> None:
@@ -190,7 +200,7 @@ def test_riders_that_no_row_has_room_for_go_apart() -> None:
 
 def test_without_riders_there_are_none() -> None:
     given = _inputs(0, 1, 2, torch.float32)
-    for kind in ("alltoall", "allgather", "alltoall-static", "allgather-static"):
+    for kind in ("alltoall", "allgather", "symm_mem", "alltoall-static", "allgather-static"):
         assert _dispatcher(kind, None, torch.float32).prepare(given.slots, given.ids, None, [2]).riders is None
 
 

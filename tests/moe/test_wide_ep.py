@@ -28,6 +28,7 @@ from tests.support.moe_layers import (
 from tests.support.ranks import run_ranks
 
 PATHS = [("alltoall", "gathered"), ("allgather", "local_ids"), ("allgather", "global_ids"), ("alltoall", "local_ids")]
+PATHS += [("symm_mem", "local_ids")]
 LAYERS = 2
 
 
@@ -91,7 +92,7 @@ def _unbalanced(rank: int, size: int, dispatch: str) -> Step:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather", "symm_mem"])
 def test_static_placement_with_replicas_and_empty_ranks(dispatch: str, size: int) -> None:
     steps = [_unbalanced(0, 1, dispatch)] if size == 1 else run_ranks(_unbalanced, size, dispatch)
     assert max(step.error for step in steps) <= 1e-5
@@ -124,7 +125,7 @@ def test_static_shapes_change_neither_output_nor_entries(dispatch: str, size: in
         _assert_exactly_once([static for _, static in by_rank], SLOTS)
 
 
-@pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather", "symm_mem"])
 def test_bfloat16_stays_within_its_tolerance(dispatch: str) -> None:
     moe = _layer(get_device("cpu", NullSink()), dtype=torch.bfloat16, dispatch=dispatch)
     assert _step(moe, 0, 20, 0).error <= 2e-2
@@ -298,10 +299,18 @@ def test_ranks_of_balancer_and_group_must_agree() -> None:
         _layer(device)
 
 
-@pytest.mark.parametrize(("dispatch", "statistics"), [("allgather", "gathered"), ("alltoall", "global_ids")])
+CANNOT_CARRY = [("allgather", "gathered"), ("alltoall", "global_ids"), ("symm_mem", "gathered")]
+
+
+@pytest.mark.parametrize(("dispatch", "statistics"), [*CANNOT_CARRY, ("symm_mem", "global_ids")])
 def test_statistics_that_the_dispatch_cannot_carry_are_refused(dispatch: str, statistics: str) -> None:
     with pytest.raises(BalancerError, match="E154"):
         _layer(get_device("cpu", NullSink()), dispatch=dispatch, statistics=statistics)
+
+
+def test_symmetric_memory_and_chunks_are_refused_together() -> None:
+    with pytest.raises(BalancerError, match=r"E211(.|\n)*moe_max_num_tokens is 64"):
+        _layer(get_device("cpu", NullSink()), dispatch="symm_mem", moe_max_num_tokens=64)
 
 
 def _build_without_groups(rank: int, size: int, what: str) -> str:

@@ -92,6 +92,17 @@ def test_one_pool_serves_scenarios_of_several_sizes(tmp_path: Path) -> None:
     assert_nothing_left(pids)
 
 
+def test_a_scenario_that_needs_all_ranks_starts_as_many_as_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RankPool() as pool:
+        pool.reserve(3)
+        pids = pool.pids()
+        monkeypatch.setattr(Scenario, "needs_all_ranks", True)
+        assert pool.run(scenario(2), tmp_path / "run").verdict.failure == ""
+        assert (len(pool.pids()), len(set(pool.pids()) & set(pids))) == (2, 0)
+
+
 def test_the_same_seed_gives_the_same_placements(tmp_path: Path) -> None:
     with RankPool() as pool:
         first, second = (run_folder.load(pool.run(scenario(), tmp_path / name).folder) for name in "ab")

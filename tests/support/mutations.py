@@ -157,6 +157,7 @@ def _nudge(draw: Draw, data: Any, way: Way, ways: list[Way]) -> None:
         known = [
             "allgather",
             "alltoall",
+            "symm_mem",
             "serial",
             "zipf",
             "hot",

@@ -14,19 +14,27 @@ from torch import Tensor
 
 from moe_eplb.device.ops import plain
 from moe_eplb.device.ops.plain import FP8, Choice, quantize_rows
+from moe_eplb.device.ops.plain_sends import MARKS, Arrived, needed_by
 
 __all__ = [
     "FP8",
+    "MARKS",
+    "Arrived",
     "Choice",
     "add_blocks",
+    "add_returned",
+    "arrive",
     "combine",
     "histogram",
+    "needed_by",
+    "order_sends",
     "pack_rows",
     "permute",
     "permute_rows",
     "permute_rows_fp8",
     "quantize_rows",
     "route",
+    "send_rows",
     "swiglu",
     "swiglu_fp8",
     "top_k",
@@ -109,3 +117,30 @@ def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
     """See `plain.pack_rows`."""
     _at(rows).pack_rows(columns, rows)
+
+
+def order_sends(slot_ids: Tensor, counts: Tensor, *, slots_per_rank: int, block: int) -> tuple[Tensor, Tensor]:
+    """See `plain_sends.order_sends`."""
+    position, token_at = _at(slot_ids).order_sends(slot_ids, counts, slots_per_rank=slots_per_rank, block=block)
+    return position, token_at
+
+
+def send_rows(
+    columns: Sequence[Tensor], token_at: Tensor, counts: Tensor, rows: Tensor, *, rank: int, block: int
+) -> None:
+    """See `plain_sends.send_rows`."""
+    _at(rows).send_rows(columns, token_at, counts, rows, rank=rank, block=block)
+
+
+def arrive(scales: Tensor, integers: Tensor, counts: Tensor, *, rank: int, block: int, slots_per_rank: int) -> Arrived:
+    """See `plain_sends.arrive`."""
+    arrived: Arrived = _at(scales).arrive(
+        scales, integers, counts, rank=rank, block=block, slots_per_rank=slots_per_rank
+    )
+    return arrived
+
+
+def add_returned(hidden: Tensor, marks: Tensor, position: Tensor, counts: Tensor, *, rank: int, block: int) -> Tensor:
+    """See `plain_sends.add_returned`."""
+    total: Tensor = _at(hidden).add_returned(hidden, marks, position, counts, rank=rank, block=block)
+    return total

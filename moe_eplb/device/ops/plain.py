@@ -8,18 +8,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_sends import add_returned, arrive, order_sends, send_rows
+
 __all__ = [
     "FP8",
     "Choice",
     "add_blocks",
+    "add_returned",
+    "arrive",
     "combine",
     "histogram",
+    "order_sends",
     "pack_rows",
     "permute",
     "permute_rows",
     "permute_rows_fp8",
     "quantize_rows",
     "route",
+    "send_rows",
     "swiglu",
     "swiglu_fp8",
     "top_k",

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_eplb.device import ops
 from moe_eplb.moe.dispatch.base import Exchange, Received
 from moe_eplb.moe.dispatch.blocks import gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
@@ -59,7 +60,7 @@ class AllToAll:
         if self.static_shapes and tokens is not None:
             return FixedBlocksExchange(self, slot_ids, tuple(tokens), gather_riders(self.ranks, riders))
         size = self.ranks.size
-        sends = _sends(slot_ids, self.slots_per_rank, size)
+        sends = ops.needed_by(slot_ids, self.slots_per_rank, size)
         counts = sends.sum(dim=1)
         told = counts if riders is None else torch.cat((counts, riders))
         gathered = self.ranks.all_gather(told.unsqueeze(0))
@@ -73,15 +74,6 @@ class _Plan(NamedTuple):
     sends: Tensor
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
-
-
-def _sends(slot_ids: Tensor, slots_per_rank: int, size: int) -> Tensor:
-    """Bool [R, T]: whether rank r holds at least one slot of token t."""
-    holder = slot_ids.div(slots_per_rank, rounding_mode="floor").long()
-    # One column more takes what belongs to no rank.
-    holder = torch.where((holder >= 0) & (holder < size), holder, size)
-    sends = torch.zeros(slot_ids.shape[0], size + 1, dtype=torch.bool, device=slot_ids.device)
-    return sends.scatter_(1, holder, True)[:, :size].t()
 
 
 class AllToAllExchange:
