@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from moe_eplb.analysis.role_table import load_role_table
 from moe_eplb.balancer.layer_stream import LayerStream
-from moe_eplb.core.events import EventSink
+from moe_eplb.core.events import EventSink, Role
 from moe_eplb.device import control, ops, sanitizer
 from moe_eplb.device.base import Event, Stream
 from moe_eplb.device.cpu import CpuDevice
@@ -171,6 +172,12 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
     assert len(launched) == 28
+
+
+def test_a_report_knows_the_role_of_every_kernel() -> None:
+    table = load_role_table()
+    unknown = [d.kernel.__name__ for d in declarations() if table.by_name(d.kernel.__name__) is Role.UNKNOWN]
+    assert unknown == []
 
 
 def test_a_declaration_names_arguments() -> None:
