@@ -86,6 +86,7 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     asked = threading.Semaphore(0)
 
     def answer() -> None:
+        device.enter_thread()
         written = word.numpy()
         for ring in range(1, count + 1):
             if not asked.acquire(timeout=10) or not bell.wait(ring, 5.0):

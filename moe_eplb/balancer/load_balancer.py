@@ -92,7 +92,7 @@ class MoeLoadBalancer:
         self.updater = Updater(
             self.device.sink, timeout_s=self.options.update_timeout_s,
             # Beside a GPU the thread that launches must not wait for the one that plans.
-            planning=self.options.planning(compiled=self.device.kind == "cuda"),
+            planning=self.options.planning(compiled=self.device.kind == "cuda"), enter=self.device.enter_thread,
         )  # fmt: skip
         self._iter = IterState(next_iteration=0, in_iter=False)
         self._schedule: UpdateSchedule | None = None

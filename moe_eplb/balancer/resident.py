@@ -14,7 +14,7 @@ import torch
 
 from moe_eplb.balancer.updater import Update
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.device import Device
+from moe_eplb.device import Device, control
 from moe_eplb.device.bell import CpuBell
 from moe_eplb.device.control import LayerStack, ModelState
 
@@ -62,7 +62,7 @@ class Resident:
         row[0], row[1] = iteration, int(counts)
         for layer in group:
             row[2 + layer] = 1
-        self.model.turn.copy_(row, non_blocking=True)
+        control.begin(self.model, row)
         self._read[place] = self._device.submitted()
 
     def await_plan(self, update: Update) -> None:

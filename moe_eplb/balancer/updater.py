@@ -60,9 +60,14 @@ class Updater:
         sink: Event sink for plan and staging records.
         timeout_s: The longest that anybody waits for an update.
         planning: How layers are planned.
+        enter: Called by the thread when it starts, see `Device.enter_thread`.
     """
 
-    def __init__(self, sink: EventSink, *, timeout_s: float, planning: Planning | None = None) -> None:
+    def __init__(
+        self, sink: EventSink, *, timeout_s: float, planning: Planning | None = None,
+        enter: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._enter = enter
         self._sink, self._timeout_s = sink, timeout_s
         self._planning, self._generation = planning or Planning(), 0
         self._planners: dict[tuple[int, int], Planner] = {}
@@ -129,6 +134,7 @@ class Updater:
             )  # fmt: skip
 
     def _serve(self) -> None:
+        self._enter()
         while (update := self._tasks.get()) is not None:
             try:
                 if not self._stopping and update.agreed is not False:

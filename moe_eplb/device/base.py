@@ -163,6 +163,10 @@ class Device(abc.ABC):
         """A function that returns when what the current stream has been given so far is done; whether it waited."""
         return lambda: False
 
+    def enter_thread(self) -> None:
+        """A thread calls this once before it enqueues copies or waits for a bell."""
+        return None
+
     def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
         """On another thread: copy (target, source) pairs in order, beside the model's streams.
 

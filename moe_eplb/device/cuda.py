@@ -247,8 +247,10 @@ class CudaDevice(Device):
     def new_bell(self, word: Tensor, *, awake: bool = False) -> Bell:
         return CudaBell(word, self.torch_device, sleeps=not awake)
 
-    def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
+    def enter_thread(self) -> None:
         torch.cuda.set_device(self.torch_device)
+
+    def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
         self._copy(*addresses(copies))
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._copies)

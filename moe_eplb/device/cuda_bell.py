@@ -25,13 +25,12 @@ class CudaBell(Bell):
 
     def __init__(self, word: Tensor, device: torch.device, *, sleeps: bool = True) -> None:
         super().__init__(word)
-        self._device, self._rung, self._calls = device, word.numpy(), driver_calls()
+        self._rung, self._calls = word.numpy(), driver_calls()
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done: torch.cuda.Event = torch.cuda.Event(blocking=sleeps)  # type: ignore[no-untyped-call]
         self._done.record(self._stream)  # the driver's event exists from here on
 
     def wait(self, count: int, timeout_s: float) -> bool:
-        torch.cuda.set_device(self._device)
         stream: int = self._stream.cuda_stream
         code = self._calls.wait(stream, self.word.data_ptr(), count, self._done.cuda_event)
         require_success("cuStreamWaitValue32", code)

@@ -22,7 +22,7 @@ from moe_eplb.device import control, ops, sanitizer
 from moe_eplb.device.base import Event, Stream
 from moe_eplb.device.cpu import CpuDevice
 from moe_eplb.device.sanitizer import Declaration, declarations, declares
-from tests.device.test_control import DEVICE, TIMEOUT_NS, WAIT, triton_all, triton_control, twins
+from tests.device.test_control import DEVICE, TIMEOUT_NS, WAIT, triton_all, triton_control, twins, visible
 from tests.support import balanced
 
 # Behind the import above, which turns Triton's interpreter on where there is no GPU.
@@ -119,6 +119,10 @@ def launch_control(seed: int, layer: int) -> None:
     world, _ = twins(seed)
     model, state, following = world.model, world.layers[layer], world.layers[(layer + 1) % 3]
     at = following.layer
+    row = visible(tuple(model.turn.shape), torch.int64)
+    row.copy_(model.turn)
+    model.turn.fill_(-1)
+    triton_control.begin(model, row)
     state.counts[0] = -5 if seed == 3 else 5
     model.due[at], model.decision[at], model.ready[at] = 5 + (at == 0), -1, 9 if seed % 2 else -1
     triton_control.vote(model, state, following, timeout_ns=TIMEOUT_NS // 20, wait=WAIT)
@@ -171,7 +175,7 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
         name for module in MODULES for name in re.findall(r"^ +(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
-    assert len(launched) == 28
+    assert len(launched) == 29
 
 
 def test_a_report_knows_the_role_of_every_kernel() -> None:
@@ -252,7 +256,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def test_the_choreography_has_no_race(world: World) -> None:
     world.rig.iterate(5)
     world.rig.assert_weights_match()
-    assert world.handler.seq_num == 5 * 2 * 5, "five kernels a layer were followed"
+    assert world.handler.seq_num == 5 * (2 * 5 + 1), "five kernels a layer and one of all were followed"
     assert len(world.rig.journal.commits) > 2
 
 
@@ -268,7 +272,7 @@ def one_reduction(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def test_one_reduction_has_no_race(one_reduction: World) -> None:
     one_reduction.rig.iterate(7)
     one_reduction.rig.assert_weights_match()
-    assert one_reduction.handler.seq_num == 7 * (2 * 2 + 3), "two kernels a layer and three for all were followed"
+    assert one_reduction.handler.seq_num == 7 * (2 * 2 + 4), "two kernels a layer and four for all were followed"
     assert len(one_reduction.rig.journal.commits) > 2
 
 
@@ -276,7 +280,14 @@ def test_a_vote_of_all_layers_beside_one_that_counts_is_a_race(
     one_reduction: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Layer 0 counts where it routes; its counts are a row of what the vote reads."""
-    monkeypatch.setattr(LayerStream, "_follow", lambda stream, other: None)
+    follow, begun = LayerStream._follow, set[int]()
+
+    def only_at_the_begin(stream: LayerStream, other: Stream) -> None:
+        if stream._device.iteration not in begun:
+            begun.add(stream._device.iteration)
+            follow(stream, other)
+
+    monkeypatch.setattr(LayerStream, "_follow", only_at_the_begin)
     with pytest.raises(one_reduction.errors):
         one_reduction.rig.iterate(5)
     told = capsys.readouterr().err

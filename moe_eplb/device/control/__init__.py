@@ -19,6 +19,7 @@ __all__ = [
     "Outcome",
     "Report",
     "Stage",
+    "begin",
     "fold",
     "hand_over",
     "hand_over_all",
@@ -45,6 +46,11 @@ def _for_all(model: ModelState) -> ModuleType:
     from moe_eplb.device.control import triton_all
 
     return triton_all
+
+
+def begin(model: ModelState, row: Tensor) -> None:
+    """See `plain.begin`."""
+    _for(model).begin(model, row)
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:

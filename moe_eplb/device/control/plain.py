@@ -9,7 +9,12 @@ from torch import Tensor
 
 from moe_eplb.device.control.state import LayerState, ModelState, Outcome, Report, Stage
 
-__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["begin", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+
+
+def begin(model: ModelState, row: Tensor) -> None:
+    """An iteration begins: take its row, host-visible int64 [2 + L]; see `ModelState.turn`."""
+    model.turn.copy_(row)
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:

@@ -17,11 +17,16 @@ from triton.language.extra.cuda import globaltimer
 from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["block_of", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["begin", "block_of", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
 _LANES_BLOCK = tl.constexpr(triton.next_power_of_2(LANES))
+
+
+def begin(model: ModelState, row: Tensor) -> None:
+    """See `plain.begin`. Not by a copy: that would wait in the copy engine for weights that move in front of it."""
+    _begin[(1,)](model.turn, row, row.numel(), block=block_of(row.numel()), num_warps=1)
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
@@ -89,6 +94,13 @@ def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
 def block_of(size: int) -> int:
     """Entries of the block that holds `size` values."""
     return max(16, int(triton.next_power_of_2(size)))
+
+
+@declares(writes=["turn"])
+@triton.jit(do_not_specialize=["count"])
+def _begin(turn, row, count, block: tl.constexpr):
+    at = tl.arange(0, block)
+    tl.store(turn + at, tl.load(row + at, mask=at < count, volatile=True), mask=at < count)
 
 
 @declares(writes=["due", "decision", "stages", "reports", "committed", "tables", "cells", "counts"], words=["pending"])
