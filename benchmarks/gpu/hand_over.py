@@ -80,19 +80,15 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     tables = [torch.zeros(200, dtype=torch.int32, device=place) for _ in range(2)]
     cells = [torch.zeros(72, dtype=torch.int32, device=place) for _ in range(2)]
     layers = [LayerState.make(index, 64, tables[index], cells[index], 1, host) for index in range(2)]
-    bell, word = CudaBell(model.bell, place, sleeps=sleeps), host((1,), torch.int64)
-    found: list[float] = []
-    answers = [(model.ready[1:2], word)]
+    bell, found, word = CudaBell(model.bell, place, sleeps=sleeps), list[float](), model.ready[1:2]
     asked = threading.Semaphore(0)
 
     def answer() -> None:
         device.enter_thread()
-        written = word.numpy()
         for ring in range(1, count + 1):
             if not asked.acquire(timeout=10) or not bell.wait(ring, 5.0):
                 return
-            written[0] = ring
-            device.enqueue_copies(answers)()
+            device.enqueue_copies([], [(word, ring)])()
 
     def ring_and_wait() -> None:
         control.hand_over(model, layers[0], delay=1)

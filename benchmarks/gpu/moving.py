@@ -56,10 +56,10 @@ class TimedCopies(CudaDevice):
         super().__init__(NullSink(), index=index)
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def _copy(self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> None:
+    def _copy(self, *columns: NDArray[np.uint64]) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(self._copies)
-        super()._copy(targets, sources, sizes)
+        super()._copy(*columns)
         end.record(self._copies)
         self.spans.append((begin, end))
 

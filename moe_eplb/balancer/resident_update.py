@@ -40,17 +40,13 @@ class _Sheet:
 
     def __init__(self, device: Device, state: LayerState) -> None:
         self.pending = device.host_visible(tuple(state.pending.shape), torch.int32)
-        self.lanes = device.host_visible(tuple(state.lanes.shape), torch.int64)
-        self.ready = device.host_visible((1,), torch.int64)
         self.copied: Callable[[], bool] = lambda: False
         # Written through numpy: an operation of torch would hand the interpreter to another thread and wait for it.
-        self._pending, self._lanes, self._ready = self.pending.numpy(), self.lanes.numpy(), self.ready.numpy()
+        self._pending = self.pending.numpy()
 
-    def write(self, tables: np.ndarray | None, cells: np.ndarray | None, lanes: Sequence[int], due: int) -> None:
+    def write(self, tables: np.ndarray, cells: np.ndarray) -> None:
         """Write a plan down."""
-        if tables is not None and cells is not None:
-            self._pending[: len(tables)], self._pending[len(tables) :] = tables, cells
-        self._lanes[:], self._ready[0] = lanes, due
+        self._pending[: len(tables)], self._pending[len(tables) :] = tables, cells
 
 
 class Publisher:
@@ -75,7 +71,6 @@ class Publisher:
         self._proposed: CellView | None = None
         # In turns, so that to write the next plan rarely means to wait for the copies of the one before.
         self._sheets = deque(_Sheet(device, state) for _ in range(2))
-        self._zero = device.host_visible((1,), torch.int64)
         self._ready = layer.resident.model.ready[layer.layer_idx : layer.layer_idx + 1]
 
     def current(self) -> Placement:
@@ -135,11 +130,11 @@ class Publisher:
         sheet = self._sheets[0]
         self._sheets.rotate()
         sheet.copied()
-        sheet.write(tables, cells, lanes, due)
-        if tables is not None:
+        if tables is not None and cells is not None:
+            sheet.write(tables, cells)
             copies.append((state.pending, sheet.pending))
-        copies += [(state.lanes, sheet.lanes), (model.overdue, self._zero), (self._ready, sheet.ready)]
-        sheet.copied = layer.device.enqueue_copies(copies)
+        words = [(state.lanes[at : at + 1], lane) for at, lane in enumerate(lanes)]
+        sheet.copied = layer.device.enqueue_copies(copies, [*words, (model.overdue, 0), (self._ready, due)])
         layer.resident.bell.tell()
 
 

@@ -167,15 +167,22 @@ class Device(abc.ABC):
         """A thread calls this once before it enqueues copies or waits for a bell."""
         return None
 
-    def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
-        """On another thread: copy (target, source) pairs in order, beside the model's streams.
+    def enqueue_copies(
+        self, copies: Sequence[tuple[Tensor, Tensor]], words: Sequence[tuple[Tensor, int]] = ()
+    ) -> Callable[[], bool]:
+        """On another thread: copy (target, source) pairs in order, and then set words, beside the model's streams.
 
-        Source and target of a pair are contiguous and have the same bytes. Returns a function that returns when the
-        copies have been made; whether it waited.
+        Returns a function that returns when all is done; whether it waited.
+
+        Args:
+            copies: Source and target of a pair are contiguous and have the same bytes.
+            words: int64 [1] each, with what it is to hold; in order, each behind all copies.
         """
         with torch.inference_mode():
             for target, source in copies:
                 target.copy_(source)
+            for word, value in words:
+                word.fill_(value)
         return lambda: False
 
     def pin(self, memory: Tensor) -> Callable[[], None]:

@@ -250,8 +250,13 @@ class CudaDevice(Device):
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.torch_device)
 
-    def enqueue_copies(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
-        self._copy(*addresses(copies))
+    def enqueue_copies(
+        self, copies: Sequence[tuple[Tensor, Tensor]], words: Sequence[tuple[Tensor, int]] = ()
+    ) -> Callable[[], bool]:
+        """See the base class. Words are written by the stream itself: a copy of a few bytes is work for the compute
+        engine, where it would wait until that turns from the model's kernels to this stream."""
+        at = np.array([word.data_ptr() for word, _ in words], np.uint64)
+        self._copy(*addresses(copies), at, np.array([value for _, value in words], np.int64).view(np.uint64))
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._copies)
         return partial(_waits_for, done)
@@ -261,9 +266,9 @@ class CudaDevice(Device):
         done.record(torch.cuda.current_stream())
         return partial(_waits_for, done)
 
-    def _copy(self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> None:
+    def _copy(self, *columns: NDArray[np.uint64]) -> None:
         stream: int = self._copies.cuda_stream
-        require_success("cuMemcpyAsync", driver_calls().copy(stream, targets, sources, sizes))
+        require_success("cuMemcpyAsync or cuStreamWriteValue64", driver_calls().copy(stream, *columns))
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         runtime, address, size = torch.cuda.cudart(), memory.data_ptr(), memory.numel()  # type: ignore[no-untyped-call]

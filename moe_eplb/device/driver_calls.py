@@ -25,6 +25,7 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "cuEventRecord": (_U64, _U64),
     "cuEventSynchronize": (_U64,),
     "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
+    "cuStreamWriteValue64_v2": (_U64, _U64, _U64, _U32),
 }
 """Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
 _GREATER_OR_EQUAL = 0
@@ -40,10 +41,9 @@ class DriverCalls:
     def __init__(self, functions: Mapping[str, Any]) -> None:
         self.wait: Callable[[int, int, int, int], int] = _compiled_wait(functions)
         """(stream, address of an int32, count, event): return when the word has become that large."""
-        self.copy: Callable[[int, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]], int] = _compiled_copy(
-            functions
-        )
-        """(stream, targets, sources, bytes): enqueue copies in that order."""
+        self.copy: Callable[..., int] = _compiled_copy(functions)
+        """(stream, targets, sources, bytes, words, values), arrays of uint64 but for the stream: enqueue copies in that
+        order, and behind them what is written to words of 64 bits."""
 
 
 @cache
@@ -110,14 +110,19 @@ def _compiled_wait(functions: Mapping[str, Any]) -> Any:
 def _compiled_copy(functions: Mapping[str, Any]) -> Any:
     from numba import njit, types
 
-    memcpy, addresses = functions["cuMemcpyAsync"], types.uint64[::1]
+    memcpy, write_value = functions["cuMemcpyAsync"], functions["cuStreamWriteValue64_v2"]
+    column = types.uint64[::1]
 
-    @njit(types.intc(types.uint64, addresses, addresses, addresses), nogil=True)
-    def copy(stream: int, targets: NDArray[np.uint64], sources: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> int:
+    @njit(types.intc(types.uint64, column, column, column, column, column), nogil=True)
+    def copy(stream, targets, sources, sizes, words, values):  # type: ignore[no-untyped-def]
         for i in range(len(sizes)):
             code = memcpy(targets[i], sources[i], sizes[i], stream)
             if code != 0:
-                return code  # type: ignore[no-any-return]
+                return code
+        for i in range(len(words)):
+            code = write_value(stream, words[i], values[i], np.uint32(0))
+            if code != 0:
+                return code
         return 0
 
     return copy

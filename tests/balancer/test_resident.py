@@ -482,9 +482,13 @@ def test_the_publisher_waits_for_its_own_copies_before_it_writes_anew(monkeypatc
         names = list(publisher._sheets)
         for number, sheet in enumerate(names):
             sheet.copied = lambda number=number: bool(done.append(f"wait {number}"))
+        state = resident_layer(rig, 0).state
+        tables, cells = np.full(state.tables.numel(), 3, np.int32), np.full(state.cells.numel(), 4, np.int32)
         for due in (5, 6):
-            publisher.give_up(due)
+            publisher._publish([], tables, cells, (1, 2, 4, 3, 9), due)
             assert int(resident_layer(rig, 0).resident.model.ready[0]) == due
+            assert state.pending.tolist() == [*tables, *cells]
+            assert state.lanes.tolist() == [1, 2, 4, 3, 9]
         assert done == ["wait 0", "write 0", "wait 1", "write 1"]
     finally:
         rig.balancer.shutdown()

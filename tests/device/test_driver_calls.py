@@ -57,8 +57,18 @@ def test_a_wait_is_put_on_the_stream_and_its_event_awaited(driver: Recorded) -> 
 
 def test_copies_keep_their_order(driver: Recorded) -> None:
     targets, sources, sizes = (np.array(column, np.uint64) for column in ([ADDRESS, 20], [30, 40], [1, 2]))
-    assert driver.sequences.copy(5, targets, sources, sizes) == 0
-    assert driver.calls == [("cuMemcpyAsync", ADDRESS, 30, 1, 5), ("cuMemcpyAsync", 20, 40, 2, 5)]
+    words, values = np.array([ADDRESS + 16, 8], np.uint64), np.array([-1, 3], np.int64).view(np.uint64)
+    assert driver.sequences.copy(5, targets, sources, sizes, words, values) == 0
+    assert driver.calls == [
+        ("cuMemcpyAsync", ADDRESS, 30, 1, 5), ("cuMemcpyAsync", 20, 40, 2, 5),
+        ("cuStreamWriteValue64_v2", 5, ADDRESS + 16, 2**64 - 1, 0), ("cuStreamWriteValue64_v2", 5, 8, 3, 0),
+    ]  # fmt: skip
+
+
+def test_words_alone_are_written_too(driver: Recorded) -> None:
+    none, one = np.array([], np.uint64), np.array([8], np.uint64)
+    assert driver.sequences.copy(5, none, none, none, one, one) == 0
+    assert driver.calls == [("cuStreamWriteValue64_v2", 5, 8, 8, 0)]
 
 
 @pytest.mark.parametrize("name", ["cuStreamWaitValue32_v2", "cuEventRecord", "cuEventSynchronize"])
@@ -71,8 +81,15 @@ def test_a_wait_ends_at_the_call_that_fails(driver: Recorded, name: str) -> None
 def test_copies_end_at_the_one_that_fails(driver: Recorded) -> None:
     driver.fails["cuMemcpyAsync"] = 1
     column = np.array([1, 2], np.uint64)
-    assert driver.sequences.copy(0, column, column, column) == 1
+    assert driver.sequences.copy(0, column, column, column, column, column) == 1
     assert len(driver.calls) == 1
+
+
+def test_no_word_is_written_behind_the_one_that_fails(driver: Recorded) -> None:
+    driver.fails["cuStreamWriteValue64_v2"] = 801
+    column = np.array([1, 2], np.uint64)
+    assert driver.sequences.copy(0, column, column, column, column, column) == 801
+    assert [name for name, *_ in driver.calls] == ["cuMemcpyAsync"] * 2 + ["cuStreamWriteValue64_v2"]
 
 
 def test_nobody_else_waits_for_the_interpreter_meanwhile() -> None:
