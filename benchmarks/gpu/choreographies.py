@@ -1,4 +1,4 @@
-"""What a balancer costs that counts, sums and hands over on several GPUs: the three choreographies and static routing.
+"""What a balancer costs that counts, sums and hands over on several GPUs: its choreographies and static routing.
 
     torchrun --nproc-per-node 2 -m benchmarks.gpu.choreographies --out FILE.json
 
@@ -46,7 +46,7 @@ class Shape:
 
 
 SHAPES = {
-    "decode": Shape(Case("qwen3-30b, 128 tokens a rank", 128, 128, 2048, 768, 8), 8),
+    "decode": Shape(Case("qwen3-30b, 128 tokens a rank", 128, 128, 2048, 768, 8), 4),
     "prefill": Shape(Case("qwen3-30b, 4096 tokens a rank", 4096, 128, 2048, 768, 8), 4),
     "wide": Shape(Case("deepseek-v3 slice of 32 experts a rank, 2048 tokens a rank", 2048, 64, 7168, 2048, 8), 2),
 }
@@ -56,13 +56,18 @@ SHAPES = {
 class Variant:
     """How a stack is balanced."""
 
-    overlap: Literal["static", "serial", "before", "after"]
+    overlap: Literal["static", "serial", "before", "after", "once"]
+    """Or "once": as after, with one sum over the ranks for all layers."""
 
     def build(self, shape: Shape, ranks: Ranks) -> Stack:
         """This rank's captured layers."""
         dynamic, before = self.overlap != "static", self.overlap == "before"
         device = CudaDevice(NullSink(), index=ranks.rank, serial=self.overlap == "serial")
-        options = BalancerOptions(resident=True, spare_slots=_SPARE, overlap="before" if before else "after")
+        once = self.overlap == "once"
+        options = BalancerOptions(
+            resident=True, spare_slots=_SPARE, overlap="before" if before else "after",
+            reduction="iteration" if once else "layer", commit_delay=3 if once else 1,
+        )  # fmt: skip
         slots = shape.case.experts + shape.case.experts // 16 * ranks.size
         stack = build(
             shape.case, shape.layers, device, updates=shape.layers if dynamic else 0, slots=slots, options=options,
@@ -72,14 +77,17 @@ class Variant:
         return stack
 
 
-VARIANTS = tuple(Variant(name) for name in ("static", "serial", "before", "after"))
+VARIANTS = {name: Variant(name) for name in ("static", "serial", "before", "after", "once")}
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 @click.option("--replays", type=click.IntRange(min=32), default=400, show_default=True, help="Replays of each variant.")
 @click.option("--only", multiple=True, type=click.Choice(list(SHAPES)), help="Only these shapes.")
-def main(out: Path, replays: int, only: Sequence[str]) -> None:
+@click.option(
+    "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these, static first."
+)
+def main(out: Path, replays: int, only: Sequence[str], variants: Sequence[str]) -> None:
     """Time the choreographies against each other and against static routing."""
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
@@ -89,14 +97,14 @@ def main(out: Path, replays: int, only: Sequence[str]) -> None:
         result = {**machine("benchmarks.gpu.choreographies", ranks.size), "ranks": ranks.size, "ceilings": limits}
         result["shapes"] = shapes = {}
         for name in only or SHAPES:
-            shapes[name] = _measure(SHAPES[name], ranks, replays)
+            shapes[name] = _measure(SHAPES[name], variants or list(VARIANTS), ranks, replays)
             if ranks.rank == 0:
                 out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 _print(name, shapes[name])
 
 
-def _measure(shape: Shape, ranks: Ranks, replays: int) -> dict[str, Any]:
-    stacks: dict[str, Stack] = {variant.overlap: variant.build(shape, ranks) for variant in VARIANTS}
+def _measure(shape: Shape, variants: Sequence[str], ranks: Ranks, replays: int) -> dict[str, Any]:
+    stacks = {name: VARIANTS[name].build(shape, ranks) for name in variants}
     try:
         replay: dict[str, Callable[[], None]] = {name: partial(stack.replay) for name, stack in stacks.items()}
         ranks.barrier()
