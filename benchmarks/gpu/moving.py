@@ -91,7 +91,9 @@ def _measure(ranks: Ranks, steps: int, block: int, slots: int, tokens: int) -> d
     case = replace(next(case for case in CASES if case.name == _CASE), name=f"{_MODEL}, {tokens} tokens", tokens=tokens)
     device = TimedCopies(ranks.rank)
     source: Literal["host", "peer"] = "host" if ranks.size == 1 else "peer"
-    options = ForcedOptions(resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source)
+    options = ForcedOptions(
+        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source, commit_delay=_DELAY
+    )
     # Between ranks an expert moves that the other does not have: without replicas.
     held = case.experts if ranks.size > 1 else case.experts + case.experts // 16
     static, moving = (

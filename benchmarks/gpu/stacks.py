@@ -46,21 +46,20 @@ class Moves(NullProbe):
 
 @dataclass(frozen=True, slots=True)
 class TurningPlans(Planning):
-    """Plans that exchange the experts of `count` slots of each rank, others each time, whatever the load: moves that
-    never end. Of several ranks each gets all of its experts from the one before it.
+    """Plans that exchange the experts of `count` slots of each rank, whatever the load: moves that never end.
+
+    Of several ranks each gets all of its experts from the one before it. Which slots follows from the placement alone,
+    so that a rank that has missed a plan goes on with the same ones as the others.
     """
 
     count: int = 1
 
     def planner(self) -> Planner:
         """A planner for one layer."""
-        begin = 0
 
         def plan(load: np.ndarray, current: Placement) -> Plan:
-            nonlocal begin
             by_rank = current.slot_to_expert.reshape(current.ranks, -1).copy()
-            chosen = (begin + np.arange(self.count)) % by_rank.shape[1]
-            begin += self.count
+            chosen = (current.digest() + np.arange(self.count)) % by_rank.shape[1]
             by_rank[:, chosen] = np.roll(by_rank[:, chosen], 1, axis=0 if current.ranks > 1 else 1)
             placement = Placement(current.ranks, current.experts, by_rank.ravel())
             return Plan(placement, placement.changed_slots(current), placement.rank_load(load))

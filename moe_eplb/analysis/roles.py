@@ -1,10 +1,10 @@
 """What each GPU event is, and to which iteration and layer it belongs.
 
-A role comes from the source itself where it says so, else from the innermost range around the launch that has a role
-(by NVTX domain), else from the declared name of the stream, else from the event's name. A name that tells of waiting
-makes waiting of communication and of the balancer's work wherever their role comes from. Our own `route` is the one
-range of compute in which the balancer's kernels are launched, since few ids are counted where they are routed; there a
-kernel's name tells. What is left is unknown, is listed, and never counts as compute.
+A role comes from the source itself where it says so, else from the innermost range around the launch that has a role,
+ours before those of other NVTX domains, else from the declared name of the stream, else from the event's name. A name
+that tells of waiting makes waiting of communication and of the balancer's work wherever their role comes from. Our own
+`route` is the one range of compute in which the balancer's work is launched, since few ids are counted where they are
+routed; there a name tells. What is left is unknown, is listed, and never counts as compute.
 """
 
 from __future__ import annotations
@@ -120,15 +120,18 @@ def _on_streams(capture: Capture, table: RoleTable, codes: RoleCodes) -> RoleCod
 
 
 def _around(capture: Capture, with_role: RoleCodes) -> NDArray[np.int64]:
-    """Row of the innermost range that has a role, at capture for graph nodes; UNKNOWN where there is none."""
-    rows = np.flatnonzero(with_role != c.UNSET_ROLE)
+    """Row of the innermost range that has a role, at capture for graph nodes; UNKNOWN where there is none.
+
+    Any of our own ranges goes before all others: a library's around a collective of ours does not say what it is for.
+    """
+    has_role, ours = with_role != c.UNSET_ROLE, _is_ours(capture)
     found = np.full(len(capture.gpu), c.UNKNOWN, np.int64)
-    if not len(rows):
-        return found
     launches = Launches(capture)
-    for at_capture in (False, True):  # what was said at capture is closer to the kernel and replaces the rest
-        around = launches.around(capture.ranges[rows], at_capture=at_capture)
-        found = np.where(around >= 0, rows[around], found)
+    for rows in (np.flatnonzero(has_role & ~ours), np.flatnonzero(has_role & ours)):
+        for at_capture in (False, True):  # what was said at capture is closer to the kernel and replaces the rest
+            if len(rows):
+                around = launches.around(capture.ranges[rows], at_capture=at_capture)
+                found = np.where(around >= 0, rows[around], found)
     return found
 
 
@@ -153,12 +156,16 @@ def _range_role(capture: Capture, rules: Iterable[DomainRule], domain: int, text
 def _told_by_name(
     capture: Capture, around: NDArray[np.int64], by_range: RoleCodes, by_event_name: RoleCodes
 ) -> RoleCodes:
-    """The balancer's own kernels within our `route`, by their names."""
+    """The balancer's own work within our `route`, by its names.
+
+    A collective there is the sum of statistics, for routing makes none.
+    """
     route = KINDS[Kind.ROUTE].name
     texts = [text for text, name in enumerate(capture.names) if name.partition("/")[0] == route]
     routes = np.flatnonzero(_is_ours(capture) & np.isin(capture.ranges["text"], texts))
-    better = np.isin(around, routes) & np.isin(by_event_name, _BALANCER)
-    told: RoleCodes = np.where(better, by_event_name, by_range).astype(np.uint8)
+    within = np.isin(around, routes)
+    told: RoleCodes = np.where(within & np.isin(by_event_name, _BALANCER), by_event_name, by_range).astype(np.uint8)
+    told[within & (by_event_name == ROLE_CODE[Role.COMM])] = ROLE_CODE[Role.EPLB_ALLREDUCE]
     return told
 
 

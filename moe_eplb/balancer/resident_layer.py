@@ -244,9 +244,11 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         Args:
             iteration: In which it votes.
         """
-        update = self._flying.get(self._due_of_vote(iteration))
-        if update is not None:
-            self.resident.await_plan(update)
+        # Those due before too: a graph that has been launched may still be waiting for one, and as long as it does the
+        # next one must not fill the queue.
+        for due, update in self._flying.items():
+            if due <= self._due_of_vote(iteration):
+                self.resident.await_plan(update)
 
     def _due_of_vote(self, iteration: int) -> int:
         """In which iteration the plan is due on which ranks vote in this one: the last layer votes on the first's."""

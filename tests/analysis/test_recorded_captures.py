@@ -1,4 +1,4 @@
-"""Captures of real runs on one GPU: judged as far as they show it, equal to the run's own rows, small, and redacted."""
+"""Captures of real runs on GPUs: judged as far as they show it, equal to the run's own rows, small, and redacted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOT_SHOWN = {"eager": set[str](), "graph": {"graph_order"}}
 """What an export cannot show of a run, by the first word of the capture's name: it has no edges of graphs."""
 _THREAD = (1 << 24) - 1
 _FORBIDDEN = re.compile(
-    rb"/(?:home|root|Users|tmp|work|mnt|opt|usr/local|var)/\w|[A-Z][A-Z_]{3,}=[^(]|"
+    rb"/(?:home|root|Users|tmp|work|mnt|opt|usr/local|var)/\w|[A-Z][A-Z_]{3,}=(?!CREATE TABLE )[^(]|"
     rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|\b\d{1,3}(?:\.\d{1,3}){3}\b(?!\.\d)"
 )
 
@@ -74,9 +74,13 @@ def _query(path: Path, folder: Path, query: str) -> list[tuple[int, ...]]:
         return connection.execute(query).fetchall()
 
 
+def _gpus(path: Path) -> int:
+    return int(path.name.removesuffix(EXPORT).rpartition("_")[2].removesuffix("gpu"))
+
+
 def test_there_are_captures_and_each_has_its_rows() -> None:
     assert {path.name.partition("_")[0] for path in EXPORTS} <= set(NOT_SHOWN)
-    wanted = {f"{execution}_{overlap}_1gpu" for execution in NOT_SHOWN for overlap in ("serial", "after")}
+    wanted = {f"{mode}_{overlap}_{gpus}gpu" for mode in NOT_SHOWN for overlap in ("serial", "after") for gpus in (1, 2)}
     assert wanted <= {path.name.removesuffix(EXPORT) for path in EXPORTS}
     beside = {path.name.replace(EXPORT, ROWS) for path in EXPORTS}
     assert {path.name for path in FOLDER.iterdir()} == {path.name for path in EXPORTS} | beside
@@ -91,7 +95,7 @@ def test_every_check_is_valid_that_an_export_can_show(path: Path) -> None:
     assert report.illegal == ()
     assert all(check.status is not Status.INVALID for check in report.checks)
     assert sum(report.calls.values()) > 0
-    votes = 2 * 4  # layers, iterations
+    votes = 2 * 4 * _gpus(path)  # layers, iterations
     assert report.check("waits_not_work").observed.startswith(f"{votes} of ")
 
 
@@ -104,6 +108,10 @@ def test_experts_move_and_every_iteration_is_seen(path: Path, tmp_path: Path) ->
     moved = gpu["role"] == c.ROLE_CODE[Role.EPLB_MIGRATE]
     assert moved.any()
     assert set(np.unique(gpu["iteration"][gpu["iteration"] >= 0]).tolist()) >= {0, 1, 2, 3}
+    all_reduces = [n for n, name in enumerate(_capture(path).names) if name.startswith("ncclDevKernel_AllReduce")]
+    roles = gpu["role"][np.isin(gpu["name"], all_reduces)].tolist()
+    expected = 0 if _gpus(path) == 1 else 2 * 4 * _gpus(path)  # one for each layer and iteration of a rank
+    assert roles == [c.ROLE_CODE[Role.EPLB_ALLREDUCE]] * expected
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)

@@ -103,6 +103,21 @@ def test_the_balancers_stream_gives_its_work_away() -> None:
     ]  # fmt: skip
 
 
+def test_a_librarys_range_does_not_say_what_a_collective_of_ours_is_for() -> None:
+    made = MakeCapture()
+    for number, ours in enumerate(("statistic_reduce/0", "dispatch/0", "experts/0")):
+        at = 100 * number
+        made.range(ours, at, at + 50, domain="moe_eplb")
+        made.range("AllReduce", at + 10, at + 30, domain="NCCL")
+        made.launched(None, at + 15, at + 60, at + 90, name="ncclDevKernel_AllReduce")
+    made.range("route/0", 400, 450, domain="moe_eplb")
+    made.range("AllReduce", 410, 430, domain="NCCL")
+    made.launched(None, 415, 460, 490, name="ncclDevKernel_AllReduce")
+    made.range("AllGather", 300, 330, domain="NCCL")
+    made.launched(None, 310, 350, 360, name="ncclDevKernel_AllGather")
+    assert _roles(made.done()) == ["eplb_allreduce", "comm", "compute", "comm", "eplb_allreduce"]
+
+
 def test_unknown_time_is_listed_and_is_no_compute() -> None:
     made = MakeCapture()
     made.gpu(None, 0, 100, 20, "ncclDevKernel_AllReduce")

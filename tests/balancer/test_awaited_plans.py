@@ -101,6 +101,19 @@ def test_before_a_replay_the_plans_that_it_votes_on_are_awaited(rig: Rig, monkey
     rig.balancer.end_iter()
 
 
+def test_plans_that_a_launched_graph_may_still_wait_for_are_awaited_too(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = rig.layers[1]
+    assert isinstance(layer, ResidentLayer)
+    awaited: list[int] = []
+    monkeypatch.setattr(Resident, "await_plan", lambda resident, update: awaited.append(update.due))
+    monkeypatch.setattr(layer, "_flying", {due: an_update(due) for due in (4, 5, 6)}, raising=False)
+    layer.await_plan(5)
+    assert awaited == [4, 5]
+    layer._flying.clear()
+
+
 def test_launched_work_awaits_the_plan_that_its_vote_waits_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.iterate(2)
     awaited = awaited_in(rig, monkeypatch)
