@@ -25,7 +25,7 @@ _LANES_BLOCK = tl.constexpr(triton.next_power_of_2(LANES))
 
 
 def begin(model: ModelState, row: Tensor) -> None:
-    """See `plain.begin`. Not by a copy: that would wait in the copy engine for weights that move in front of it."""
+    """See `plain.begin`. Not by a copy, which waits in the copy engine for weights that are in front of it."""
     _begin[(1,)](model.turn, row, row.numel(), block=block_of(row.numel()), num_warps=1)
 
 
