@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,20 +10,21 @@ from torch import Tensor
 
 from moe_eplb.balancer.cells import CellWeights
 from moe_eplb.balancer.layer_stream import LayerStream
+from moe_eplb.balancer.plan_notes import PlanNotes
 from moe_eplb.balancer.resident import Resident
 from moe_eplb.balancer.resident_update import Publisher, ResidentUpdate
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import HOST, ROUTE_COUNTS, Kind
+from moe_eplb.core.events import ROUTE_COUNTS, Kind
 from moe_eplb.core.placement import balancedness
+from moe_eplb.core.probe import Probe
 from moe_eplb.device import Device, control, ops
 from moe_eplb.device.control import LayerState, Outcome, Report
 
 __all__ = ["ResidentLayer"]
 
-_LOG = logging.getLogger(__name__)
 _FEW = 4096
 """So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides."""
 
@@ -52,6 +52,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
     _late: _LateCount | None = None
     _following: ResidentLayer
     _publisher: Publisher
+    _notes: PlanNotes
     _flying: dict[int, ResidentUpdate]
 
     # -- set-up ----------------------------------------------------------------------------------------------------
@@ -88,6 +89,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         self.statistic_flag_tensor = resident.model.turn[1:2]
         self._statistics.use(self.state.counts)
         self._publisher = Publisher(self, self._tables, self.placement, source)
+        self._notes = PlanNotes(self)
 
     def _new_state(self) -> LayerState:
         return LayerState.make(
@@ -99,6 +101,11 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
     def device(self) -> Device:
         """Where the layer runs."""
         return self._device
+
+    @property
+    def probe(self) -> Probe:
+        """Who watches now."""
+        return self._owner.probe
 
     # -- work on the balancer stream -------------------------------------------------------------------------------
 
@@ -271,24 +278,30 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         for older in [due for due in self._flying if due < iteration]:
             del self._flying[older]  # turns in which the layer kept its load
         if int(report[Report.VOTED]) not in (iteration - 1, iteration):
-            self._dropped(iteration, 0, False, f"due in iteration {iteration}, but nobody voted on it")
+            self._notes.dropped(iteration, 0, False, f"due in iteration {iteration}, but nobody voted on it")
             return
         if int(report[Report.READY_HERE]) == 1:
             # The device may act on what was published before the updater's thread has come to tell that it is done.
             update.done.wait(self._owner.options.update_timeout_s)
-        self._tell_plan(update, report)
+        self._notes.planned(update, report)
         update.agreed = int(report[Report.OUTCOME]) == Outcome.COMMITTED
         if update.agreed:
             self._committed(update, iteration)
         else:
-            differ = int(report[Report.DIGESTS_DIFFER]) == 1
-            self._dropped(iteration, int(report[Report.READY_RANKS]), differ, "the ranks did not agree on the plan")
+            differ, ready = int(report[Report.DIGESTS_DIFFER]) == 1, int(report[Report.READY_RANKS])
+            self._notes.dropped(iteration, ready, differ, "the ranks did not agree on the plan")
+
+    def _committed(self, update: ResidentUpdate, iteration: int) -> None:
+        if update.plan is not None:
+            self.updates.placement = update.plan.placement
+            self.updates.version += 1
+        self._notes.committed(update, iteration)
 
     def report_counts(self) -> None:
         """Show the probe what was folded in; waits for the device where that works later."""
         counts = self.state.reduced.cpu().numpy().copy()
         balance = float(balancedness(self.placement.rank_load(counts)))
-        self._owner.probe.reduced(self.layer_idx, counts, balance)
+        self.probe.reduced(self.layer_idx, counts, balance)
 
     def abort(self, iteration: int, *, begun: bool) -> None:
         """See the base class; the device has stopped."""
@@ -305,42 +318,5 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
         for due, update in self._flying.items():
             update.agreed = False
             if due == pending:
-                self._dropped(due, 0, False, f"iteration {iteration} was aborted")
+                self._notes.dropped(due, 0, False, f"iteration {iteration} was aborted")
         self._flying.clear()
-
-    def _tell_plan(self, update: ResidentUpdate, report: Tensor) -> None:
-        waited = max(0, int(report[Report.WAITED_NS]))
-        if waited:
-            self._owner.probe.stalled(self.layer_idx, waited / 1e9)
-        if int(report[Report.READY_HERE]) == 1 and update.plan and update.staged:
-            self._owner.probe.planned(self.layer_idx, update.taken, update.due, update.plan, update.staged.bytes)
-        elif update.error is not None:
-            _LOG.error("layer %d: the update taken in iteration %d failed: %r", *update.where, update.error)
-        else:
-            _LOG.error(
-                "layer %d: the update taken in iteration %d is not ready after %g s", *update.where, waited / 1e9
-            )
-
-    def _committed(self, update: ResidentUpdate, iteration: int) -> None:
-        plan, staged = update.plan, update.staged
-        if plan is None or staged is None:
-            raise BalancerError(
-                "E176", f"layer {self.layer_idx}: the device committed a plan that the host does not know",
-                why=f"of iteration {update.taken}, due in {iteration}", hint="this is a bug; the run's results stand",
-            )  # fmt: skip
-        self.updates.placement = plan.placement
-        self.updates.version += 1
-        self._device.sink.mark(
-            Kind.COMMIT, self.layer_idx, iteration, HOST, a=len(plan.changed), b=plan.placement.digest()
-        )
-        self._owner.probe.copied(self.layer_idx, staged.by_source)
-        self._owner.probe.committed(self.layer_idx, update.taken, plan.placement, plan.changed, staged.bytes)
-
-    def _dropped(self, due: int, ready: int, differ: bool, reason: str) -> None:
-        iteration = self._device.iteration
-        _LOG.error(
-            "layer %d: plan for iteration %d dropped in iteration %d: %s (ready on %d of %d ranks%s)",
-            self.layer_idx, due, iteration, reason, ready, self.ep_size, ", digests differ" if differ else "",
-        )  # fmt: skip
-        self._device.sink.mark(Kind.PLAN_DROPPED, self.layer_idx, iteration, HOST, ready, int(differ))
-        self._owner.probe.dropped(self.layer_idx, due, ready, differ, reason)

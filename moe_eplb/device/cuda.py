@@ -253,8 +253,11 @@ class CudaDevice(Device):
     def enqueue_copies(
         self, copies: Sequence[tuple[Tensor, Tensor]], words: Sequence[tuple[Tensor, int]] = ()
     ) -> Callable[[], bool]:
-        """See the base class. Words are written by the stream itself: beside kernels, copies of a few bytes were seen to
-        begin milliseconds behind the larger ones before them."""
+        """See the base class.
+
+        Words are written by the stream itself: beside kernels, copies of a few bytes were seen to begin milliseconds
+        behind the larger ones before them.
+        """
         at = np.array([word.data_ptr() for word, _ in words], np.uint64)
         self._copy(*addresses(copies), at, np.array([value for _, value in words], np.int64).view(np.uint64))
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
