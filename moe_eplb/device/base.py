@@ -195,7 +195,7 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def symmetric(self, group: dist.ProcessGroup) -> Symmetric:
-        """Buffers that the ranks of the group read from each other, the same for all layers.
+        """Buffers that the ranks of the group reach into, the same for all layers.
 
         Raises:
             BalancerError: E211 where they cannot be had.

@@ -7,16 +7,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.device.symmetric import NEAR_BLOCKS, Symmetric, Window
+from moe_eplb.device.symmetric import Symmetric
 
 __all__ = ["NvshmemSymmetric"]
 
-_BYTES_A_BLOCK = 1 << 16
-"""Of the send buffer, by whose size the operation chooses the number of blocks that copy, up to the most."""
-
 
 class NvshmemSymmetric(Symmetric):
-    """`torch.ops.symm_mem.all_to_all_vdev`: ranks tell each other their counts, pass a barrier, read each other's rows.
+    """`torch.ops.symm_mem.nvshmem_all_to_all`: the library's own collective of equal blocks, on the current stream.
+
+    Not `all_to_all_vdev`, which takes sizes from the device: its copying kernel writes over the offsets that it reads.
 
     Raises:
         BalancerError: E211 when there is no NVSHMEM, when ranks share GPUs, or when the group is not all ranks.
@@ -26,22 +25,15 @@ class NvshmemSymmetric(Symmetric):
         super().__init__(group, device)
         _require(group, device)
 
-    def _make(self, rows: int, words: int) -> Window:
-        # Never fewer rows than make it take all blocks: any other number might not divide a row, see `align`.
-        row_bytes = 4 * words
-        return super()._make(max(rows, -(-NEAR_BLOCKS * _BYTES_A_BLOCK // row_bytes)), words)
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _empty(self, shape: tuple[int, int]) -> Tensor:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        buffer = symmetric_memory.empty(shape, dtype=dtype, device=self._device)
+        buffer = symmetric_memory.empty(shape, dtype=torch.int32, device=self._device)
         symmetric_memory.rendezvous(buffer, group=self.group.group_name)
         return buffer
 
-    def _exchange(self, window: Window) -> None:
-        torch.ops.symm_mem.all_to_all_vdev(
-            window.send, window.received, window.send_counts, window.counts_and_offsets, self.group.group_name
-        )
+    def _exchange(self, send: Tensor, received: Tensor) -> None:
+        torch.ops.symm_mem.nvshmem_all_to_all(send, received, self.group.group_name)
 
 
 def _require(group: dist.ProcessGroup, device: torch.device) -> None:

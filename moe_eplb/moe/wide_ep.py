@@ -57,7 +57,7 @@ class WideEPMoE(nn.Module):
         ep_group: Process group of the R ranks, for dispatch and combine; None for one rank.
         statistics_group: Another process group of the same ranks, for the reduction of path "local_ids".
         aux_stream_dict: Model-wide auxiliary streams; None makes own ones.
-        dispatch: How tokens travel; "symm_mem" reads them from symmetric memory, for which the host waits nowhere.
+        dispatch: How tokens travel; with "symm_mem" through symmetric memory, for which the host waits nowhere.
         statistics: How counts reach the balancer, see `moe_eplb.moe.statistics_path`; None follows the dispatch.
         initial_slots: The expert of each of the P slots at the start; by default the balancer's or the reference's.
         layer_idx: Number of the layer in records when there is no balancer; a balancer numbers its layers itself.

@@ -101,7 +101,7 @@ def check_one_stream(dispatch: DispatchName, limit: int | None) -> None:
     if dispatch == "symm_mem" and limit is not None:
         raise BalancerError(
             "E211", "dispatch 'symm_mem' cannot run in chunks",
-            why=f"moe_max_num_tokens is {limit}; chunks on two streams would pass each other's barriers",
+            why=f"moe_max_num_tokens is {limit}; chunks on two streams would join each other's exchanges",
             hint="leave moe_max_num_tokens out, or use dispatch 'alltoall' or 'allgather'",
         )  # fmt: skip
 

@@ -48,6 +48,7 @@ def _roles(capture: Capture) -> list[str]:
         ("_settle_and_fold_all", "eplb_statistic"),
         ("_send_rows", "compute"),
         ("void c10d::nvshmem_extension::allToAllV(void*, void*, long*, unsigned long)", "comm"),
+        ("void alltoall_on_stream_kernel<char>(int, char*, char const*, unsigned long)", "comm"),
         ("_swiglu", "compute"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "compute"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "compute"),

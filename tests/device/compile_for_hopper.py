@@ -63,12 +63,11 @@ def main() -> None:
 
 def sends() -> None:
     """Rows that go only to the ranks that need them."""
-    names = ("slot_ids", "position", "token_at", "first", "second", "third", "integers", "slots", "token", "marks")
-    words = dict.fromkeys(names, "*i32") | {"counts": "*i64", "scales": "*fp32", "checked": "*fp32"}
-    build(triton_sends._count_sends, 4, words, top_k=8, tiles=2, tile=1024)
-    build(triton_sends._order_sends, 4, words, top_k=8, ranks=8, tiles=2, tile=1024)
-    build(triton_sends._send_rows, 4, words | {"rows": "*i32"}, ranks=8, block=1024)
-    build(triton_sends._arrive, 4, words, ranks=8, top_k=6, columns=8, tile=32)
+    names = ("slot_ids", "place", "token_at", "first", "second", "third", "integers", "slots", "token", "marks")
+    words = dict.fromkeys(names, "*i32") | {"scales": "*fp32", "checked": "*fp32"}
+    build(triton_sends._order_sends, 4, words, top_k=8, tiles=2, tile=1024)
+    build(triton_sends._send_rows, 4, words | {"rows": "*i32"}, block=1024)
+    build(triton_sends._arrive, 4, words, top_k=6, columns=8, tile=32)
     for hidden in ("*bf16", "*fp32"):
         build(triton_sends._add_returned, 4, words | {"hidden": hidden, "total": hidden}, ranks=8, block=1024)
 

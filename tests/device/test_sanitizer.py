@@ -105,13 +105,13 @@ def launch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch_sends() -> None:
-    slots, counts = ids(7, 6), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    position, token_at = triton_ops.order_sends(slots, counts, slots_per_rank=3, block=7)
+    slots = ids(7, 6)
+    place, token_at = triton_ops.order_sends(slots, ranks=2, slots_per_rank=3, block=7)
     rows = torch.zeros(14, 16, dtype=torch.int32, device=DEVICE)
-    triton_ops.send_rows((slots, slots, slots), token_at, counts, rows, rank=0, block=7)
+    triton_ops.send_rows((slots, slots, slots), token_at, rows, rank=0)
     scales = rows[:, 3:6].view(torch.float32)
-    marks = triton_ops.arrive(scales, rows[:, 6:12], counts, rank=0, block=7, slots_per_rank=3).marks
-    triton_ops.add_returned(torch.randn(14, 64).to(DEVICE), marks, position, counts, rank=0, block=7)
+    marks = triton_ops.arrive(scales, rows[:, 6:12], rank=0, block=7, slots_per_rank=3).marks
+    triton_ops.add_returned(torch.randn(14, 64).to(DEVICE), marks, place, rank=0, block=7)
 
 
 def launch_control(seed: int, layer: int) -> None:
@@ -175,7 +175,7 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
         name for module in MODULES for name in re.findall(r"^ +(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
-    assert len(launched) == 29
+    assert len(launched) == 28
 
 
 def test_a_report_knows_the_role_of_every_kernel() -> None:

@@ -183,9 +183,9 @@ def test_byte_counts_are_those_of_the_rows_sent() -> None:
         for tokens, outputs in zip(CASES[2], _run(2, f"{kind}-static", torch.float32), strict=True):
             block = max(tokens) + more
             assert {output.sizes for output in outputs} == {(apart, block * 64, 2 * block * 4 * HIDDEN)}
-    # Rows are rounded up to 512 bytes; how many have a receiver nobody knows.
+    # Rows are rounded up to 64 bytes; all of every block travel.
     for tokens, outputs in zip(CASES[2], _run(2, "symm_mem", torch.float32), strict=True):
-        assert {output.sizes for output in outputs} == {(8 * 2, 2 * max(tokens) * 512, 2 * max(tokens) * 512)}
+        assert {output.sizes for output in outputs} == {(8 * 2, 2 * max(tokens) * 128, 2 * max(tokens) * 64)}
     for kind in ("alltoall", "allgather", "symm_mem"):
         assert {output.sizes for case in _run(1, kind, torch.float32) for output in case} == {(0, 0, 0)}
 

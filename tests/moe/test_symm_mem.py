@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moe_eplb.core.events import NullSink
 from moe_eplb.device import get_device, ops
-from moe_eplb.device.symmetric import HostSymmetric, Symmetric, Window
+from moe_eplb.device.symmetric import HostSymmetric, Symmetric
 from moe_eplb.moe.dispatch import AllToAll, Dispatcher, Received, SymmMem
 from moe_eplb.moe.experts import sum_over_k
 from tests.support.ranks import run_ranks
@@ -114,14 +114,34 @@ def test_stale_rows_have_no_slots_and_what_checks_look_at_is_not_overwritten() -
             slots = _inputs(source, 2, tokens, 1, torch.float32).slots
             here = (slots >= rank * PER_RANK) & (slots < (rank + 1) * PER_RANK)
             sent += [(source, token) for token in range(tokens) if here[token].any()]
-        filled = len(sent)
-        assert filled < len(received.slots) == 4
-        assert (received.slots[filled:] == -1).all()
-        assert received.source_counts is None
-        origins = zip(received.source_rank().tolist(), received.token().tolist(), strict=True)
-        assert list(origins)[:filled] == sent
+        used = (received.slots != -1).any(dim=1)
+        assert 0 < int(used.sum()) == len(sent) < len(received.slots) == 4
+        assert received.source_counts == (2, 2)
+        origins = torch.stack((received.source_rank(), received.token()), dim=1)[used].tolist()
+        assert [tuple(origin) for origin in origins] == sent
         for now, then in zip((received.slots, received.token(), received.source_rank()), before, strict=True):
             assert torch.equal(now, then)
+
+
+def _emptier(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots in received lines when every token goes everywhere, and when none goes anywhere; hidden states stay."""
+    layer, tokens = _symm_mem(), [4, 4]
+    everywhere = torch.tensor([[0, PER_RANK, 1]] * 4, dtype=torch.int32)
+    seen = []
+    for slots in (everywhere, torch.full_like(everywhere, -1)):
+        given = _inputs(rank, size, 4, 0, torch.float32)._replace(slots=slots)
+        exchange = layer.prepare(given.slots, given.slots, None, tokens)
+        received = exchange.dispatch(given.x, given.scales)
+        y = exchange.combine(received.hidden.clone())
+        seen.append(received.slots)
+        assert torch.equal(y, 2 * given.x if slots is everywhere else torch.zeros_like(given.x))
+    return seen[0], seen[1]
+
+
+def test_lines_that_a_fuller_forward_used_are_marked_as_unused() -> None:
+    for rank, (full, empty) in enumerate(run_ranks(_emptier, 2)):
+        assert ((full >= 0) & (full < PER_RANK)).any(dim=1).all(), rank
+        assert (empty == -1).all()
 
 
 def _broken_off(rank: int, size: int) -> list[torch.Tensor]:
@@ -142,36 +162,55 @@ def test_a_forward_that_broke_off_leaves_nothing_behind() -> None:
 # -- rows from wrong places ------------------------------------------------------------------------------------------
 
 
+def _spoil(received: torch.Tensor, send: torch.Tensor, wrong: str) -> None:
+    """Blocks of 6 lines, of which rank 0 uses the first of its own and leaves the last."""
+    if wrong == "blocks swapped":
+        received.copy_(received.roll(6, dims=0))
+    elif wrong == "block of another rank":
+        received[:6] = send[6:]
+    else:
+        received[:2] = received[[1, 0]] if wrong == "swapped" else received[[5, 5]]
+
+
 def _with_wrong_rows(rank: int, size: int, exchange: int, wrong: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of a right forward, and of one in which rank 0's first two rows of one exchange come from elsewhere."""
+    """Outputs of a right forward, and of one in which rank 0's rows of one exchange come from elsewhere."""
     layer, tokens = _symm_mem(), [6, 6]
     given = _inputs(rank, size, 6, 0, torch.float32)
     right = _forward(layer, rank, given, tokens)
     symmetric, numbers = layer.symmetric, iter(range(2))
     assert isinstance(symmetric, HostSymmetric)
-    send = symmetric._exchange
+    transfer = symmetric._exchange
 
-    def corrupt(window: Window) -> None:
-        send(window)
+    def corrupt(send: torch.Tensor, received: torch.Tensor) -> None:
+        transfer(send, received)
         if next(numbers) == exchange and rank == 0:
-            window.received[:2] = window.received[[1, 0]] if wrong == "swapped" else window.send[10:12]
+            _spoil(received, send, wrong)
 
     symmetric._exchange = corrupt  # type: ignore[method-assign]
     return right, _forward(layer, rank, given, tokens)
 
 
-@pytest.mark.parametrize("wrong", ["swapped", "unused"])
+def _goes_to(source: int, rank: int) -> torch.Tensor:
+    slots = _inputs(source, 2, 6, 0, torch.float32).slots
+    return ((slots >= PER_RANK * rank) & (slots < PER_RANK * (rank + 1))).any(dim=1)
+
+
+@pytest.mark.parametrize("wrong", ["swapped", "unused", "blocks swapped", "block of another rank"])
 @pytest.mark.parametrize("exchange", [0, 1])
 def test_rows_from_wrong_places_give_nan_and_never_a_number(exchange: int, wrong: str) -> None:
     """Rank 0's first rows are its own: tokens 1 and on, since its token 0 goes nowhere."""
     (right, got), (other, same) = run_ranks(_with_wrong_rows, 2, exchange, wrong)
-    slots = _inputs(0, 2, 6, 0, torch.float32).slots
-    here = ((slots >= 0) & (slots < PER_RANK)).any(dim=1).nonzero().flatten()[:2]
-    assert got[here].isnan().all()
-    rest = torch.ones(6, dtype=torch.bool).index_fill_(0, here, False)
-    assert torch.equal(got[rest], right[rest])
-    assert right.isfinite().all()
-    assert torch.equal(same, other)
+    hit, theirs = _goes_to(0, 0), torch.zeros(6, dtype=torch.bool)
+    assert int(hit.sum()) < 6, "block 0 has no line that is left"
+    if wrong in ("swapped", "unused"):
+        hit[hit.nonzero().flatten()[2:]] = False
+    elif wrong == "blocks swapped":  # what comes to rank 0, or returns to it
+        theirs = _goes_to(1, 0) if exchange == 0 else theirs
+        hit = hit if exchange == 0 else _goes_to(0, 0) | _goes_to(0, 1)
+    for clean, spoiled, where in ((right, got, hit), (other, same, theirs)):
+        assert spoiled[where].isnan().all()
+        assert torch.equal(spoiled[~where], clean[~where])
+        assert clean.isfinite().all()
 
 
 # -- no waits --------------------------------------------------------------------------------------------------------
@@ -180,12 +219,11 @@ def test_rows_from_wrong_places_give_nan_and_never_a_number(exchange: int, wrong
 class Loopback(Symmetric):
     """Two ranks in one process, of which the other sends what this one would send to itself."""
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def _empty(self, shape: tuple[int, int]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32)
 
-    def _exchange(self, window: Window) -> None:
-        window.received.copy_(window.send)
-        window.counts_and_offsets[0] = window.send_counts
+    def _exchange(self, send: torch.Tensor, received: torch.Tensor) -> None:
+        received.copy_(send)
 
 
 class _Group:

@@ -119,28 +119,24 @@ def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
     _at(rows).pack_rows(columns, rows)
 
 
-def order_sends(slot_ids: Tensor, counts: Tensor, *, slots_per_rank: int, block: int) -> tuple[Tensor, Tensor]:
+def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int) -> tuple[Tensor, Tensor]:
     """See `plain_sends.order_sends`."""
-    position, token_at = _at(slot_ids).order_sends(slot_ids, counts, slots_per_rank=slots_per_rank, block=block)
-    return position, token_at
+    place, token_at = _at(slot_ids).order_sends(slot_ids, ranks=ranks, slots_per_rank=slots_per_rank, block=block)
+    return place, token_at
 
 
-def send_rows(
-    columns: Sequence[Tensor], token_at: Tensor, counts: Tensor, rows: Tensor, *, rank: int, block: int
-) -> None:
+def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int) -> None:
     """See `plain_sends.send_rows`."""
-    _at(rows).send_rows(columns, token_at, counts, rows, rank=rank, block=block)
+    _at(rows).send_rows(columns, token_at, rows, rank=rank)
 
 
-def arrive(scales: Tensor, integers: Tensor, counts: Tensor, *, rank: int, block: int, slots_per_rank: int) -> Arrived:
+def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per_rank: int) -> Arrived:
     """See `plain_sends.arrive`."""
-    arrived: Arrived = _at(scales).arrive(
-        scales, integers, counts, rank=rank, block=block, slots_per_rank=slots_per_rank
-    )
+    arrived: Arrived = _at(scales).arrive(scales, integers, rank=rank, block=block, slots_per_rank=slots_per_rank)
     return arrived
 
 
-def add_returned(hidden: Tensor, marks: Tensor, position: Tensor, counts: Tensor, *, rank: int, block: int) -> Tensor:
+def add_returned(hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int) -> Tensor:
     """See `plain_sends.add_returned`."""
-    total: Tensor = _at(hidden).add_returned(hidden, marks, position, counts, rank=rank, block=block)
+    total: Tensor = _at(hidden).add_returned(hidden, marks, place, rank=rank, block=block)
     return total

@@ -16,12 +16,9 @@ from torch import Tensor
 from moe_eplb.moe.dispatch.base import Received
 from moe_eplb.moe.dispatch.blocks import gather_block, gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
-from moe_eplb.moe.dispatch.packing import RowFormat
+from moe_eplb.moe.dispatch.packing import WIDE, RowFormat
 
 __all__ = ["AllGather", "AllGatherExchange"]
-
-_ALIGN = 16
-"""Words; a GPU then reads 16 bytes at a time at any column."""
 
 
 class AllGather:
@@ -51,7 +48,7 @@ class AllGather:
         self.gather_ids = gather_ids
         integers = 2 * top_k if gather_ids else top_k
         self._compact = RowFormat(hidden_size, top_k, integers, dtype)
-        self._aligned = RowFormat(hidden_size, top_k, integers, dtype, align=_ALIGN)
+        self._aligned = RowFormat(hidden_size, top_k, integers, dtype, align=WIDE)
 
     def row(self, *, static: bool) -> RowFormat:
         """How rows travel."""

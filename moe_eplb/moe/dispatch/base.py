@@ -24,23 +24,17 @@ class Received:
     """int32 [M, K]: local slot of this rank, outside [0, S) where another rank or none processes the entry."""
     scales: Tensor
     """float32 [M, K], rows may be strided; entries without a slot may hold anything."""
-    source_counts: tuple[int, ...] | None
-    """Rows by source rank, R numbers that sum to M; None where only the device knows them."""
+    source_counts: tuple[int, ...]
+    """Rows by source rank, R numbers that sum to M."""
     entries: int | None
     """Number of (row, k) with a slot; None where only the device knows it, and then at most M * K."""
     sent_token: Tensor | None = None
     """int64 or int32 [M]: the row's token within its source rank; None where row i of a source rank is its token i."""
-    sent_rank: Tensor | None = None
-    """int64 or int32 [M]: the rank that a row came from, anything where a row has no slot; given, as `sent_token` is,
-    where `source_counts` are not."""
     expert_ids: Tensor | None = None
     """int32 [sum of T over ranks, K] of all ranks, where the dispatch was asked to gather them."""
 
     def source_rank(self) -> Tensor:
-        """int64 or int32 [M]: the rank that each row came from. Waits for the device."""
-        if self.sent_rank is not None:
-            return self.sent_rank
-        assert self.source_counts is not None, "a row's source is told by itself or by counts"
+        """int64 [M]: the rank that each row came from. Waits for the device."""
         counts = torch.tensor(self.source_counts, device=self.hidden.device)
         return torch.arange(len(self.source_counts), device=self.hidden.device).repeat_interleave(counts)
 
@@ -48,7 +42,6 @@ class Received:
         """int64 or int32 [M]: the row's token within its source rank."""
         if self.sent_token is not None:
             return self.sent_token
-        assert self.source_counts is not None, "a row's token is told by itself or by counts"
         return torch.cat([torch.arange(count, device=self.hidden.device) for count in self.source_counts])
 
 

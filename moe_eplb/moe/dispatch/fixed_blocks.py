@@ -17,12 +17,9 @@ from moe_eplb.device import ops
 from moe_eplb.moe.dispatch.base import Received
 from moe_eplb.moe.dispatch.blocks import gather_block
 from moe_eplb.moe.dispatch.collectives import Ranks
-from moe_eplb.moe.dispatch.packing import RowFormat
+from moe_eplb.moe.dispatch.packing import WIDE, RowFormat
 
 __all__ = ["FixedBlocksExchange"]
-
-_ALIGN = 16
-"""Words; a GPU then reads 16 bytes at a time at any column."""
 
 
 class _Owner(Protocol):
@@ -49,7 +46,7 @@ class FixedBlocksExchange:
         self._slot_ids = slot_ids
         self._counts = counts
         self._block = max(counts)
-        self._row = RowFormat(owner.hidden_size, owner.top_k, owner.top_k, owner.dtype, align=_ALIGN)
+        self._row = RowFormat(owner.hidden_size, owner.top_k, owner.top_k, owner.dtype, align=WIDE)
 
     @property
     def dispatch_bytes(self) -> int:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from moe_eplb.device import ops
 
-__all__ = ["Columns", "RowFormat"]
+__all__ = ["WIDE", "Columns", "RowFormat"]
 
+WIDE = 16
+"""Words to which rows are aligned so that a GPU reads 16 bytes at a time at any column."""
 _WORD = 4
 
 

@@ -1,12 +1,12 @@
-"""One-sided dispatch: rows wait in symmetric buffers, from which the ranks that need them read.
+"""One-sided dispatch: rows go into symmetric buffers of fixed size, in blocks that are equal for all pairs of ranks.
 
-A row travels once to every rank that holds at least one of its slots, and its partial sum back to the place from which
-it came. Sizes live on the device. Collectives of a forward: an all-gather of token counts where they are not given and
-one of riders where there are any, an exchange of rows, an exchange of partial sums.
+A row travels once to every rank that holds at least one of its slots, and its partial sum back to the line from which
+it came. A block has as many lines as the fullest rank has tokens; those that nobody needs travel too and say so, which
+is why no size depends on where tokens go. Collectives of a forward: an all-gather of token counts where they are not
+given and one of riders where there are any, an exchange of rows, an exchange of partial sums.
 
-Each row carries its source rank and its place there, and is used only where these are what the counts say. The
-exchange's kernel writes over the offsets that it reads, from one block while others may not have begun; a row that was
-read from a wrong place gives NaN in its token's output, never a number.
+Each row carries its source rank and its line there, and is used only where these are what its place says; otherwise its
+token's output is NaN, never a number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_eplb.moe.dispatch.base import Exchange, Received
 from moe_eplb.moe.dispatch.blocks import gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
 from moe_eplb.moe.dispatch.fixed_blocks import FixedBlocksExchange
-from moe_eplb.moe.dispatch.packing import RowFormat
+from moe_eplb.moe.dispatch.packing import WIDE, RowFormat
 
 __all__ = ["SymmMem", "SymmMemExchange"]
 
@@ -32,7 +32,7 @@ class SymmMem:
     """Makes exchanges over `group` (None: a single rank), in the buffers of `symmetric`, which several ranks need.
 
     A row carries the hidden state, K scales, the K slot ids that its source rank chose, and marks, see
-    `moe_eplb.device.ops.plain_sends`; a partial sum carries its row's source rank and place.
+    `moe_eplb.device.ops.plain_sends`; a partial sum carries its row's source rank and line.
     """
 
     def __init__(
@@ -53,9 +53,8 @@ class SymmMem:
         self.hidden_size = hidden_size
         self.top_k = top_k
         self.dtype = dtype
-        align = 1 if symmetric is None else symmetric.align
-        self.row = RowFormat(hidden_size, top_k, top_k + ops.MARKS, dtype, align=align)
-        self.returned = RowFormat(hidden_size, 0, 2, dtype, align=align)
+        self.row = RowFormat(hidden_size, top_k, top_k + ops.MARKS, dtype, align=WIDE)
+        self.returned = RowFormat(hidden_size, 0, 2, dtype, align=WIDE)
 
     def prepare_bytes(self, riders: Tensor | None, tokens: Sequence[int] | None = None) -> int:
         """See `Dispatcher`."""
@@ -98,12 +97,12 @@ class SymmMemExchange:
 
     @property
     def dispatch_bytes(self) -> int:
-        """See `Exchange`; the most, since the device alone knows how many rows have a receiver."""
+        """See `Exchange`."""
         return self._owner.row.nbytes * self._rows
 
     @property
     def combine_bytes(self) -> int:
-        """See `Exchange`; the most, as above."""
+        """See `Exchange`."""
         return self._owner.returned.nbytes * self._rows
 
     @property
@@ -113,39 +112,33 @@ class SymmMemExchange:
 
     def dispatch(self, x: Tensor, scales: Tensor) -> Received:
         """See `Exchange`."""
-        owner, there = self._owner, self._symmetric.window("dispatch", self._rows, self._owner.row.words)
-        back = self._symmetric.window("combine", self._rows, owner.returned.words)
-        self._position, token_at = ops.order_sends(
-            self._slot_ids, there.send_counts, slots_per_rank=owner.slots_per_rank, block=self._block
+        owner, rank, block = self._owner, self._owner.ranks.rank, self._block
+        window = self._symmetric.window("dispatch", self._rows, owner.row.words)
+        self._place, token_at = ops.order_sends(
+            self._slot_ids, ranks=owner.ranks.size, slots_per_rank=owner.slots_per_rank, block=block
         )
         columns = (x.contiguous().view(torch.int32), scales.contiguous().view(torch.int32), self._slot_ids)
-        rows, rank = there.send[: self._rows], owner.ranks.rank
-        ops.send_rows(columns, token_at, there.send_counts, rows, rank=rank, block=self._block)
-        self._symmetric.exchange(there)
-        # As many go back as came; peers write new numbers there only behind the combine's barrier.
-        back.send_counts.copy_(there.received_counts)
-        hidden, sent_scales, integers = owner.row.unpack(there.received[: self._rows])
-        arrived = ops.arrive(
-            sent_scales, integers, back.send_counts, rank=rank, block=self._block, slots_per_rank=owner.slots_per_rank
-        )
-        self._there, self._back, self._marks = there, back, arrived.marks
+        ops.send_rows(columns, token_at, window.send[: self._rows], rank=rank)
+        self._symmetric.exchange(window, self._rows)
+        hidden, sent_scales, integers = owner.row.unpack(window.received[: self._rows])
+        arrived = ops.arrive(sent_scales, integers, rank=rank, block=block, slots_per_rank=owner.slots_per_rank)
+        self._marks = arrived.marks
         return self._received(hidden, arrived)
 
     def _received(self, hidden: Tensor, arrived: ops.Arrived) -> Received:
         """All but the hidden states are copies: peers and later layers write where they came from."""
-        entries = None
-        if not self._owner.static_shapes:
-            entries = int(((arrived.slots >= 0) & (arrived.slots < self._owner.slots_per_rank)).sum())
-        source = arrived.marks[:, 0]
-        return Received(hidden, arrived.slots, arrived.scales, None, entries, arrived.token, source)
+        owner, entries = self._owner, None
+        if not owner.static_shapes:
+            entries = int(((arrived.slots >= 0) & (arrived.slots < owner.slots_per_rank)).sum())
+        counts = (self._block,) * owner.ranks.size
+        return Received(hidden, arrived.slots, arrived.scales, counts, entries, arrived.token)
 
     def combine(self, partial: Tensor) -> Tensor:
         """See `Exchange`. They are added in float32, in order of rank."""
-        owner, back = self._owner, self._back
+        owner = self._owner
+        window = self._symmetric.window("combine", self._rows, owner.returned.words)
         sums = partial.to(owner.dtype).contiguous().view(torch.int32)
-        ops.pack_rows((sums, self._marks), back.send[: self._rows])
-        self._symmetric.exchange(back)
-        hidden, _, marks = owner.returned.unpack(back.received[: self._rows])
-        return ops.add_returned(
-            hidden, marks, self._position, self._there.send_counts, rank=owner.ranks.rank, block=self._block
-        )
+        ops.pack_rows((sums, self._marks), window.send[: self._rows])
+        self._symmetric.exchange(window, self._rows)
+        hidden, _, marks = owner.returned.unpack(window.received[: self._rows])
+        return ops.add_returned(hidden, marks, self._place, rank=owner.ranks.rank, block=self._block)
