@@ -19,6 +19,7 @@ from moe_eplb.core.errors import BalancerError
 
 __all__ = ["HostSymmetric", "Symmetric", "Window", "shared_by_layers"]
 
+_MOST_BYTES = 2**31 - 1
 _LEAST_WORDS = 4
 """Of a row, which then begins and ends at a multiple of 16 bytes."""
 
@@ -58,8 +59,9 @@ class Symmetric(abc.ABC):
             words: W, a multiple of 4.
 
         Raises:
-            BalancerError: E212 when it had to be made while a graph is captured.
+            BalancerError: E212 when it had to be made while a graph is captured, E213 when it is too large.
         """
+        _require_small(rows, words)
         made = self._windows.setdefault((purpose, words), [])
         if not made or len(made[-1].send) < rows:
             self._check_capture(rows)
@@ -113,6 +115,17 @@ class HostSymmetric(Symmetric):
 
     def _exchange(self, send: Tensor, received: Tensor) -> None:
         dist.all_to_all_single(received, send, group=self.group)
+
+
+def _require_small(rows: int, words: int) -> None:
+    """NVSHMEM counts the bytes of a buffer as an int of 32 bits on the device."""
+    size = rows * words * 4
+    if size > _MOST_BYTES:
+        raise BalancerError(
+            "E213", f"{rows} rows of {4 * words} bytes are too many for dispatch 'symm_mem'",
+            why=f"{size} bytes in one exchange, {_MOST_BYTES} are the most",
+            hint="give forwards fewer tokens, or use dispatch: alltoall",
+        )  # fmt: skip
 
 
 _SHARED: dict[tuple[str, str], Symmetric] = {}

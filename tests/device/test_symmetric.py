@@ -72,6 +72,12 @@ def test_an_exchange_takes_rows_from_the_front_and_none_at_all_where_there_are_n
     assert (send.data_ptr(), received.data_ptr()) == (window.send.data_ptr(), window.received.data_ptr())
 
 
+def test_more_than_nvshmem_can_count_is_refused() -> None:
+    symmetric = Counting()
+    with pytest.raises(BalancerError, match=r"E213(.|\n)*2147483648 bytes(.|\n)*dispatch: alltoall"):
+        symmetric.window("dispatch", 1 << 20, 512)
+
+
 def test_no_window_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     symmetric = Counting()
     made = symmetric.window("dispatch", 4, 128)
