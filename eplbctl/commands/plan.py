@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,14 +147,30 @@ def _solved(problem: Problem, policies: str, exact: float | None) -> tuple[list[
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise UsageError("E191", "no policy is named", hint="such as --policy greedy,refine")
-    if exact is None:
-        return [solve(problem, name) for name in names], None
     from moe_eplb.planning.exact import prove, require_provable
 
-    require_provable(problem)
-    solutions = [solve(problem, name) for name in names]
+    if exact is not None:
+        require_provable(problem)
+    with _without_blas():
+        solutions = [solve(problem, name) for name in names]
+    if exact is None:
+        return solutions, None
     with Progress("optimum", "layer") as progress, without_stdout():
         return solutions, prove(problem, solutions, exact, progress)
+
+
+@contextmanager
+def _without_blas() -> Iterator[None]:
+    """While numba loads it finds no BLAS in scipy: no kernel needs it, and to load it takes a sixth of the command."""
+    name = "scipy.linalg.cython_blas"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def _links(slot_mib: float, bandwidth: str | None, us_per_token: float) -> Links:
