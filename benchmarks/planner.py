@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402
 from moe_eplb.core.planner import keep_slots  # noqa: E402
-from moe_eplb.planning.bounds import exact_optimum, lower_bounds  # noqa: E402
+from moe_eplb.planning.bounds import lower_bounds  # noqa: E402
+from moe_eplb.planning.exact import exact_optimum  # noqa: E402
 from moe_eplb.planning.policies import solve  # noqa: E402
 from moe_eplb.planning.problem import Problem  # noqa: E402
 from moe_eplb.planning.replay import Setting, replay  # noqa: E402
@@ -70,7 +71,10 @@ def quality(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def exact(rng: np.random.Generator) -> list[dict[str, Any]]:
-    """The proved optimum / refine's largest rank load, on small cases and the one whose optimum is known."""
+    """The proved optimum / refine's largest rank load, on small cases and the one whose optimum is known.
+
+    An optimum above what refine reaches is none, and is counted as wrong.
+    """
     ratios = []
     for _ in range(EXACT_CASES):
         ranks, size = int(rng.integers(2, 5)), int(rng.integers(2, 4))
@@ -78,10 +82,11 @@ def exact(rng: np.random.Generator) -> list[dict[str, Any]]:
         optimum = exact_optimum(load.tolist(), ranks, ranks * size, time_limit_s=5)
         if optimum is not None:
             ratios.append(optimum / _top(load, ranks, ranks * size))
+    wrong = sum(ratio > 1 + 1e-6 for ratio in ratios)
     known = KNOWN_OPTIMUM / _top(np.array(KNOWN_LOAD), 8, 16)
     mean, least = float(np.mean(ratios)), min(ratios)
-    met = mean >= 0.995 and least >= 0.97 and len(ratios) >= EXACT_CASES // 2
-    return [{"cases": EXACT_CASES, "proved": len(ratios), "mean": mean, "least": least, "met": met},
+    met = mean >= 0.995 and least >= 0.97 and len(ratios) - wrong >= EXACT_CASES // 2 and not wrong
+    return [{"cases": EXACT_CASES, "proved": len(ratios), "wrong": wrong, "mean": mean, "least": least, "met": met},
             {"known_example": known, "met": known >= 0.97}]  # fmt: skip
 
 

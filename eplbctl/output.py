@@ -6,10 +6,13 @@ or not at all: until it is complete, an older one of its name stays.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -17,7 +20,7 @@ import click
 from eplbctl.signals import held
 from moe_eplb.core.errors import RunFailed, UsageError
 
-__all__ = ["place_file", "require_room", "require_writable", "say", "write_file"]
+__all__ = ["place_file", "require_room", "require_writable", "say", "without_stdout", "write_file"]
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -31,6 +34,21 @@ def say(text: str, *, err: bool = False) -> None:
             click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def without_stdout() -> Iterator[None]:
+    """What libraries print to stdout from C goes nowhere: it would stand between the lines of a result."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C keeps lines back when stdout is no terminal
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def require_writable(path: Path, *, force: bool) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from eplbctl.options import PATH, Destination, format_option, loads_options
-from eplbctl.output import require_writable, say, write_file
+from eplbctl.output import require_writable, say, without_stdout, write_file
+from eplbctl.progress import Progress
 from moe_eplb.core.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from moe_eplb.planning.certificate import Certificate
+    from moe_eplb.planning.certificate import Certificate, Links
+    from moe_eplb.planning.exact import Optima
     from moe_eplb.planning.formats.loads import Reading
     from moe_eplb.planning.loads import LoadSet, LossReport
     from moe_eplb.planning.placements import PlacementSet
@@ -46,6 +51,23 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
 @click.option(
     "--decode-pairs", type=click.IntRange(1), metavar="PAIRS", help="Score what a step of so many tokens x top-k reads."
 )
+@click.option(
+    "--exact",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Look for each layer's optimum for so long; up to 64 slots.",
+)
+@click.option(
+    "--slot-mib", type=click.FloatRange(0.001), default=42.0, show_default=True, help="Size of an expert's weights."
+)
+@click.option(
+    "--bandwidth",
+    metavar="LINK=GB/S,...",
+    help="Other speeds than same_rank=1500,same_node=150,cross_node=25,host=50,memory=3350.",
+)
+@click.option(
+    "--us-per-token", type=click.FloatRange(0), default=0.05, show_default=True, help="Of a token on its rank."
+)
 @loads_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
 @click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")
@@ -55,7 +77,8 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
 def command(
     loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
     allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
-    decode_pairs: int | None, reading: Reading, seed: int, output: Path | None, target: str, force: bool, form: str,
+    decode_pairs: int | None, exact: float | None, slot_mib: float, bandwidth: str | None, us_per_token: float,
+    reading: Reading, seed: int, output: Path | None, target: str, force: bool, form: str,
 ) -> ExitCode:  # fmt: skip
     """Place experts for LOADS, and say how good that is, how good it could be, and what moving there costs.
 
@@ -68,20 +91,22 @@ def command(
     Examples:
       eplbctl plan loads.npz --ranks 32 --slots 288
       eplbctl plan loads.npz --ranks 8 --slots 288 --current now.json --policy greedy,incremental --min-gain 2
+      eplbctl plan loads.npz --ranks 8 --slots 40 --exact 10 --current now.json --bandwidth cross_node=50
       eplbctl plan loads.npz --ranks 32 --slots 288 --policy static,greedy,refine --format html > plan.html
       eplbctl plan loads.npz --ranks 8 --slots 288 --policy refine -o placement.yaml --to tensorrt_llm
     """
     from eplbctl.render import plans as render
     from moe_eplb.planning.formats.loads import read_counts
 
+    links = _links(slot_mib, bandwidth, us_per_token)
     if output is not None:
         require_writable(output, force=force)
     read = read_counts(loads, reading)
     placed = _current(read, current, ranks)
     problem = _problem(read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed)
     gain = None if min_gain is None else min_gain / 100
-    solutions = _solved(problem, policies)
-    certificates = _certified(problem, solutions, gain, decode_pairs)
+    solutions, optima = _solved(problem, policies, exact)
+    certificates = _certified(problem, solutions, links, gain, decode_pairs, optima)
     written = None if output is None else _write(read, problem, solutions[-1], output, target)
     current_read = None if placed is None else placed.read
     if form == "html":
@@ -116,19 +141,52 @@ def _problem(
     )  # fmt: skip
 
 
-def _solved(problem: Problem, policies: str) -> list[Solution]:
+def _solved(problem: Problem, policies: str, exact: float | None) -> tuple[list[Solution], Optima | None]:
     from moe_eplb.planning.policies import solve
 
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise UsageError("E191", "no policy is named", hint="such as --policy greedy,refine")
-    return [solve(problem, name) for name in names]
+    from moe_eplb.planning.exact import prove, require_provable
+
+    if exact is not None:
+        require_provable(problem)
+    with _without_blas():
+        solutions = [solve(problem, name) for name in names]
+    if exact is None:
+        return solutions, None
+    with Progress("optimum", "layer") as progress, without_stdout():
+        return solutions, prove(problem, solutions, exact, progress)
 
 
-def _certified(problem: Problem, solutions: list[Solution], gain: float | None, pairs: int | None) -> list[Certificate]:
+@contextmanager
+def _without_blas() -> Iterator[None]:
+    """While numba loads it finds no BLAS in scipy: no kernel needs it, and to load it takes a sixth of the command."""
+    name = "scipy.linalg.cython_blas"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _links(slot_mib: float, bandwidth: str | None, us_per_token: float) -> Links:
+    from moe_eplb.planning.certificate import Links
+
+    links = Links(slot_bytes=int(slot_mib * (1 << 20)), us_per_token=us_per_token)
+    return links if bandwidth is None else links.with_speeds(bandwidth)
+
+
+def _certified(
+    problem: Problem, solutions: list[Solution], links: Links, gain: float | None, pairs: int | None,
+    optima: Optima | None,
+) -> list[Certificate]:  # fmt: skip
     from moe_eplb.planning.certificate import certify
 
-    return [certify(problem, solution, min_gain=gain, decode_pairs=pairs) for solution in solutions]
+    return [certify(problem, solution, links, gain, pairs, optima) for solution in solutions]
 
 
 def _page(

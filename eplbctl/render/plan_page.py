@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from eplbctl.render.html import cells, digest, template
 from eplbctl.render.inert import inert
-from eplbctl.render.plans import compared, decoded, notes, planned_for
+from eplbctl.render.plans import bounded, compared, costs, decoded, notes, planned_for
 from eplbctl.render.png import data_uri, png
 from eplbctl.render.tables import Table
 
@@ -61,18 +61,7 @@ def _facts(loads: LoadSet, plan: Certificate) -> list[tuple[str, str]]:
 
 
 def _tables(loads: LoadSet, plans: Sequence[Certificate]) -> list[Table]:
-    return [compared(plans), decoded(plans), _costs(plans), _layers(loads, plans)]
-
-
-def _costs(plans: Sequence[Certificate]) -> Table:
-    """What moving to each plan takes, by where experts come from."""
-    rows = [
-        (plan.policy, *(f"{count / 1e9:,.2f}" for count in plan.bytes_by_link.values()), f"{plan.migration_ms:,.1f}")
-        for plan in plans
-        if plan.before is not None
-    ]
-    links = [f"GB from {name.replace('_', ' ')}" for name in plans[0].bytes_by_link]
-    return Table("Moves", ("policy", *links, "ms to move"), rows)
+    return [compared(plans), bounded(plans), decoded(plans), costs(plans), _layers(loads, plans)]
 
 
 def _layers(loads: LoadSet, plans: Sequence[Certificate]) -> Table:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from moe_eplb.planning.loads import LoadSet, LossReport
     from moe_eplb.planning.replay import Replayed
 
-__all__ = ["compared", "decoded", "notes", "planned_for", "plans_json", "plans_text", "replay_json", "replay_text"]
+__all__ = [
+    "bounded", "compared", "costs", "decoded", "notes", "planned_for", "plans_json", "plans_text", "replay_json",
+    "replay_text",
+]  # fmt: skip
 
 _WORST = 8
 _SHADES = " .:-=+*#%@"
@@ -26,7 +29,7 @@ def plans_text(
     loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
 ) -> str:
     """A row for each policy, then the layers that the last one leaves worst, and a map of them all."""
-    parts = tables_text([compared(plans), decoded(plans), _layers(loads, plans[-1])])
+    parts = tables_text([compared(plans), bounded(plans), decoded(plans), costs(plans), _layers(loads, plans[-1])])
     return "\n\n".join([_heading(loads, plans[0]), *parts, _map(loads, plans), *notes(loads, plans, current)])
 
 
@@ -109,6 +112,38 @@ def compared(plans: Sequence[Certificate]) -> Table:
     return Table("Policies", heads, rows, note)
 
 
+def bounded(plans: Sequence[Certificate]) -> Table:
+    """What no placement is below, and how often each bound is the one that counts."""
+    rows, layers = [], [row.bounds for row in plans[-1].layers]
+    best = sum(each.best for each in layers)
+    named = (("mean of the ranks", "mean"), ("largest replica", "replica"), ("largest replica and its rank", "beside"))
+    for title, name in named:
+        values = [getattr(each, name) for each in layers]
+        highest = sum(value >= each.best for value, each in zip(values, layers, strict=True))
+        rows.append((title, f"{sum(values):,.1f}", highest))
+    proved, note = (
+        plans[-1].proved,
+        "Largest rank loads, which no placement's are below; above bound goes by the highest.",
+    )
+    if proved is not None:
+        rows.append(("optimum, else the highest of these", f"{best:,.1f}", proved))
+        note += f" The optimum was proved in {proved} of {len(layers)} layers."
+    return Table("Bounds", ("bound", "sum over layers", "is the highest in"), rows, note)
+
+
+def costs(plans: Sequence[Certificate]) -> Table:
+    """What moving to each plan takes, by where experts come from; without rows where nothing is there."""
+    rows = [
+        (plan.policy, *(f"{count / 1e9:,.2f}" for count in plan.bytes_by_link.values()), f"{plan.migration_ms:,.1f}")
+        for plan in plans
+        if plan.before is not None
+    ]
+    ways, links = list(plans[0].bytes_by_link), plans[0].links
+    speeds = ", ".join(f"{way.replace('_', ' ')} {links.speed(way):,g}" for way in ways)
+    note = f"A slot has {links.slot_bytes / (1 << 20):,.4g} MiB; GB/s: {speeds}. ms of the rank that receives longest."
+    return Table("Moves", ("policy", *(f"GB from {way.replace('_', ' ')}" for way in ways), "ms to move"), rows, note)
+
+
 def decoded(plans: Sequence[Certificate]) -> Table:
     """What a decode step reads under each policy; without rows where it was not asked for."""
     scores = [(plan.policy, plan.decode) for plan in plans if plan.decode is not None]
@@ -160,6 +195,7 @@ def _shade(imbalance: float) -> str:
 def notes(loads: LoadSet, plans: Sequence[Certificate], current: LossReport | None) -> Iterator[str]:
     """What policies had to say, each once, and how the files were read."""
     yield from dict.fromkeys(f"{plan.policy}: {note}" for plan in plans for note in plan.notes)
+    yield from dict.fromkeys(f"optimum: {note}" for plan in plans for note in plan.unproved)
     yield loads_told(loads)
     if current is not None:
         yield loss_told("the current placement", current)

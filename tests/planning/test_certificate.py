@@ -2,64 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import numpy as np
 import pytest
 
-from moe_eplb.core.errors import UsageError
-from moe_eplb.planning.bounds import exact_optimum, free_split, lower_bounds
+from moe_eplb.planning.bounds import free_split
 from moe_eplb.planning.certificate import Links, certify
 from moe_eplb.planning.policies import solve
 from moe_eplb.planning.problem import Problem, Solution
-
-
-def _brute(load: list[int], ranks: int, slots: int) -> float:
-    """The least largest rank load over all placements without duplicates on a rank."""
-    size, best = slots // ranks, float("inf")
-    choices = list(itertools.combinations(range(len(load)), size))
-    for ranks_hold in itertools.combinations_with_replacement(choices, ranks):
-        counts = np.bincount(list(itertools.chain(*ranks_hold)), minlength=len(load))
-        if counts.min() > 0:
-            best = min(best, max(sum(load[e] / counts[e] for e in held) for held in ranks_hold))
-    return best
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_exact_optimum_is_that_of_trying_everything(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    load = rng.integers(1, 100, 5).tolist()
-    optimum = _brute(load, 3, 6)
-    assert exact_optimum(load, 3, 6) == pytest.approx(optimum)
-    problem = Problem(np.array([load], float), 3, 6)
-    (bounds,) = lower_bounds(problem, problem.newest)
-    assert bounds.best <= optimum * (1 + 1e-9)
-    answer = solve(problem, "refine").rank_loads(problem.newest, problem).max()
-    assert optimum * (1 - 1e-9) <= answer <= optimum * 1.03
-
-
-def test_refined_small_cases_lie_near_the_optimum() -> None:
-    """On average within half a percent, none above 3 percent."""
-    rng, ratios = np.random.default_rng(11), []
-    for _ in range(12):
-        experts, ranks = int(rng.integers(4, 9)), int(rng.integers(2, 5))
-        size = int(rng.integers(-(-experts // ranks), min(experts, -(-experts // ranks) + 2) + 1))
-        load = np.round(np.exp(rng.normal(0, 1, experts)) * 100)
-        optimum = exact_optimum(load.tolist(), ranks, ranks * size)
-        if optimum is None:
-            continue
-        problem = Problem(load[np.newaxis], ranks, ranks * size)
-        ratios.append(optimum / float(solve(problem, "refine").rank_loads(load[np.newaxis], problem).max()))
-    assert len(ratios) >= 10
-    assert np.mean(ratios) >= 0.995
-    assert min(ratios) >= 0.97
-
-
-def test_the_example_whose_optimum_is_known() -> None:
-    assert exact_optimum([600, 560, 120, 120, 20, 10, 10, 10], 8, 16, time_limit_s=60) == pytest.approx(
-        196.6667, abs=1e-3
-    )
 
 
 def _free_by_linear_program(load: np.ndarray, slots: list[int], ranks: int) -> float:
@@ -97,11 +48,6 @@ def test_a_free_split_is_that_of_the_linear_program(seed: int) -> None:
 def test_a_free_split_of_nothing_and_with_empty_ranks() -> None:
     problem = Problem(np.array([[0.0, 0.0], [3.0, 1.0]]), 2, 4, masked_ranks=(1,))
     assert free_split(problem, np.array([[0, 1, -1, -1]] * 2, np.int32), problem.newest).tolist() == [0.0, 4.0]
-
-
-def test_too_large_for_an_exact_optimum() -> None:
-    with pytest.raises(UsageError, match="too many"):
-        exact_optimum([1.0] * 100, 10, 100)
 
 
 def test_a_certificate_by_hand() -> None:

@@ -18,8 +18,8 @@ from moe_eplb.core.errors import BalancerError, UsageError
 from moe_eplb.core.hierarchical import rebalance_experts
 from moe_eplb.core.placement import balancedness
 from moe_eplb.core.planner import keep_slots
-from moe_eplb.planning.bounds import exact_optimum
 from moe_eplb.planning.certificate import certify
+from moe_eplb.planning.exact import exact_optimum
 from moe_eplb.planning.policies import solve
 from moe_eplb.planning.problem import Problem, Solution
 

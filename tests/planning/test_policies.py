@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,6 +251,22 @@ def test_what_is_there_may_be_wrong() -> None:
     """A placement with duplicates and without some expert is repaired before it is improved."""
     problem = Problem(np.ones((1, 6)), 2, 8, current=np.array([[0, 0, 1, 2, 3, 3, 4, 4]], np.int32))
     _require_legal(solve(problem, "incremental"), problem)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_loading_and_compiling_are_no_time_of_a_plan(policy: str) -> None:
+    program = (
+        "import numpy as np\nfrom moe_eplb.planning.policies import solve\n"
+        "from moe_eplb.planning.problem import Problem\n"
+        "there = np.array([[0, 1, 2, 3, 0, 1]])\n"
+        "problem = Problem(np.array([[5.0, 1, 1, 1]]), 2, 6, current=there, time_budget_ms=100)\n"
+        f"answer = solve(problem, {policy!r})\nprint(answer.finished, answer.milliseconds)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=110, cwd=root, check=True
+    )
+    assert done.stdout.startswith("True "), done.stdout
 
 
 def test_time_budgets_are_kept_and_said() -> None:

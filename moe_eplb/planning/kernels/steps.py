@@ -9,6 +9,9 @@ from moe_eplb.planning.kernels.compiled import compiled, inlined
 
 __all__ = ["best_free_swap", "best_replace", "best_swap", "cost", "order_ranks"]
 
+_MANY = 64
+"""Slots that are looked at at once."""
+
 
 @compiled
 def order_ranks(held, order):
@@ -84,29 +87,43 @@ def best_swap(state, a, order, duplicates, home, budget, need):
     return best, best_one, best_two
 
 
+@inlined
+def _better(carried, beside, mine, top, best):
+    """How many of some slots would gain more than `best` in an exchange with what carries `mine` on a rank of `top`."""
+    count = 0
+    for two in range(len(carried)):
+        less = mine - carried[two]
+        count += (less > best) & (top - beside[two] - less > best)
+    return count
+
+
 @compiled
 def best_free_swap(state, a, duplicates, carried, beside):
     """The exchange of a slot of rank `a` that lowers the larger of both ranks most, where moves cost nothing.
 
-    That of `best_swap` without `home`, but for equals. It looks at all slots in turn, without a branch that could not
-    be foreseen, which is faster where ranks have few slots each. `carried` and `beside` [P] are what each slot
-    carries, infinite where it is empty, and what its rank does.
+    That of `best_swap` without `home`, but for equals. It looks at many slots at once, without a branch that could not
+    be foreseen, and at single ones only where some would do; faster where ranks have few slots each. `carried` and
+    `beside` [P] are what each slot carries, infinite where it is empty, and what its rank does.
 
     Returns:
         Its worth, and both slots; -1 for none.
     """
-    slots, rank_of, lies, first = state.slots, state.rank_of, state.lies, state.first
+    slots, rank_of, lies, first, total = state.slots, state.rank_of, state.lies, state.first, len(carried)
     best, best_one, best_two, top = 0.0, -1, -1, state.held[a]
     for one in range(first[a], first[a + 1]):
         mine = carried[one]
-        for two in range(len(carried)):
-            less = mine - carried[two]
-            rest = top - beside[two] - less
-            gain = less if less < rest else rest
-            if gain > best and (
-                duplicates or (lies[slots[one], rank_of[two]] == 0 and lies[slots[two], rank_of[one]] == 0)
-            ):
-                best, best_one, best_two = gain, one, two
+        for begin in range(0, total, _MANY):
+            end = min(begin + _MANY, total)
+            if _better(carried[begin:end], beside[begin:end], mine, top, best) == 0:
+                continue
+            for two in range(begin, end):
+                less = mine - carried[two]
+                rest = top - beside[two] - less
+                gain = less if less < rest else rest
+                if gain > best and (
+                    duplicates or (lies[slots[one], rank_of[two]] == 0 and lies[slots[two], rank_of[one]] == 0)
+                ):
+                    best, best_one, best_two = gain, one, two
     return best, best_one, best_two
 
 
