@@ -45,6 +45,8 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
     "--groups", type=click.IntRange(1), default=1, show_default=True, help="Expert groups that stay on a node."
 )
 @click.option("--allow-duplicates", is_flag=True, help="Let two replicas of an expert lie on one rank.")
+@click.option("--rank-slots", metavar="N,N,...", help="Slots of each rank, where they differ.")
+@click.option("--mask", metavar="RANK,...", help="Ranks that must hold nothing.")
 @click.option("--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
 @click.option("--time-budget-ms", type=click.FloatRange(0.1), help="Answer with the best so far after so long.")
 @click.option("--min-gain", type=click.FloatRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
@@ -76,9 +78,10 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
 @format_option("text", "json", "html")
 def command(
     loads: Path, ranks: int, slots: int, policies: str, current: Path | None, nodes: int, groups: int,
-    allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, min_gain: float | None,
-    decode_pairs: int | None, exact: float | None, slot_mib: float, bandwidth: str | None, us_per_token: float,
-    reading: Reading, seed: int, output: Path | None, target: str, force: bool, form: str,
+    allow_duplicates: bool, rank_slots: str | None, mask: str | None, max_moves: float | None,
+    time_budget_ms: float | None, min_gain: float | None, decode_pairs: int | None, exact: float | None,
+    slot_mib: float, bandwidth: str | None, us_per_token: float, reading: Reading, seed: int, output: Path | None,
+    target: str, force: bool, form: str,
 ) -> ExitCode:  # fmt: skip
     """Place experts for LOADS, and say how good that is, how good it could be, and what moving there costs.
 
@@ -98,12 +101,15 @@ def command(
     from eplbctl.render import plans as render
     from moe_eplb.planning.formats.loads import read_counts
 
-    links = _links(slot_mib, bandwidth, us_per_token)
+    links, room = _links(slot_mib, bandwidth, us_per_token), _room(rank_slots, mask)
     if output is not None:
+        _require_a_form(room)
         require_writable(output, force=force)
     read = read_counts(loads, reading)
     placed = _current(read, current, ranks)
-    problem = _problem(read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed)
+    problem = _problem(
+        read, placed, ranks, slots, nodes, groups, allow_duplicates, max_moves, time_budget_ms, seed, room
+    )
     gain = None if min_gain is None else min_gain / 100
     solutions, optima = _solved(problem, policies, exact)
     certificates = _certified(problem, solutions, links, gain, decode_pairs, optima)
@@ -111,9 +117,11 @@ def command(
     current_read = None if placed is None else placed.read
     if form == "html":
         made = _page(read, problem, solutions, certificates, current_read)
+    elif form == "json":
+        held = [solution.slots.tolist() for solution in solutions] if room else None
+        made = render.plans_json(read, certificates, written, current_read, held)
     else:
-        render_as = render.plans_text if form == "text" else render.plans_json
-        made = render_as(read, certificates, written, current_read)
+        made = render.plans_text(read, certificates, written, current_read)
     Destination(None).write(made)
     return ExitCode.INVALID if certificates[-1].pays is False else ExitCode.VALID
 
@@ -130,6 +138,7 @@ def _current(loads: LoadSet, path: Path | None, ranks: int) -> PlacementSet | No
 def _problem(
     loads: LoadSet, placed: PlacementSet | None, ranks: int, slots: int, nodes: int, groups: int,
     allow_duplicates: bool, max_moves: float | None, time_budget_ms: float | None, seed: int,
+    room: dict[str, tuple[int, ...]],
 ) -> Problem:  # fmt: skip
     from moe_eplb.planning.problem import Problem
 
@@ -137,7 +146,7 @@ def _problem(
     return Problem(
         loads.counts.astype("float64"), ranks, slots, nodes=nodes, groups=groups, allow_duplicates=allow_duplicates,
         current=None if placed is None else placed.slots, time_budget_ms=time_budget_ms, seed=seed,
-        max_moves=None if max_moves is None else int(max_moves / 100 * slots * layers),
+        max_moves=None if max_moves is None else int(max_moves / 100 * slots * layers), **room,
     )  # fmt: skip
 
 
@@ -171,6 +180,27 @@ def _without_blas() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+def _room(rank_slots: str | None, mask: str | None) -> dict[str, tuple[int, ...]]:
+    """Arguments of `Problem` for ranks that differ."""
+    given = {"slots_per_rank": ("--rank-slots", rank_slots), "masked_ranks": ("--mask", mask)}
+    return {name: _numbers(option, text) for name, (option, text) in given.items() if text is not None}
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
+        raise UsageError("E190", f"{option} {text!r} does not parse", hint="whole numbers with commas, such as 9,9,8")
+    return tuple(map(int, parts))
+
+
+def _require_a_form(room: dict[str, tuple[int, ...]]) -> None:
+    if room:
+        raise UsageError(
+            "E196", "no form of a file holds ranks that differ", why=f"{', '.join(sorted(room))} was given",
+            hint="leave -o out; --format json has the experts of all slots",
+        )  # fmt: skip
 
 
 def _links(slot_mib: float, bandwidth: str | None, us_per_token: float) -> Links:

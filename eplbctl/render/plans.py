@@ -34,13 +34,17 @@ def plans_text(
 
 
 def plans_json(
-    loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None
-) -> str:
-    """Every certificate whole."""
+    loads: LoadSet, plans: Sequence[Certificate], written: LossReport | None = None, current: LossReport | None = None,
+    slots: Sequence[list[list[int]]] | None = None,
+) -> str:  # fmt: skip
+    """Every certificate whole, and where given the experts of the slots of each layer, which no file form can hold."""
     head = {"schema": 1, "loads": loads.source, "windows": loads.windows, "layer_ids": list(loads.layer_ids)}
     others = {"current": current, "written": written}
     files = {"read": loads_row(loads)} | {name: loss_row(one) if one else None for name, one in others.items()}
-    return json.dumps(head | files | {"plans": [plan.to_json() for plan in plans]}, indent=1)
+    certificates = [plan.to_json() for plan in plans]
+    if slots is not None:
+        certificates = [one | {"slot_experts": held} for one, held in zip(certificates, slots, strict=True)]
+    return json.dumps(head | files | {"plans": certificates}, indent=1)
 
 
 def replay_text(loads: LoadSet, results: Sequence[Replayed], chosen: Replayed, reasons: Sequence[str]) -> str:

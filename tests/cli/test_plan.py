@@ -130,6 +130,19 @@ def test_exact_without_scipy(call: Call, few: Path, monkeypatch: pytest.MonkeyPa
     assert "pip install 'moe-eplb[bound]'" in answer.err
 
 
+def test_ranks_that_differ_or_hold_nothing(call: Call, loads: Path) -> None:
+    arguments = ("--policy", "greedy,refine", "--rank-slots", "9,5,5,5", "--mask", "2", "--format", "json")
+    answer = call("plan", str(loads), *SIZE, *arguments)
+    assert answer.code == 0, answer.err
+    for plan in json.loads(answer.out)["plans"]:
+        for layer in plan["slot_experts"]:
+            assert len(layer) == 24
+            assert layer[14:19] == [-1] * 5, "slots of the masked rank"
+            assert set(layer[:14] + layer[19:]) == set(range(16))
+    plain = json.loads(call("plan", str(loads), *SIZE, "--format", "json").out)
+    assert "slot_experts" not in plain["plans"][0], "files hold it"
+
+
 def test_bounds_and_moves_are_told(call: Call, few: Path) -> None:
     call("plan", str(few), "--ranks", "4", "--slots", "8", "--policy", "static", "-o", "now.json")
     asked = ("plan", str(few), *SMALL, "--current", "now.json", "--nodes", "2")
@@ -172,6 +185,11 @@ def test_replayed(call: Call, loads: Path) -> None:
         (("plan", "{loads}", *SIZE, "--current", "{loads}"), "E0"),
         (("plan", "{loads}", *SIZE, "-o", "taken"), "E002"),
         (("plan", "{loads}", *SIZE, "--to", "yaml"), "--to"),
+        (("plan", "{loads}", *SIZE, "--mask", "4"), "a masked rank does not exist"),
+        (("plan", "{loads}", *SIZE, "--mask", "-1"), "'-1' does not parse"),
+        (("plan", "{loads}", *SIZE, "--rank-slots", "6,6"), "2 numbers with the sum 12"),
+        (("plan", "{loads}", *SIZE, "--rank-slots", "6,,6"), "'6,,6' does not parse"),
+        (("plan", "{loads}", *SIZE, "--mask", "3", "-o", "mine.json"), "E196"),
         (("plan", "{loads}", *SIZE, "--exact", "0"), "--exact"),
         (("plan", "{loads}", *SIZE, "--exact", "1", "--allow-duplicates"), "E192"),
         (("plan", "{loads}", "--ranks", "12", "--slots", "72", "--exact", "1"), "at most 64"),
