@@ -12,7 +12,7 @@ from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.placement import Placement
 
-__all__ = ["CellView", "CellWeights", "assign_cells"]
+__all__ = ["CellView", "CellWeights", "assign_cells", "require_in_order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +83,20 @@ class CellWeights:
         staged.tensors += [(slot, name, target) for name, target in self.cells[cell].items()]
         staged.bytes += sum(target.nbytes for target, _ in copies)
         return copies
+
+
+def require_in_order(cells: CellWeights | None, slots: int, layer: int) -> CellWeights:
+    """The cells that a model has told of a layer; raises BalancerError E137 unless it has, with each of the `slots` in
+    the cell of its number."""
+    if cells is None:
+        raise BalancerError(
+            "E137", f"layer {layer}: no cells were registered", why="its weights could not be moved",
+            hint="call register_weight_cells before finalize_model",
+        )  # fmt: skip
+    table = cells.table.tolist()
+    if table != list(range(slots)):
+        raise BalancerError(
+            "E137", f"layer {layer}: slots do not live in the cells of their numbers at first", why=f"cells {table}",
+            hint="register a table that counts from 0",
+        )  # fmt: skip
+    return cells

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from moe_eplb.balancer.cells import CellWeights
+from moe_eplb.balancer.cells import CellWeights, require_in_order
 from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.balancer.plan_notes import PlanNotes
 from moe_eplb.balancer.resident import Resident
@@ -16,7 +16,6 @@ from moe_eplb.balancer.resident_update import Publisher, ResidentUpdate
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
-from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import ROUTE_COUNTS, Kind
 from moe_eplb.core.placement import balancedness
 from moe_eplb.core.probe import Probe
@@ -69,18 +68,7 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def require_cells(self) -> CellWeights:
         """What the model has told of its cells; raises BalancerError E137 unless it has, with slot s in cell s."""
-        if not hasattr(self, "cells"):
-            raise BalancerError(
-                "E137", f"layer {self.layer_idx}: no cells were registered", why="its weights could not be moved",
-                hint="call register_weight_cells before finalize_model",
-            )  # fmt: skip
-        table = self.cells.table.tolist()
-        if table != list(range(self.slot_count_per_rank)):
-            raise BalancerError(
-                "E137", f"layer {self.layer_idx}: slots do not live in the cells of their numbers at first",
-                why=f"cells {table}", hint="register a table that counts from 0",
-            )  # fmt: skip
-        return self.cells
+        return require_in_order(getattr(self, "cells", None), self.slot_count_per_rank, self.layer_idx)
 
     def finish_setup(self, resident: Resident, following: ResidentLayer, source: WeightSource) -> None:
         """All layers are there and weights are loaded; `following` runs next, weights that move come from `source`."""

@@ -59,22 +59,10 @@ def create_moe(
     shape = MoeShape(num_experts, routing_method.top_k, hidden_size, intermediate_size, dtype, expert_dtype)
     if backend == "wide_ep":
         return WideEPMoE(
-            routing_method,
-            shape,
-            device,
-            aux_stream_dict=aux_stream_dict,
-            layer_idx=layer_idx,
-            moe_max_num_tokens=moe_max_num_tokens,
-            **options,
-        )
-    _check_local(backend, options)
-    if backend == "fused" and shape.weight_dtype is FP8:
-        raise BalancerError(
-            "E158",
-            "backend 'fused' has no fp8 experts",
-            why="its batched product takes no scales",
-            hint="use backend 'grouped', or dtype bfloat16",
-        )
+            routing_method, shape, device, aux_stream_dict=aux_stream_dict, layer_idx=layer_idx,
+            moe_max_num_tokens=moe_max_num_tokens, **options,
+        )  # fmt: skip
+    _check_local(backend, shape, options)
     aux_stream = None
     if aux_stream_dict is not None:
         aux_stream = required_stream(
@@ -82,17 +70,12 @@ def create_moe(
         )
     make = GroupedMoE if backend == "grouped" else FusedMoE
     return make(
-        routing_method,
-        shape,
-        device,
-        aux_stream=aux_stream,
-        layer_idx=layer_idx,
-        moe_max_num_tokens=moe_max_num_tokens,
-        **options,
-    )
+        routing_method, shape, device, aux_stream=aux_stream, layer_idx=layer_idx,
+        moe_max_num_tokens=moe_max_num_tokens, **options,
+    )  # fmt: skip
 
 
-def _check_local(backend: str, options: Mapping[str, Any]) -> None:
+def _check_local(backend: str, shape: MoeShape, options: Mapping[str, Any]) -> None:
     if backend not in ("grouped", "fused"):
         raise BalancerError("E158", f"there is no MoE backend {backend!r}", hint="use one of wide_ep, grouped, fused")
     if unfit := sorted(options.keys() - {"ep_rank", "ep_size"}):
@@ -108,4 +91,11 @@ def _check_local(backend: str, options: Mapping[str, Any]) -> None:
             f"backend {backend!r} cannot be balanced",
             why="every rank holds every expert, so there is nothing to move",
             hint="use backend 'wide_ep', or build the layer outside the balancer's context",
+        )
+    if backend == "fused" and shape.weight_dtype is FP8:
+        raise BalancerError(
+            "E158",
+            "backend 'fused' has no fp8 experts",
+            why="its batched product takes no scales",
+            hint="use backend 'grouped', or dtype bfloat16",
         )
