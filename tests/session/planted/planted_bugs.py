@@ -310,7 +310,7 @@ def peers_asked_for_and_the_host_taken(module: ModuleType) -> None:
     def from_host(self: Any, cells: Any) -> Any:
         return [module.FromHost(layer.updates.host, self.ep_rank) for layer in self.layers]
 
-    module.MoeLoadBalancer._weight_sources = from_host
+    module.ResidentCalls._weight_sources = from_host
 
 
 def every_vote_counts_as_yes(module: ModuleType) -> None:
@@ -391,7 +391,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "scales_stay_behind": ("moe_eplb.balancer.migrate", scales_stay_behind),
     "scales_stay_behind_in_cells": ("moe_eplb.balancer.cells", scales_stay_behind_in_cells),
     "peer_reads_the_first_cells": ("moe_eplb.balancer.weight_sources", peer_reads_the_first_cells),
-    "peers_asked_for_and_the_host_taken": ("moe_eplb.balancer.load_balancer", peers_asked_for_and_the_host_taken),
+    "peers_asked_for_and_the_host_taken": ("moe_eplb.balancer.resident_calls", peers_asked_for_and_the_host_taken),
     "older_wait_not_joined": ("moe_eplb.balancer.older_choreography", older_wait_not_joined),
     "older_statistics_not_joined": ("moe_eplb.balancer.older_choreography", older_statistics_not_joined),
     "vote_without_the_route_that_counts": ("moe_eplb.balancer.layer_stream", vote_without_the_route_that_counts),
