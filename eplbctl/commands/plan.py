@@ -87,8 +87,8 @@ def command(
 
     LOADS is a run folder, an .npz with counts [windows, layers, experts] or topk_ids, or what TensorRT-LLM, SGLang or
     vLLM record (see `eplbctl convert loads`). Policies: static, greedy (DeepSeek's algorithm), refine (greedy
-    improved), incremental (from --current with few moves), robust (the same for all windows). The exit code is 1 if
-    the last plan does not pay (--min-gain).
+    improved), incremental (from --current with few moves), robust (the same for all windows). If the last plan does
+    not pay (--min-gain), the exit code is 1 and -o writes nothing.
 
     \b
     Examples:
@@ -113,7 +113,10 @@ def command(
     gain = None if min_gain is None else min_gain / 100
     solutions, optima = _solved(problem, policies, exact)
     certificates = _certified(problem, solutions, links, gain, decode_pairs, optima)
-    written = None if output is None else _write(read, problem, solutions[-1], output, target)
+    refused = certificates[-1].pays is False
+    written = None if output is None or refused else _write(read, problem, solutions[-1], output, target)
+    if output is not None and refused:
+        say(f"{output} was not written: {solutions[-1].policy} gains less than --min-gain asks for", err=True)
     current_read = None if placed is None else placed.read
     if form == "html":
         made = _page(read, problem, solutions, certificates, current_read)
@@ -123,7 +126,7 @@ def command(
     else:
         made = render.plans_text(read, certificates, written, current_read)
     Destination(None).write(made)
-    return ExitCode.INVALID if certificates[-1].pays is False else ExitCode.VALID
+    return ExitCode.INVALID if refused else ExitCode.VALID
 
 
 def _current(loads: LoadSet, path: Path | None, ranks: int) -> PlacementSet | None:

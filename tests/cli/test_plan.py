@@ -85,9 +85,12 @@ def test_few_moves_from_what_is_there_and_a_gate(call: Call, loads: Path) -> Non
     assert 0 < plan["moved"] <= 0.1 * 72
     assert plan["balancedness"] > plan["before"]
     assert call("plan", str(loads), *SIZE, *budget, "--min-gain", "1").code == 0
-    refused = call("plan", str(loads), *SIZE, "--current", "now.json", "--policy", "incremental", "--min-gain", "500")
+    held = ("--current", "now.json", "--policy", "incremental")
+    refused = call("plan", str(loads), *SIZE, *held, "--min-gain", "500", "-o", "refused.json")
     assert refused.code == 1
     assert "does not pay" in refused.out
+    assert "refused.json was not written" in refused.err
+    assert not Path("refused.json").exists()
 
 
 @pytest.fixture
