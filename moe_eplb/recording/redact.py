@@ -8,7 +8,6 @@ kernel names and the texts of our own NVTX domain stay as they are.
 from __future__ import annotations
 
 import gzip
-import lzma
 import shutil
 import sqlite3
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from moe_eplb.core.errors import TraceError
+from moe_eplb.core.packed import GZIP_MAGIC, XZ_MAGIC, un_xz
 from moe_eplb.recording.redact_json import redact_json
 from moe_eplb.recording.redact_sqlite import redact_sqlite
 from moe_eplb.recording.redact_text import local_scrubber
@@ -24,8 +24,6 @@ from moe_eplb.recording.redact_text import local_scrubber
 __all__ = ["redact", "redact_run"]
 
 _SQLITE = b"SQLite format 3\0"
-_GZIP = b"\x1f\x8b"
-_XZ = b"\xfd7zXZ\0"
 
 
 def redact(path: Path) -> list[str]:
@@ -51,7 +49,7 @@ def redact(path: Path) -> list[str]:
                 plain = _pack(plain, packing)
             shutil.copymode(path, plain)
             plain.replace(path)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, sqlite3.Error, ValueError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, sqlite3.Error, ValueError, RecursionError) as error:
         raise TraceError(
             "E068", "a capture cannot be redacted, so it must not be published", why=str(error), where=str(path)
         ) from error
@@ -87,28 +85,27 @@ def _redact(plain: Path, path: Path) -> list[str]:
 def _unpack(path: Path, plain: Path) -> str:
     """Write what is in the file, and say how it was packed: ``gzip``, ``xz`` or not at all."""
     with path.open("rb") as file:
-        start = file.read(len(_XZ))
-    packing = "gzip" if start.startswith(_GZIP) else "xz" if start == _XZ else ""
-    with _opened(path, packing) as source, plain.open("wb") as target:
-        shutil.copyfileobj(source, target)
+        start = file.read(len(XZ_MAGIC))
+    packing = "gzip" if start.startswith(GZIP_MAGIC) else "xz" if start == XZ_MAGIC else ""
+    with path.open("rb") as file, plain.open("wb") as target:
+        if packing == "xz":
+            target.writelines(un_xz(file))
+        else:
+            shutil.copyfileobj(gzip.GzipFile(fileobj=file) if packing else file, target)
     return packing
-
-
-def _opened(path: Path, packing: str) -> BinaryIO:
-    if packing == "gzip":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return cast(BinaryIO, lzma.open(path, "rb")) if packing else path.open("rb")
 
 
 def _pack(plain: Path, packing: str) -> Path:
     """Compress without a name and a time in the header, so that the same capture gives the same bytes."""
     packed = plain.with_suffix(".packed")
-    with (
-        plain.open("rb") as source,
-        packed.open("wb") as file,
-        gzip.GzipFile("", "wb", 9, file, mtime=0)
-        if packing == "gzip"
-        else lzma.LZMAFile(file, "wb", preset=9 | lzma.PRESET_EXTREME) as target,
-    ):
+    with plain.open("rb") as source, packed.open("wb") as file, _packer(file, packing) as target:
         shutil.copyfileobj(source, target)
     return packed
+
+
+def _packer(file: BinaryIO, packing: str) -> BinaryIO:
+    if packing == "gzip":
+        return cast(BinaryIO, gzip.GzipFile("", "wb", 9, file, mtime=0))
+    import lzma  # see `un_xz`
+
+    return cast(BinaryIO, lzma.LZMAFile(file, "wb", preset=9 | lzma.PRESET_EXTREME))

@@ -14,16 +14,16 @@ from typing import BinaryIO, TypeAlias
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.merge import merge
 from moe_eplb.analysis.readers.chrome import read_chrome
-from moe_eplb.analysis.readers.json_events import GZIP_MAGIC, unpacked
+from moe_eplb.analysis.readers.json_events import unpacked
 from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits, too_large
 from moe_eplb.analysis.readers.nsys import read_nsys
 from moe_eplb.analysis.readers.nsys_report import read_nsys_report
-from moe_eplb.analysis.readers.packed import XZ_MAGIC, un_xz
 from moe_eplb.analysis.readers.records import read_records
 from moe_eplb.analysis.readers.sound import require_sound
 from moe_eplb.analysis.readers.sqlite_tables import MAGIC, open_database
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.input_file import open_input
+from moe_eplb.core.packed import GZIP_MAGIC, XZ_MAGIC, un_xz
 
 __all__ = ["RUN_TRACE", "read_capture", "read_captures"]
 

@@ -18,10 +18,10 @@ import orjson
 from moe_eplb.analysis.readers.limits import Limits, too_large
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.input_file import open_input
+from moe_eplb.core.packed import GZIP_MAGIC
 
 __all__ = ["EventText", "last_cut", "unpacked"]
 
-GZIP_MAGIC = b"\x1f\x8b"
 _PIECE = 4 << 20
 _PACKED = 1 << 18
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')

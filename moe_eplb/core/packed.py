@@ -1,12 +1,13 @@
-"""The content of files packed with xz, in pieces, however much a file claims to hold."""
+"""By what packed files are known, and the content of those packed with xz, however much they claim to hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import BinaryIO
 
-__all__ = ["XZ_MAGIC", "un_xz"]
+__all__ = ["GZIP_MAGIC", "XZ_MAGIC", "un_xz"]
 
+GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\0"
 _PIECE = 4 << 20
 _PACKED = 1 << 18
