@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_eplb.device.control.state import LANES, HostVisible, LayerState
+from moe_eplb.device.control.state import HostVisible, LayerState, nothing_counted
 
 __all__ = ["LayerStack"]
 
@@ -38,23 +38,12 @@ class LayerStack:
     reduced: Tensor
     handed: Tensor
     handed_load: Tensor
-    states: list[LayerState] = field(default_factory=list)
+    states: list[LayerState]
 
     @staticmethod
     def make(layers: int, experts: int, window: int, device: torch.device, host_visible: HostVisible) -> LayerStack:
         """State of a model that has counted nothing."""
-        long = torch.int64
-        return LayerStack(
-            counts=torch.zeros(layers, experts, dtype=torch.int32, device=device),
-            lanes=torch.zeros(layers, LANES, dtype=long, device=device),
-            message=torch.zeros(layers, experts + LANES, dtype=long, device=device),
-            load=torch.zeros(layers, experts, dtype=torch.float32, device=device),
-            recent=torch.zeros(layers, window, experts, dtype=long, device=device),
-            folded=torch.zeros(layers, dtype=long, device=device),
-            reduced=torch.zeros(layers, experts, dtype=long, device=device),
-            handed=host_visible((layers,), long).fill_(-1),
-            handed_load=host_visible((layers, experts), torch.float32).zero_(),
-        )  # fmt: skip
+        return LayerStack(**nothing_counted((layers,), experts, window, device, host_visible), states=[])
 
     @property
     def layers(self) -> int:

@@ -9,7 +9,17 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "REPORT", "HostVisible", "LayerState", "ModelState", "Outcome", "Report", "Stage"]
+__all__ = [
+    "LANES",
+    "REPORT",
+    "HostVisible",
+    "LayerState",
+    "ModelState",
+    "Outcome",
+    "Report",
+    "Stage",
+    "nothing_counted",
+]
 
 HostVisible = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Makes zeros that host and device share."""
@@ -151,20 +161,9 @@ class LayerState:
         host_visible: HostVisible,
     ) -> LayerState:
         """State of a layer that has counted nothing; `tables` and `cells` are the live ones."""
-        device, long = tables.device, torch.int64
-        return LayerState(
-            layer=layer, tables=tables, cells=cells,
-            pending=torch.zeros(tables.numel() + cells.numel(), dtype=torch.int32, device=device),
-            lanes=torch.zeros(LANES, dtype=long, device=device),
-            counts=torch.zeros(experts, dtype=torch.int32, device=device),
-            message=torch.zeros(experts + LANES, dtype=long, device=device),
-            load=torch.zeros(experts, dtype=torch.float32, device=device),
-            recent=torch.zeros(window, experts, dtype=long, device=device),
-            folded=torch.zeros(1, dtype=long, device=device),
-            reduced=torch.zeros(experts, dtype=long, device=device),
-            handed=host_visible((1,), long).fill_(-1),
-            handed_load=host_visible((experts,), torch.float32).zero_(),
-        )  # fmt: skip
+        pending = torch.zeros(tables.numel() + cells.numel(), dtype=torch.int32, device=tables.device)
+        counted = nothing_counted((), experts, window, tables.device, host_visible)
+        return LayerState(layer=layer, tables=tables, cells=cells, pending=pending, **counted)
 
     @property
     def experts(self) -> int:
@@ -175,3 +174,21 @@ class LayerState:
         """Drop all counts."""
         for tensor in (self.counts, self.load, self.recent, self.folded):
             tensor.zero_()
+
+
+def nothing_counted(
+    rows: tuple[int, ...], experts: int, window: int, device: torch.device, host_visible: HostVisible
+) -> dict[str, Tensor]:
+    """The tensors of `LayerState` that counts, votes and loads go through, with `rows` in front of their shapes."""
+    long, each = torch.int64, rows or (1,)
+    return {
+        "counts": torch.zeros(*rows, experts, dtype=torch.int32, device=device),
+        "lanes": torch.zeros(*rows, LANES, dtype=long, device=device),
+        "message": torch.zeros(*rows, experts + LANES, dtype=long, device=device),
+        "load": torch.zeros(*rows, experts, dtype=torch.float32, device=device),
+        "recent": torch.zeros(*rows, window, experts, dtype=long, device=device),
+        "folded": torch.zeros(each, dtype=long, device=device),
+        "reduced": torch.zeros(*rows, experts, dtype=long, device=device),
+        "handed": host_visible(each, long).fill_(-1),
+        "handed_load": host_visible((*rows, experts), torch.float32).zero_(),
+    }
