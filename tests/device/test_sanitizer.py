@@ -244,13 +244,17 @@ class World:
         return {getattr(state, name).data_ptr() for state, name in names if name != "layer"}
 
 
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def followed(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[World]:
     if DEVICE.type == "cuda":
         pytest.skip("real streams are followed instead, in tests/gpu/test_sanitizer.py")
-    made = World(monkeypatch)
+    made = World(monkeypatch, **options)
     yield made
     made.rig.balancer.shutdown()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    yield from followed(monkeypatch)
 
 
 def test_the_choreography_has_no_race(world: World) -> None:
@@ -262,11 +266,7 @@ def test_the_choreography_has_no_race(world: World) -> None:
 
 @pytest.fixture
 def one_reduction(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    if DEVICE.type == "cuda":
-        pytest.skip("real streams are followed instead, in tests/gpu/test_sanitizer.py")
-    made = World(monkeypatch, reduction="iteration", commit_delay=2)
-    yield made
-    made.rig.balancer.shutdown()
+    yield from followed(monkeypatch, reduction="iteration", commit_delay=2)
 
 
 def test_one_reduction_has_no_race(one_reduction: World) -> None:
