@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,6 @@ from moe_eplb.core.planner import Plan, initial_slots
 from moe_eplb.device import control
 from moe_eplb.device.control import LayerState, ModelState, Report
 from moe_eplb.device.cuda import CudaDevice
-from moe_eplb.device.cuda_bell import CudaBell
 from moe_eplb.planning.online import Planning
 
 __all__ = ["main"]
@@ -80,7 +80,8 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     tables = [torch.zeros(200, dtype=torch.int32, device=place) for _ in range(2)]
     cells = [torch.zeros(72, dtype=torch.int32, device=place) for _ in range(2)]
     layers = [LayerState.make(index, 64, tables[index], cells[index], 1, host) for index in range(2)]
-    bell, found, word = CudaBell(model.bell, place, sleeps=sleeps), list[float](), model.ready[1:2]
+    bell, found, word = device.new_bell(model.bell, awake=not sleeps), list[float](), model.ready[1:2]
+    copier = device.new_copier()
     asked = threading.Semaphore(0)
 
     def answer() -> None:
@@ -88,7 +89,8 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
         for ring in range(1, count + 1):
             if not asked.acquire(timeout=10) or not bell.wait(ring, 5.0):
                 return
-            device.enqueue_copies([], [(word, ring)])()
+            copier.wait()
+            copier.enqueue([], [(word, ring)])
 
     def ring_and_wait() -> None:
         control.hand_over(model, layers[0], delay=1)
@@ -110,7 +112,7 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
         model.decision.fill_(-1)
         main.synchronize()
         asked.release()
-        time.sleep(0.0005)  # the thread waits in the driver by now
+        time.sleep(0.0005)  # the thread waits by now
         graph.replay()
         main.synchronize()
         found.append(int(model.report(1, ring)[Report.WAITED_NS]) / 1e3)
@@ -165,7 +167,7 @@ class Busy:
         self._placement = Placement(32, 256, initial_slots(256, 32, 9))
         self._source = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)
         self._target = torch.zeros(8 << 20, dtype=torch.uint8, device=stack.x.device)
-        self._copied: list[Callable[[], bool]] = [lambda: False] * 2
+        self._copiers = deque(self._device.new_copier() for _ in range(2))
         self.done = 0
         self._pause: float | None = None
         self._latest: Update | None = None
@@ -186,8 +188,10 @@ class Busy:
         self._updater.submit(update)
 
     def _stage(self, plan: Plan) -> StagedWeights:
-        self._copied[0]()  # the one before the last, as the balancer does
-        self._copied = [self._copied[1], self._device.enqueue_copies([(self._target, self._source)])]
+        copier = self._copiers[0]
+        self._copiers.rotate()
+        copier.wait()  # for the one before the last, as the balancer does
+        copier.enqueue([(self._target, self._source)])
         self.done += 1
         if self._pause is not None:
             self._rest.wait(self._pause)

@@ -33,7 +33,9 @@ from benchmarks.gpu.ranks import Ranks, joined
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
 from benchmarks.gpu.timing import ceilings
 from moe_eplb.core.events import NullSink
+from moe_eplb.device.copier import Copier
 from moe_eplb.device.cuda import CudaDevice
+from moe_eplb.device.cuda_copier import CudaCopier
 
 __all__ = ["main", "summary"]
 
@@ -56,12 +58,21 @@ class TimedCopies(CudaDevice):
         super().__init__(NullSink(), index=index)
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
+    def new_copier(self) -> Copier:
+        return _TimedCopier(self._copies, self.spans)
+
+
+class _TimedCopier(CudaCopier):
+    def __init__(self, stream: torch.cuda.Stream, spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        super().__init__(stream)
+        self._spans = spans
+
     def _copy(self, *columns: NDArray[np.uint64]) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(self._copies)
+        begin.record(self._stream)
         super()._copy(*columns)
-        end.record(self._copies)
-        self.spans.append((begin, end))
+        end.record(self._stream)
+        self._spans.append((begin, end))
 
 
 @click.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,7 +20,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
 from moe_eplb.device import Device
-from moe_eplb.device.control import LayerState
+from moe_eplb.device.control import LANES, LayerState, ModelState
 
 if TYPE_CHECKING:
     from moe_eplb.balancer.resident_layer import ResidentLayer
@@ -35,25 +35,51 @@ class _Sheet:
     """Host memory from which one plan is copied to the device.
 
     Attributes:
-        copied: Returns when the device has the latest plan from here, so that another can be written.
+        copier: What copies from here.
     """
 
     def __init__(self, device: Device, state: LayerState) -> None:
         self.pending = device.host_visible(tuple(state.pending.shape), torch.int32)
-        self.copied: Callable[[], bool] = lambda: False
-        # Written through numpy: an operation of torch would hand the interpreter to another thread and wait for it.
+        self.copier = device.new_copier()
         self._pending = self.pending.numpy()
 
     def write(self, tables: np.ndarray, cells: np.ndarray) -> None:
-        """Write a plan down."""
+        """Write a plan down; the device must have the latest one from here."""
         self._pending[: len(tables)], self._pending[len(tables) :] = tables, cells
+
+
+class _Seen:
+    """What the device writes to memory of the host.
+
+    Seen and written through numpy: an operation of torch would hand the interpreter's lock to the thread that launches
+    the model, and wait until it comes back.
+    """
+
+    def __init__(self, model: ModelState, state: LayerState) -> None:
+        self._handed, self._load = state.handed.numpy(), state.handed_load.numpy()
+        self._committed = model.committed.numpy()[state.layer : state.layer + 1]
+
+    @property
+    def handed(self) -> int:
+        """The iteration whose load was handed over last."""
+        return int(self._handed[0])
+
+    def load(self) -> np.ndarray:
+        """That load as it is now, float64 [E]."""
+        found: np.ndarray = self._load.astype(np.float64)
+        return found
+
+    @property
+    def committed(self) -> int:
+        """`due` of the last plan that was committed."""
+        return int(self._committed[0])
 
 
 class Publisher:
     """Prepares the plans of one layer and publishes them to the device. Used by the updater's thread alone.
 
     A view of the live placement follows what the device says, since only that tells what was committed.
-    `due` is the iteration for which it prepares.
+    `due` is the iteration for which it prepares, `seen` what the device tells.
 
     Args:
         layer: Whose plans.
@@ -71,15 +97,18 @@ class Publisher:
         self._proposed: CellView | None = None
         # In turns, so that to write the next plan rarely means to wait for the copies of the one before.
         self._sheets = deque(_Sheet(device, state) for _ in range(2))
-        self._ready = layer.resident.model.ready[layer.layer_idx : layer.layer_idx + 1]
+        model = layer.resident.model
+        self.seen = _Seen(model, state)
+        # Of one element each, made once: see `_Seen`.
+        self._lanes = [state.lanes[at : at + 1] for at in range(LANES)]
+        self._overdue, self._ready = model.overdue, model.ready[layer.layer_idx : layer.layer_idx + 1]
 
     def current(self) -> Placement:
         """The committed placement; the device has finished with the plan before."""
         proposed, self._proposed = self._proposed, None
         if proposed is not None:
             # It is the last that was proposed, so if any was committed since, it is this one.
-            committed = int(self._layer.resident.model.committed[self._layer.layer_idx])
-            self._live = proposed if committed == proposed.due else self._live
+            self._live = proposed if self.seen.committed == proposed.due else self._live
         return self._live.placement
 
     def stage(self, plan: Plan) -> StagedWeights:
@@ -126,16 +155,15 @@ class Publisher:
         self, copies: list[_Copy], tables: np.ndarray | None, cells: np.ndarray | None, lanes: Sequence[int], due: int
     ) -> None:
         """Enqueue copies of weights, tables and vote, and last of the word that says that all are there."""
-        layer, model, state = self._layer, self._layer.resident.model, self._layer.state
         sheet = self._sheets[0]
         self._sheets.rotate()
-        sheet.copied()
+        sheet.copier.wait()
         if tables is not None and cells is not None:
             sheet.write(tables, cells)
-            copies.append((state.pending, sheet.pending))
-        words = [(state.lanes[at : at + 1], lane) for at, lane in enumerate(lanes)]
-        sheet.copied = layer.device.enqueue_copies(copies, [*words, (model.overdue, 0), (self._ready, due)])
-        layer.resident.bell.tell()
+            copies.append((self._layer.state.pending, sheet.pending))
+        vote = zip(self._lanes, lanes, strict=True)
+        sheet.copier.enqueue(copies, [*vote, (self._overdue, 0), (self._ready, due)])
+        self._layer.resident.bell.tell()
 
 
 @dataclass(slots=True)
@@ -155,7 +183,7 @@ class ResidentUpdate(Update):
 
     def begin(self) -> bool:
         """Wait for the load; there is none when the layer's plan before was still under way."""
-        resident, state = self.owner.resident, self.owner.state
+        resident, seen = self.owner.resident, self.publisher.seen
         if not resident.bell.wait(self.ring, resident.timeout_ns / 1e9):
             raise BalancerError(
                 "E173", f"layer {self.layer}: the device did not hand over the load of iteration {self.taken}",
@@ -163,13 +191,13 @@ class ResidentUpdate(Update):
                 f"{resident.timeout_ns / 1e9:g} s",
                 hint="the layer's iteration was not run, or the device hangs",
             )  # fmt: skip
-        if int(state.handed) != self.taken:
+        if seen.handed != self.taken:
             return False
         self.taken_up = True
         self.publisher.due = self.due
-        self.load = state.handed_load.numpy().astype(np.float64)
+        self.load = seen.load()
         self.current = self.publisher.current()
-        if int(state.handed) != self.taken:  # it was overwritten while it was read: far too late
+        if seen.handed != self.taken:  # it was overwritten while it was read: far too late
             raise BalancerError("E173", f"layer {self.layer}: the load of iteration {self.taken} came and went")
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import STREAMS, EventSink, Kind
 from moe_eplb.device.bell import Bell, CpuBell
 from moe_eplb.device.captured import Captured
+from moe_eplb.device.copier import Copier, CopierAtOnce
 from moe_eplb.device.sharing import Sharing
 from moe_eplb.device.streams import AuxStreamType
 from moe_eplb.device.symmetric import Symmetric
@@ -167,23 +168,9 @@ class Device(abc.ABC):
         """A thread calls this once before it enqueues copies or waits for a bell."""
         return None
 
-    def enqueue_copies(
-        self, copies: Sequence[tuple[Tensor, Tensor]], words: Sequence[tuple[Tensor, int]] = ()
-    ) -> Callable[[], bool]:
-        """On another thread: copy (target, source) pairs in order, and then set words, beside the model's streams.
-
-        Returns a function that returns when all is done; whether it waited.
-
-        Args:
-            copies: Source and target of a pair are contiguous and have the same bytes.
-            words: int64 [1] each, with what it is to hold; in order, each behind all copies.
-        """
-        with torch.inference_mode():
-            for target, source in copies:
-                target.copy_(source)
-            for word, value in words:
-                word.fill_(value)
-        return lambda: False
+    def new_copier(self) -> Copier:
+        """What another thread copies with, beside the model's streams."""
+        return CopierAtOnce()
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         """Let copies from host memory run at full speed; returns what undoes it."""

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError, HostMemoryError
-from moe_eplb.core.events import CAPTURED, HOST, EventSink, Kind, NullSink
+from moe_eplb.core.events import CAPTURED, HOST, EventSink, Kind
+from moe_eplb.device.awake_bell import AwakeBell
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.bell import Bell
+from moe_eplb.device.copier import Copier
 from moe_eplb.device.cuda_bell import CudaBell
-from moe_eplb.device.cuda_graph import CudaGraph, Piece, external_event
+from moe_eplb.device.cuda_copier import CudaCopier
+from moe_eplb.device.cuda_graph import CudaGraph
 from moe_eplb.device.cuda_sharing import SharedDeviceMemory
-from moe_eplb.device.driver_calls import addresses, driver_calls, require_success
+from moe_eplb.device.cuda_stream import CudaEvent, CudaStream
+from moe_eplb.device.cuda_times import CudaTimes, timing_event
 from moe_eplb.device.nvshmem import NvshmemSymmetric
-from moe_eplb.device.order import Clock, StreamOrder
+from moe_eplb.device.order import StreamOrder
 from moe_eplb.device.sanitizer import attach
 from moe_eplb.device.sharing import Sharing
 from moe_eplb.device.symmetric import Symmetric, shared_by_layers
@@ -32,38 +32,6 @@ from moe_eplb.device.symmetric import Symmetric, shared_by_layers
 __all__ = ["CudaDevice"]
 
 T = TypeVar("T")
-
-
-class _CudaStream(Stream):
-    """`queue` is CUDA's stream. `held`: what its work still uses, with the work's position in the stream."""
-
-    def __init__(self, name: str, index: int, queue: torch.cuda.Stream) -> None:
-        super().__init__(name, index)
-        self.queue = queue
-        self.submitted = 0
-        self.held: deque[tuple[int, object]] = deque()
-
-    def release(self, position: int) -> None:
-        """Let go of what work up to `position` uses: nobody can reuse that memory before the work is done."""
-        while self.held and self.held[0][0] <= position:
-            self.held.popleft()
-
-
-class _CudaEvent(Event):
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.cuda: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.stream: _CudaStream | None = None
-        self.position = 0
-        self.mark: Clock = {}
-
-
-class _Timed(NamedTuple):
-    """A piece of work whose device times are not known yet."""
-
-    token: int
-    start: torch.cuda.Event
-    end: torch.cuda.Event
 
 
 class CudaDevice(Device):
@@ -85,45 +53,42 @@ class CudaDevice(Device):
         torch.cuda.set_device(self.torch_device)
         attach()
         self._order = StreamOrder() if check_order else None
-        self._streams: list[_CudaStream] = []
-        self._timed: list[_Timed] = []
+        self._streams: list[CudaStream] = []
         self._serial = serial
-        self._timing = not isinstance(sink, NullSink)
         self._looks: list[Callable[[], None]] = []
         self._capture: CudaGraph[Any] | None = None
-        self._replays: dict[CudaGraph[Any], int] = {}
         self._graphs = 0
         self._copies = _new_stream(self.torch_device)
         super().__init__(sink)
-        self._set_clock()
+        self._times = CudaTimes(sink)
 
     def _make_stream(self, name: str, index: int) -> Stream:
         shared = index == 0 or self._serial
         queue = torch.cuda.current_stream() if shared else _new_stream(self.torch_device)
-        stream = _CudaStream(name, index, queue)
+        stream = CudaStream(name, index, queue)
         self._streams.append(stream)
         return stream
 
     def new_event(self, name: str = "") -> Event:
-        return _CudaEvent(name)
+        return CudaEvent(name)
 
     @contextlib.contextmanager
     def use(self, stream: Stream) -> Iterator[None]:
-        assert isinstance(stream, _CudaStream)
+        assert isinstance(stream, CudaStream)
         with super().use(stream), torch.cuda.stream(stream.queue):
             yield
 
     def record(self, event: Event, stream: Stream) -> None:
-        assert isinstance(event, _CudaEvent)
-        assert isinstance(stream, _CudaStream)
+        assert isinstance(event, CudaEvent)
+        assert isinstance(stream, CudaStream)
         event.cuda.record(stream.queue)
         event.stream, event.position = stream, stream.submitted
         if self._order is not None:
             event.mark = self._order.mark(stream)
 
     def wait(self, stream: Stream, event: Event) -> None:
-        assert isinstance(event, _CudaEvent)
-        assert isinstance(stream, _CudaStream)
+        assert isinstance(event, CudaEvent)
+        assert isinstance(stream, CudaStream)
         if event.stream is None:
             raise BalancerError(
                 "E133", f"stream {stream.name} waits for event {event.name!r}, which was never recorded",
@@ -136,7 +101,7 @@ class CudaDevice(Device):
             event.stream.release(event.position)
 
     def run(self, kind: Kind, layer: int, fn: Callable[[], T], *, a: int = 0, b: int = 0) -> T:
-        assert isinstance(self.current, _CudaStream)
+        assert isinstance(self.current, CudaStream)
         return self._do(self.current, kind, layer, fn, a, b)
 
     def submit(
@@ -150,7 +115,7 @@ class CudaDevice(Device):
         a: int = 0,
         b: int = 0,
     ) -> None:
-        assert isinstance(stream, _CudaStream)
+        assert isinstance(stream, CudaStream)
         elsewhere = stream is not self.current
         with self.use(stream):
             self._do(stream, kind, layer, fn, a, b)
@@ -162,15 +127,7 @@ class CudaDevice(Device):
         for stream in self._streams:  # not the whole device: other threads may have streams that wait for them
             stream.queue.synchronize()
             stream.release(stream.submitted)
-        for token, start, end in self._timed:
-            self.sink.place(token, self._time_of(start), self._time_of(end))
-        self._timed.clear()
-        for graph, iteration in self._replays.items():
-            for piece in graph.pieces:
-                times = self._time_of(piece.start), self._time_of(piece.end)
-                self.sink.record(piece.kind, piece.layer, iteration, piece.stream, *times, piece.a, -1)
-        self._replays.clear()
-        self._set_clock()
+        self._times.tell()
 
     def settle(self) -> None:
         self.synchronize()
@@ -212,11 +169,10 @@ class CudaDevice(Device):
     def replayed(self, graph: CudaGraph[Any]) -> None:
         """A replay was enqueued in this iteration."""
         self._looks += graph.looks
-        if graph.pieces:
-            self._replays[graph] = self.iteration
+        self._times.replayed(graph, self.iteration)
 
     def time_mark(self) -> torch.cuda.Event:
-        event = _timing_event()
+        event = timing_event()
         event.record()
         return event
 
@@ -245,33 +201,18 @@ class CudaDevice(Device):
             return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def new_bell(self, word: Tensor, *, awake: bool = False) -> Bell:
-        return CudaBell(word, self.torch_device, sleeps=not awake)
+        return AwakeBell(word) if awake else CudaBell(word, self.torch_device)
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.torch_device)
 
-    def enqueue_copies(
-        self, copies: Sequence[tuple[Tensor, Tensor]], words: Sequence[tuple[Tensor, int]] = ()
-    ) -> Callable[[], bool]:
-        """See the base class.
-
-        Words are written by the stream itself: beside kernels, copies of a few bytes were seen to begin milliseconds
-        behind the larger ones before them.
-        """
-        at = np.array([word.data_ptr() for word, _ in words], np.uint64)
-        self._copy(*addresses(copies), at, np.array([value for _, value in words], np.int64).view(np.uint64))
-        done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(self._copies)
-        return partial(_waits_for, done)
+    def new_copier(self) -> Copier:
+        return CudaCopier(self._copies)
 
     def submitted(self) -> Callable[[], bool]:
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream())
         return partial(_waits_for, done)
-
-    def _copy(self, *columns: NDArray[np.uint64]) -> None:
-        stream: int = self._copies.cuda_stream
-        require_success("cuMemcpyAsync or cuStreamWriteValue64", driver_calls().copy(stream, *columns))
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         runtime, address, size = torch.cuda.cudart(), memory.data_ptr(), memory.numel()  # type: ignore[no-untyped-call]
@@ -294,27 +235,12 @@ class CudaDevice(Device):
     def symmetric(self, group: dist.ProcessGroup) -> Symmetric:
         return shared_by_layers(NvshmemSymmetric, group, self.torch_device)
 
-    def _do(self, stream: _CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
+    def _do(self, stream: CudaStream, kind: Kind, layer: int, fn: Callable[[], T], a: int, b: int) -> T:
         self._check(stream, kind, layer, a)
         stream.submitted += 1
-        if not self._timing:
-            return fn()
         if self._capture is not None:
-            piece = Piece(kind, layer, stream.index, a, *_events(external_event))
-            self._capture.pieces.append(piece)
-            piece.start.record(stream.queue)
-            result = fn()
-            piece.end.record(stream.queue)
-            return result
-        start, end = _events(_timing_event)
-        token = self.sink.begin(kind, layer, self.iteration, stream.index, a, b)
-        try:
-            start.record(stream.queue)
-            return fn()
-        finally:
-            end.record(stream.queue)
-            self.sink.end(token)
-            self._timed.append(_Timed(token, start, end))
+            return self._times.capture(fn, stream, kind, layer, self._capture, a)
+        return self._times.launch(fn, stream, kind, layer, self.iteration, a, b)
 
     def _check(self, stream: Stream, kind: Kind, layer: int, a: int) -> None:
         found = None if self._order is None else self._order.work(stream, kind, layer, a)
@@ -323,17 +249,6 @@ class CudaDevice(Device):
                 Kind.UNORDERED, layer, self.iteration, stream.index, a=kind, b=found.earlier << 8 | found.stream.index
             )
 
-    def _set_clock(self) -> None:
-        """A point that both clocks know, on an idle device; set anew often, since event times are float32."""
-        self._origin = _timing_event()
-        self._origin.record()
-        self._origin.synchronize()
-        self._origin_ns = time.perf_counter_ns()
-
-    def _time_of(self, event: torch.cuda.Event) -> int:
-        milliseconds: float = self._origin.elapsed_time(event)
-        return self._origin_ns + round(milliseconds * 1e6)
-
 
 def _waits_for(done: torch.cuda.Event) -> bool:
     """Return when the event has happened; whether that took a wait."""
@@ -341,15 +256,6 @@ def _waits_for(done: torch.cuda.Event) -> bool:
         return False
     done.synchronize()
     return True
-
-
-def _events(make: Callable[[], torch.cuda.Event]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return make(), make()
-
-
-def _timing_event() -> torch.cuda.Event:
-    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    return event
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -1,4 +1,4 @@
-"""The updater's thread blocks in the driver until the GPU has rung."""
+"""The updater's thread sleeps in the driver until the GPU has rung."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ class CudaBell(Bell):
     Args:
         word: See the base class.
         device: The GPU.
-        sleeps: Wait without using a core, which takes the operating system longer to wake from.
     """
 
-    def __init__(self, word: Tensor, device: torch.device, *, sleeps: bool = True) -> None:
+    def __init__(self, word: Tensor, device: torch.device) -> None:
         super().__init__(word)
         self._rung, self._calls = word.numpy(), driver_calls()
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._done: torch.cuda.Event = torch.cuda.Event(blocking=sleeps)  # type: ignore[no-untyped-call]
+        self._done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._done.record(self._stream)  # the driver's event exists from here on
 
     def wait(self, count: int, timeout_s: float) -> bool:

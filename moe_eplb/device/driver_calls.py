@@ -17,18 +17,21 @@ from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 
-__all__ = ["SIGNATURES", "DriverCalls", "addresses", "driver_calls", "require_success"]
+__all__ = ["NOT_READY", "SIGNATURES", "DriverCalls", "addresses", "driver_calls", "require_success"]
 
 _U64, _U32 = ctypes.c_uint64, ctypes.c_uint32
 SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "cuStreamWaitValue32_v2": (_U64, _U64, _U32, _U32),
     "cuEventRecord": (_U64, _U64),
     "cuEventSynchronize": (_U64,),
+    "cuEventQuery": (_U64,),
     "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
     "cuStreamWriteValue64_v2": (_U64, _U64, _U64, _U32),
 }
 """Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
 _GREATER_OR_EQUAL = 0
+NOT_READY = 600
+"""CUDA_ERROR_NOT_READY."""
 
 
 class DriverCalls:
@@ -42,8 +45,10 @@ class DriverCalls:
         self.wait: Callable[[int, int, int, int], int] = _compiled_wait(functions)
         """(stream, address of an int32, count, event): return when the word has become that large."""
         self.copy: Callable[..., int] = _compiled_copy(functions)
-        """(stream, targets, sources, bytes, words, values), arrays of uint64 but for the stream: enqueue copies in that
-        order, and behind them what is written to words of 64 bits."""
+        """(stream, targets, sources, bytes, words, values, event), arrays of uint64 but for stream and event: enqueue
+        copies in that order, behind them what is written to words of 64 bits, and behind that the event."""
+        self.happened: Callable[[int], int] = _compiled_query(functions)
+        """(event): `NOT_READY` when it has not happened yet. The interpreter's lock is kept: it takes no time."""
 
 
 @cache
@@ -111,10 +116,10 @@ def _compiled_copy(functions: Mapping[str, Any]) -> Any:
     from numba import njit, types
 
     memcpy, write_value = functions["cuMemcpyAsync"], functions["cuStreamWriteValue64_v2"]
-    column = types.uint64[::1]
+    record, column = functions["cuEventRecord"], types.uint64[::1]
 
-    @njit(types.intc(types.uint64, column, column, column, column, column), nogil=True)
-    def copy(stream, targets, sources, sizes, words, values):  # type: ignore[no-untyped-def]
+    @njit(types.intc(types.uint64, column, column, column, column, column, types.uint64), nogil=True)
+    def copy(stream, targets, sources, sizes, words, values, event):  # type: ignore[no-untyped-def]
         for i in range(len(sizes)):
             code = memcpy(targets[i], sources[i], sizes[i], stream)
             if code != 0:
@@ -123,6 +128,18 @@ def _compiled_copy(functions: Mapping[str, Any]) -> Any:
             code = write_value(stream, words[i], values[i], np.uint32(0))
             if code != 0:
                 return code
-        return 0
+        return record(event, stream)
 
     return copy
+
+
+def _compiled_query(functions: Mapping[str, Any]) -> Any:
+    from numba import njit, types
+
+    query = functions["cuEventQuery"]
+
+    @njit(types.intc(types.uint64))
+    def happened(event: int) -> int:
+        return query(event)  # type: ignore[no-any-return]
+
+    return happened

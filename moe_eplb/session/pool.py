@@ -10,39 +10,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from moe_eplb.balancer.host_memory import clean_segments
 from moe_eplb.core import scenario as scenarios
-from moe_eplb.core.errors import EplbError, RunFailed
+from moe_eplb.core.errors import RunFailed
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.planning.online import prepare_for
 from moe_eplb.recording.profilers import require_wrapped, wrapped
 from moe_eplb.session import fork_server
 from moe_eplb.session.entry import rank_main
 from moe_eplb.session.folder import close_folder, open_folder
-from moe_eplb.session.messages import Done, Failed, Job, Message, Step, Timing
+from moe_eplb.session.messages import Job, Timing
 from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
+from moe_eplb.session.watch import STOP_S, Rank, Watch
 
 __all__ = ["RankPool", "run_scenario"]
 
-_GRACE_S = 2.0
-"""How long the other ranks may go on once one rank has failed, so that a common cause is reported by all."""
 _START_S = 120.0
-_STOP_S = 10.0
-# A rank that died explains the errors of those that were talking to it, and a known error the breakdowns it leads to.
-_DEATH, _KNOWN, _UNFORESEEN = range(3)
-
-
-class _Rank(NamedTuple):
-    process: BaseProcess
-    pipe: Connection
 
 
 class RankPool:
@@ -53,7 +41,7 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        self._ranks: list[_Rank] = []
+        self._ranks: list[Rank] = []
         self._store = ""
         self._abandoned = False
         # The server that forks the ranks imports torch once for all of them; on two cores that saves seconds a rank.
@@ -129,7 +117,7 @@ class RankPool:
         for rank in self._ranks:  # those beyond the scenario's ranks only help to make its process groups
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the sentinel tells how the rank ended
                 rank.pipe.send(job)
-        _Watch(self._ranks, deadline, scenario, progress).until_done()
+        Watch(self._ranks, deadline, scenario, progress).until_done()
 
     def _start(self, size: int, timeout_s: float) -> None:
         """Start the ranks in another thread: no signal interrupts it, so whatever was started is known and ended."""
@@ -178,14 +166,14 @@ class RankPool:
             )
             process.start()
             theirs.close()
-            self._ranks.append(_Rank(process, ours))
+            self._ranks.append(Rank(process, ours))
 
     def close(self) -> None:
         """End the processes; kills those that do not end by themselves."""
         for rank in self._ranks:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended already
                 rank.pipe.send(None)
-        deadline = time.monotonic() + _STOP_S
+        deadline = time.monotonic() + STOP_S
         for rank in self._ranks:
             rank.process.join(max(0.0, deadline - time.monotonic()))
         self.kill()
@@ -195,7 +183,7 @@ class RankPool:
         for rank in self._ranks:
             rank.process.kill()
         for rank in self._ranks:
-            rank.process.join(_STOP_S)
+            rank.process.join(STOP_S)
             rank.pipe.close()
         self._ranks.clear()
         clean_segments()
@@ -217,86 +205,9 @@ class RankPool:
             self.kill()
 
 
-class _Watch:
-    """Waits for messages and deaths of the ranks of one job, never longer than to its deadline."""
-
-    def __init__(
-        self, members: Sequence[_Rank], deadline: float, scenario: Scenario, progress: Progress | None
-    ) -> None:
-        self._number = {member.pipe: rank for rank, member in enumerate(members)}
-        self._sentinel = {member.process.sentinel: rank for rank, member in enumerate(members)}
-        self._process = [member.process for member in members]
-        self._deadline, self._scenario, self._progress = deadline, scenario, progress
-        self._failures: dict[int, tuple[int, str]] = {}
-
-    def until_done(self) -> None:
-        """Return when every rank is done; RunFailed when one died, failed or is late."""
-        while self._number:
-            ready = wait([*self._number, *self._sentinel], max(0.0, self._deadline - time.monotonic()))
-            if not ready:
-                break
-            for item in ready:
-                if isinstance(item, Connection):
-                    self._receive(item)
-            for item in ready:
-                if isinstance(item, int) and item in self._sentinel:
-                    self._died(self._sentinel.pop(item))
-        if self._failures:
-            raise self._failed()
-        if self._number:
-            raise self._late()
-
-    def _receive(self, pipe: Connection) -> None:
-        try:
-            message: Message = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            return  # the sentinel tells how the rank ended
-        rank = self._number[pipe]
-        match message:
-            case Step(done, total):
-                if self._progress is not None and rank == 0:
-                    self._progress(done, total)
-            case Done():
-                del self._number[pipe]
-            case Failed(error):
-                del self._number[pipe]
-                self._fail(rank, _KNOWN if isinstance(error, EplbError) else _UNFORESEEN, str(error))
-
-    def _died(self, rank: int) -> None:
-        pipes = [pipe for pipe, number in self._number.items() if number == rank]
-        if not pipes:
-            return  # it had answered already
-        del self._number[pipes[0]]
-        self._process[rank].join(_STOP_S)
-        self._fail(rank, _DEATH, f"rank {rank} died: {_how(self._process[rank].exitcode)}")
-
-    def _fail(self, rank: int, order: int, text: str) -> None:
-        self._failures[rank] = (order, text)
-        self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
-
-    def _failed(self) -> RunFailed:
-        rank, (_, error) = min(self._failures.items(), key=lambda item: (item[1][0], item[0]))
-        others = sorted(set(self._failures) - {rank} | set(self._number.values()))
-        why = f"ranks {others} failed or were stopped after it" if others else "no other rank was affected"
-        return RunFailed("E180", f"the run failed in rank {rank}", why=f"{error}; {why}")
-
-    def _late(self) -> RunFailed:
-        late = sorted(self._number.values())
-        return RunFailed(
-            "E181", f"the run did not end within {self._scenario.timeout_s:g} s",
-            why=f"ranks {late} were still running", hint="the last events say where; raise timeout_s if it is slow",
-        )  # fmt: skip
-
-
 def run_scenario(
     scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
 ) -> RunResult:
     """Run one scenario on ranks of its own."""
     with RankPool() as pool:
         return pool.run(scenario, folder, progress=progress, argv=argv)
-
-
-def _how(exitcode: int | None) -> str:
-    if exitcode is None:
-        return "it is still ending"
-    return f"killed by signal {-exitcode}" if exitcode < 0 else f"it ended with code {exitcode}"

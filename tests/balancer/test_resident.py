@@ -481,7 +481,7 @@ def test_the_publisher_waits_for_its_own_copies_before_it_writes_anew(monkeypatc
         monkeypatch.setattr(resident_update._Sheet, "write", watched)
         names = list(publisher._sheets)
         for number, sheet in enumerate(names):
-            sheet.copied = lambda number=number: bool(done.append(f"wait {number}"))
+            monkeypatch.setattr(sheet.copier, "wait", lambda number=number: bool(done.append(f"wait {number}")))
         state = resident_layer(rig, 0).state
         tables, cells = np.full(state.tables.numel(), 3, np.int32), np.full(state.cells.numel(), 4, np.int32)
         for due in (5, 6):

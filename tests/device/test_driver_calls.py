@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.device.driver_calls import SIGNATURES, DriverCalls, addresses, require_success
+from moe_eplb.device.driver_calls import NOT_READY, SIGNATURES, DriverCalls, addresses, require_success
 
 ADDRESS = 2**63 + 8
 
@@ -58,17 +58,25 @@ def test_a_wait_is_put_on_the_stream_and_its_event_awaited(driver: Recorded) -> 
 def test_copies_keep_their_order(driver: Recorded) -> None:
     targets, sources, sizes = (np.array(column, np.uint64) for column in ([ADDRESS, 20], [30, 40], [1, 2]))
     words, values = np.array([ADDRESS + 16, 8], np.uint64), np.array([-1, 3], np.int64).view(np.uint64)
-    assert driver.sequences.copy(5, targets, sources, sizes, words, values) == 0
+    assert driver.sequences.copy(5, targets, sources, sizes, words, values, ADDRESS) == 0
     assert driver.calls == [
         ("cuMemcpyAsync", ADDRESS, 30, 1, 5), ("cuMemcpyAsync", 20, 40, 2, 5),
         ("cuStreamWriteValue64_v2", 5, ADDRESS + 16, 2**64 - 1, 0), ("cuStreamWriteValue64_v2", 5, 8, 3, 0),
+        ("cuEventRecord", ADDRESS, 5),
     ]  # fmt: skip
 
 
 def test_words_alone_are_written_too(driver: Recorded) -> None:
     none, one = np.array([], np.uint64), np.array([8], np.uint64)
-    assert driver.sequences.copy(5, none, none, none, one, one) == 0
-    assert driver.calls == [("cuStreamWriteValue64_v2", 5, 8, 8, 0)]
+    assert driver.sequences.copy(5, none, none, none, one, one, 9) == 0
+    assert driver.calls == [("cuStreamWriteValue64_v2", 5, 8, 8, 0), ("cuEventRecord", 9, 5)]
+
+
+def test_an_event_that_has_not_happened_is_told_from_an_error(driver: Recorded) -> None:
+    assert driver.sequences.happened(ADDRESS) == 0
+    driver.fails["cuEventQuery"] = NOT_READY
+    assert driver.sequences.happened(9) == NOT_READY
+    assert driver.calls == [("cuEventQuery", ADDRESS), ("cuEventQuery", 9)]
 
 
 @pytest.mark.parametrize("name", ["cuStreamWaitValue32_v2", "cuEventRecord", "cuEventSynchronize"])
@@ -81,14 +89,14 @@ def test_a_wait_ends_at_the_call_that_fails(driver: Recorded, name: str) -> None
 def test_copies_end_at_the_one_that_fails(driver: Recorded) -> None:
     driver.fails["cuMemcpyAsync"] = 1
     column = np.array([1, 2], np.uint64)
-    assert driver.sequences.copy(0, column, column, column, column, column) == 1
+    assert driver.sequences.copy(0, column, column, column, column, column, 9) == 1
     assert len(driver.calls) == 1
 
 
 def test_no_word_is_written_behind_the_one_that_fails(driver: Recorded) -> None:
     driver.fails["cuStreamWriteValue64_v2"] = 801
     column = np.array([1, 2], np.uint64)
-    assert driver.sequences.copy(0, column, column, column, column, column) == 801
+    assert driver.sequences.copy(0, column, column, column, column, column, 9) == 801
     assert [name for name, *_ in driver.calls] == ["cuMemcpyAsync"] * 2 + ["cuStreamWriteValue64_v2"]
 
 

@@ -76,7 +76,7 @@ def pool() -> Iterator[RankPool]:
 
 def _run(pool: RankPool, scenario: Scenario, folder: Path) -> RunResult:
     result = pool.run(scenario, folder)
-    assert result.verdict.failure == ""
+    assert not result.verdict.failure, result.verdict.failure  # the message is shown whole
     assert {check.name: check.detail for check in result.verdict.checks if check.status is not Status.VALID} == {}
     return result
 

@@ -12,6 +12,7 @@ import pytest
 from moe_eplb.core.events import HOST, Kind
 from moe_eplb.device.cuda import CudaDevice
 from moe_eplb.device.cuda_graph import Piece
+from moe_eplb.device.cuda_times import CudaTimes
 from moe_eplb.recording import nvtx_ranges
 from moe_eplb.recording.event_log import EventLog
 from moe_eplb.recording.log_format import read_log
@@ -71,12 +72,13 @@ def test_what_a_replay_did_is_told_later_and_is_no_range_of_the_host(domain: Fak
 
 def _device_after_a_replay(log: EventLog, pieces: list[tuple[Kind, int, int]]) -> CudaDevice:
     """A device as iteration 3 leaves it, which has replayed a graph, with clocks that are not those of a GPU."""
-    device = CudaDevice.__new__(CudaDevice)
+    device, times = CudaDevice.__new__(CudaDevice), CudaTimes.__new__(CudaTimes)
     start: Any = SimpleNamespace(at=1000)
     end: Any = SimpleNamespace(at=1500)
     graph = _Graph([Piece(kind, layer, stream, 7, start, end) for kind, layer, stream in pieces])
-    replays = {"_streams": [], "_timed": [], "_replays": {graph: 3}, "sink": log}
-    device.__dict__ |= replays | {"_set_clock": lambda: None, "_time_of": lambda event: event.at}
+    times.__dict__ |= {"_sink": log, "_timed": [], "_replays": {graph: 3}}
+    times.__dict__ |= {"_set_clock": lambda: None, "_time_of": lambda event: event.at}
+    device.__dict__ |= {"_streams": [], "_times": times}
     return device
 
 

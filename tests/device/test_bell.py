@@ -1,0 +1,59 @@
+"""Bells on a thread of their own: heard, bounded, and no hindrance to others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_eplb.device.awake_bell import AwakeBell
+from moe_eplb.device.bell import Bell, CpuBell
+
+KINDS = pytest.mark.parametrize("make", [CpuBell, AwakeBell])
+
+
+@KINDS
+def test_a_ring_is_heard_soon(make: Callable[[Tensor], Bell]) -> None:
+    word = torch.zeros(1, dtype=torch.int32)
+    bell, heard = make(word), list[tuple[bool, float]]()
+    waits = threading.Thread(target=lambda: heard.append((bell.wait(2, 20.0), time.monotonic())))
+    waits.start()
+    for _ in range(2):
+        time.sleep(0.05)
+        assert not heard
+        rung = time.monotonic()
+        word += 1
+        bell.tell()
+    waits.join(20)
+    assert heard[0][0]
+    assert heard[0][1] - rung < 1
+
+
+@KINDS
+@pytest.mark.parametrize("count", [-1, 0, 3])
+def test_what_was_rung_before_is_no_wait(make: Callable[[Tensor], Bell], count: int) -> None:
+    assert make(torch.tensor([3], dtype=torch.int32)).wait(count, 0.0)
+
+
+@KINDS
+def test_a_wait_in_vain_ends(make: Callable[[Tensor], Bell]) -> None:
+    begun = time.monotonic()
+    assert not make(torch.tensor([3], dtype=torch.int32)).wait(4, 0.2)
+    assert 0.2 <= time.monotonic() - begun < 2
+
+
+def test_a_thread_that_waits_awake_keeps_no_other_from_python() -> None:
+    word = torch.zeros(1, dtype=torch.int32)
+    bell, heard = AwakeBell(word), list[bool]()
+    waits = threading.Thread(target=lambda: heard.append(bell.wait(1, 60.0)))
+    waits.start()
+    begun = time.monotonic()
+    sum(range(100_000))  # with the lock held this would begin only when the wait has ended
+    assert time.monotonic() - begun < 10
+    word += 1
+    waits.join(20)
+    assert heard == [True]
