@@ -162,7 +162,7 @@ class Busy:
     def __init__(self, stack: Stack) -> None:
         self._updater, self._device = stack.balancer.updater, stack.balancer.device
         self._plan = Planning(compiled=True).planner()
-        self._updater._planners[0, 0] = self._plan
+        self._updater._planners[0] = 0, self._plan
         self._load = np.random.default_rng(1).gamma(0.7, 100.0, 256)
         self._placement = Placement(32, 256, initial_slots(256, 32, 9))
         self._source = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)

@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_eplb.balancer.host_weights import HostMoeTensorSharer
-    from moe_eplb.balancer.iter_context import BalancerOff, MoeLoadBalancerIterContext, maybe_create_moe_load_balancer
-    from moe_eplb.balancer.load_balancer import (
-        MoeLoadBalancer,
+    from moe_eplb.balancer.build_context import (
         get_moe_load_balancer,
         moe_load_balancer_add_single_layer,
         moe_load_balancer_set_repeated_for_next_layer,
     )
+    from moe_eplb.balancer.host_weights import HostMoeTensorSharer
+    from moe_eplb.balancer.iter_context import BalancerOff, MoeLoadBalancerIterContext, maybe_create_moe_load_balancer
+    from moe_eplb.balancer.load_balancer import MoeLoadBalancer
     from moe_eplb.balancer.options import BalancerOptions
     from moe_eplb.balancer.replica_choice import ReplicaChoice
     from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
@@ -46,10 +46,10 @@ _HOME = {
     "MoeLoadBalancerIterContext": "iter_context",
     "ReplicaChoice": "replica_choice",
     "SingleLayerMoeLoadBalancer": "single_layer",
-    "get_moe_load_balancer": "load_balancer",
+    "get_moe_load_balancer": "build_context",
     "maybe_create_moe_load_balancer": "iter_context",
-    "moe_load_balancer_add_single_layer": "load_balancer",
-    "moe_load_balancer_set_repeated_for_next_layer": "load_balancer",
+    "moe_load_balancer_add_single_layer": "build_context",
+    "moe_load_balancer_set_repeated_for_next_layer": "build_context",
 }
 
 

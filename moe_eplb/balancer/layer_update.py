@@ -106,6 +106,7 @@ class LayerUpdate:
         assert self.pending is not None
         self.pending.agreed = False
         due, self.pending = self.pending.due, None
+        self._owner.updater.forget(self._layer)
         iteration = self._owner.device.iteration
         _LOG.error(
             "layer %d: plan for iteration %d dropped in iteration %d: %s (ready on %d of %d ranks%s)",

@@ -1,19 +1,18 @@
-"""The online expert-parallel load balancer of a model, and the functions that models call to take part.
+"""The online expert-parallel load balancer of a model.
 
 Public names and their meaning follow TensorRT-LLM's ``moe_load_balancer.py``.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.balancer import agreement
+from moe_eplb.balancer.build_context import BuildContext
 from moe_eplb.balancer.host_memory import clean_segments, new_instance
 from moe_eplb.balancer.layer_update import LayerUpdate
 from moe_eplb.balancer.options import BalancerOptions
@@ -31,17 +30,10 @@ from moe_eplb.core.protocol import Illegal, IterCall, IterState, iter_step, viol
 from moe_eplb.core.schedule import UpdateSchedule
 from moe_eplb.device import Device, Stream, get_device
 
-__all__ = [
-    "MoeLoadBalancer",
-    "get_moe_load_balancer",
-    "moe_load_balancer_add_single_layer",
-    "moe_load_balancer_set_repeated_for_next_layer",
-]
-
-_CURRENT = threading.local()
+__all__ = ["MoeLoadBalancer"]
 
 
-class MoeLoadBalancer(ResidentCalls):
+class MoeLoadBalancer(ResidentCalls, BuildContext):
     """Counts, replicates and moves experts of all MoE layers of a model while it runs.
 
     A context manager: models built inside the block find it through `get_moe_load_balancer`. Tearing down is explicit
@@ -99,7 +91,7 @@ class MoeLoadBalancer(ResidentCalls):
         self._unpin: list[Callable[[], None]] = []
         self._group_now: tuple[int, ...] = ()
         self._repeated_for_next_layer = 1
-        self._previous: list[MoeLoadBalancer | None] = []
+        BuildContext.__init__(self)
 
     # -- building the model ----------------------------------------------------------------------------------------
 
@@ -181,12 +173,11 @@ class MoeLoadBalancer(ResidentCalls):
         self.counts_now = self.enable_statistic
         updates = self.enable_update_weights and self.is_dynamic_routing()
         self._group_now = schedule.begin(self.iter_id) if updates else ()
-        if self._resident is not None:
-            self._resident.check()
-            self._resident.begin(self.iter_id, self.counts_now, self._group_now)
-            if not self.device.immediate:
-                # The device has begun the iteration `run_ahead` before this one: it has ended all before that.
-                self._collect(self.iter_id - self.options.run_ahead - 1)
+        try:
+            self._begin_resident()
+        except BaseException:
+            self.abort_iter()
+            raise
 
     def end_iter(self) -> None:
         """End the iteration; every dynamic layer has run."""
@@ -205,9 +196,9 @@ class MoeLoadBalancer(ResidentCalls):
     def abort_layers(self, begun: int = 0) -> None:
         """Forget what every layer was doing, `begun` of which had begun; without iterations, as in static routing."""
         self.device.discard()
-        self.collect()
-        self.updater.forget()
+        self._abort_resident()
         for layer in self.layers:
+            self.updater.forget(layer.layer_idx)
             layer.abort(self.device.iteration, begun=layer.layer_idx < begun)
 
     def takes_update(self, layer: int) -> bool:
@@ -240,27 +231,13 @@ class MoeLoadBalancer(ResidentCalls):
         """Stop the updater and remove this rank's shared memory. Call it on every rank; a second call does nothing."""
         try:
             self.updater.stop()
-        finally:
             if self._peers is not None:
-                self._peers.close()
+                self._peers.close()  # not where the updater goes on: it may be copying from there
+        finally:
             while self._unpin:
                 self._unpin.pop()()
             for layer in self.layers:
                 layer.updates.host.close()
-
-    def __enter__(self) -> MoeLoadBalancer:
-        self._previous.append(get_moe_load_balancer())
-        _CURRENT.balancer = self
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        previous = self._previous.pop()
-        if previous is None:
-            del _CURRENT.balancer
-        else:
-            _CURRENT.balancer = previous
 
     def _finalized(self) -> UpdateSchedule:
         if self._schedule is None:
@@ -285,23 +262,3 @@ class MoeLoadBalancer(ResidentCalls):
         value = torch.tensor([int(name, 16) if self.ep_rank == 0 else 0], dtype=torch.int64)
         dist.all_reduce(value, group=self.group)
         return f"{int(value):012x}"
-
-
-def get_moe_load_balancer() -> MoeLoadBalancer | None:
-    """The balancer in whose context this thread builds a model."""
-    return getattr(_CURRENT, "balancer", None)
-
-
-def moe_load_balancer_add_single_layer(
-    expert_count: int, top_k: int, slots_per_rank: int, aux_stream: Stream | None = None
-) -> SingleLayerMoeLoadBalancer | None:
-    """Add a layer to the current balancer; None without one."""
-    balancer = get_moe_load_balancer()
-    return balancer.add_layer(expert_count, top_k, slots_per_rank, aux_stream) if balancer else None
-
-
-def moe_load_balancer_set_repeated_for_next_layer(count: int) -> None:
-    """See `MoeLoadBalancer.set_repeated_for_next_layer`; nothing without a current balancer."""
-    balancer = get_moe_load_balancer()
-    if balancer:
-        balancer.set_repeated_for_next_layer(count)

@@ -14,7 +14,7 @@ from moe_eplb.core.probe import Probe
 from moe_eplb.device.control import Report
 
 if TYPE_CHECKING:
-    from moe_eplb.balancer.resident_layer import ResidentLayer
+    from moe_eplb.balancer.resident_plans import ResidentPlans
 
 __all__ = ["PlanNotes"]
 
@@ -28,7 +28,7 @@ class PlanNotes:
         layer: Whose.
     """
 
-    def __init__(self, layer: ResidentLayer) -> None:
+    def __init__(self, layer: ResidentPlans) -> None:
         self._layer = layer
 
     def planned(self, update: ResidentUpdate, report: Tensor) -> None:

@@ -93,11 +93,13 @@ class Resident:
         return time.monotonic_ns() - begun
 
     def check(self) -> None:
-        """Raise BalancerError E134 when a count went beyond int32."""
+        """Raise BalancerError E134 when a count went beyond int32; it is told once."""
         if bool(self.model.overflow.any()):
             layer = int(self.model.overflow.argmax())
+            iteration = int(self.model.overflow[layer]) - 1
+            self.model.overflow.zero_()
             raise BalancerError(
                 "E134", f"layer {layer}: a count of tokens overflows",
-                why=f"in iteration {int(self.model.overflow[layer]) - 1}, int32 holds {2**31 - 1}",
+                why=f"in iteration {iteration}, int32 holds {2**31 - 1}",
                 hint="split the batch into more iterations",
             )  # fmt: skip

@@ -19,6 +19,7 @@ from moe_eplb.core.events import HOST, Kind
 from moe_eplb.core.probe import NullProbe, Probe
 from moe_eplb.core.protocol import IterState, iter_step
 from moe_eplb.device import Device
+from moe_eplb.device.control import Stage
 
 __all__ = ["ResidentCalls"]
 
@@ -110,6 +111,10 @@ class ResidentCalls:
         before, self._iter = self._iter, self._iter._replace(in_iter=True)
         try:
             yield
+        except BaseException:
+            for layer in self.layers:
+                layer.restart()
+            raise
         finally:
             self._iter = before
 
@@ -142,14 +147,38 @@ class ResidentCalls:
         """Take note of what a device that works later has done in this iteration; it has finished."""
         if self._resident is None or self.device.immediate:
             return
+        self._take_note(self._resident)
         self._resident.check()
+
+    def _take_note(self, resident: Resident) -> None:
         self._collect(self.device.iteration)
-        for index, stages in enumerate(self._resident.model.stages.tolist()):
-            for stage, iteration in enumerate(stages):
+        stages = resident.model.stages.tolist()
+        for index, iterations in enumerate(stages):
+            for stage, iteration in enumerate(iterations):
                 self.device.sink.mark(Kind.DEVICE_STAGE, index, iteration, HOST, a=stage)
-        if self.counts_now and not isinstance(self.probe, NullProbe):
-            for layer in self._residents():
-                layer.report_counts()
+        if self.counts_now and type(self.probe) is not NullProbe:  # to look at the counts takes a copy each
+            for layer, iterations in zip(self._residents(), stages, strict=True):
+                if iterations[Stage.FOLD] == self.device.iteration:  # not where it was aborted before
+                    layer.report_counts()
+
+    def _begin_resident(self) -> None:
+        """An iteration has begun; raises BalancerError E134 where a count of an earlier one went beyond int32."""
+        if self._resident is None:
+            return
+        self._resident.check()
+        self._resident.begin(self.iter_id, self.counts_now, self._group_now)
+        if not self.device.immediate:
+            # The device has begun the iteration `run_ahead` before this one: it has ended all before that.
+            self._collect(self.iter_id - self.options.run_ahead - 1)
+
+    def _abort_resident(self) -> None:
+        """An iteration was aborted, and the device is idle."""
+        if self._resident is None:
+            return
+        if not self.device.immediate:
+            self._take_note(self._resident)
+        # Behind a launch an exception may have come before the host noted which hand-overs were in it.
+        self._resident.expected = int(self._resident.model.rung)
 
     def _collect(self, iteration: int) -> None:
         for layer in self._residents():

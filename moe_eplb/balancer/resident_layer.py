@@ -12,15 +12,14 @@ from moe_eplb.balancer.cells import CellWeights, require_in_order
 from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.balancer.plan_notes import PlanNotes
 from moe_eplb.balancer.resident import Resident
-from moe_eplb.balancer.resident_update import Publisher, ResidentUpdate
-from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
+from moe_eplb.balancer.resident_plans import ResidentPlans
+from moe_eplb.balancer.resident_update import Publisher
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
 from moe_eplb.core.events import ROUTE_COUNTS, Kind
 from moe_eplb.core.placement import balancedness
-from moe_eplb.core.probe import Probe
-from moe_eplb.device import Device, control, ops
-from moe_eplb.device.control import LayerState, Outcome, Report
+from moe_eplb.device import control, ops
+from moe_eplb.device.control import LayerState
 
 __all__ = ["ResidentLayer"]
 
@@ -36,23 +35,16 @@ class _LateCount:
     reduce: Callable[[], None] | None = None
 
 
-class ResidentLayer(SingleLayerMoeLoadBalancer):
-    """See the base class, which is its slow twin; made by `MoeLoadBalancer.add_layer`.
+class ResidentLayer(ResidentPlans):
+    """See `SingleLayerMoeLoadBalancer`, which is its slow twin; made by `MoeLoadBalancer.add_layer`.
 
     Attributes:
-        resident: What it shares with the other layers; there from `finish_setup` on, as what follows.
-        state: Its state on the device.
-        cells: Its weights.
+        cells: Its weights; there from `register_weight_cells` on.
     """
 
-    resident: Resident
-    state: LayerState
     cells: CellWeights
     _late: _LateCount | None = None
     _following: ResidentLayer
-    _publisher: Publisher
-    _notes: PlanNotes
-    _flying: dict[int, ResidentUpdate]
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -84,16 +76,6 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             self.layer_idx, self.expert_count, self._tables.block, self.cells.table, self._owner.options.window,
             self._device.host_visible,
         )  # fmt: skip
-
-    @property
-    def device(self) -> Device:
-        """Where the layer runs."""
-        return self._device
-
-    @property
-    def probe(self) -> Probe:
-        """Who watches now."""
-        return self._owner.probe
 
     # -- work on the balancer stream -------------------------------------------------------------------------------
 
@@ -216,74 +198,10 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
             for layer in layers:
                 self._owner.expect(layer)
 
-    # -- what the host does beside it ------------------------------------------------------------------------------
-
-    def expect(self, iteration: int) -> None:
-        """The hand-over of a layer whose turn it is has been enqueued: let the updater wait for it."""
-        self.resident.expected += 1
-        update = ResidentUpdate(
-            self.layer_idx, iteration, iteration + self._owner.options.commit_delay, self.state.handed_load.numpy(),
-            self.placement, self._publisher.stage, publisher=self._publisher, owner=self, ring=self.resident.expected,
-        )  # fmt: skip
-        self._flying[update.due] = update
-        if self._owner.updater.alive:
-            self._owner.updater.submit(update)
-        else:
-            update.error = RuntimeError("the updater is dead")
-            self._publisher.give_up(update.due)  # so that the device does not wait for it
-            update.done.set()
-
-    def await_plan(self, iteration: int) -> None:
-        """Return when what the device waits for to vote on the layer's plan is enqueued; see `Resident`.
-
-        Args:
-            iteration: In which it votes.
-        """
-        # Those due before too: a graph that has been launched may still be waiting for one, and as long as it does the
-        # next one must not fill the queue.
-        for due, update in self._flying.items():
-            if due <= self._due_of_vote(iteration):
-                self.resident.await_plan(update)
-
-    def _due_of_vote(self, iteration: int) -> int:
-        """In which iteration the plan is due on which ranks vote in this one: the last layer votes on the first's."""
-        return iteration + (self.layer_idx == 0)
-
-    def collect_until(self, iteration: int) -> None:
-        """Take note of what the device has done with all plans due in an iteration that has ended, or before."""
-        for due in sorted(due for due in self._flying if due <= iteration):
-            self.collect(due)
-
-    def collect(self, iteration: int) -> None:
-        """Take note of what the device has done with the plan that was due in an iteration."""
-        update = self._flying.get(iteration)
-        if update is None:
-            return
-        report = self.resident.model.report(self.layer_idx, iteration)
-        if int(report[Report.DUE]) != iteration or int(report[Report.OUTCOME]) == Outcome.NONE:
-            return
-        del self._flying[iteration]
-        for older in [due for due in self._flying if due < iteration]:
-            del self._flying[older]  # turns in which the layer kept its load
-        if int(report[Report.VOTED]) not in (iteration - 1, iteration):
-            self._notes.dropped(iteration, 0, False, f"due in iteration {iteration}, but nobody voted on it")
-            return
-        if int(report[Report.READY_HERE]) == 1:
-            # The device may act on what was published before the updater's thread has come to tell that it is done.
-            update.done.wait(self._owner.options.update_timeout_s)
-        self._notes.planned(update, report)
-        update.agreed = int(report[Report.OUTCOME]) == Outcome.COMMITTED
-        if update.agreed:
-            self._committed(update, iteration)
-        else:
-            differ, ready = int(report[Report.DIGESTS_DIFFER]) == 1, int(report[Report.READY_RANKS])
-            self._notes.dropped(iteration, ready, differ, "the ranks did not agree on the plan")
-
-    def _committed(self, update: ResidentUpdate, iteration: int) -> None:
-        if update.plan is not None:
-            self.updates.placement = update.plan.placement
-            self.updates.version += 1
-        self._notes.committed(update, iteration)
+    def restart(self) -> None:
+        """See the base class."""
+        super().restart()
+        self._late = None
 
     def report_counts(self) -> None:
         """Show the probe what was folded in; waits for the device where that works later."""
@@ -293,18 +211,10 @@ class ResidentLayer(SingleLayerMoeLoadBalancer):
 
     def abort(self, iteration: int, *, begun: bool) -> None:
         """See the base class; the device has stopped."""
-        model, at = self.resident.model, self.layer_idx
         if begun:
-            control.take_over(model, self.state)  # where that has run already, nothing is due any more
+            control.take_over(self.resident.model, self.state)  # where that has run already, nothing is due any more
             self._device.synchronize()
             self.collect(iteration)
-        pending = int(model.due[at])
-        model.due[at] = model.decision[at] = -1
-        self._restart()
-        self._late = None
+        self.give_all_up(iteration)
+        self.restart()
         self.state.forget()
-        for due, update in self._flying.items():
-            update.agreed = False
-            if due == pending:
-                self._notes.dropped(due, 0, False, f"iteration {iteration} was aborted")
-        self._flying.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,11 @@ from moe_eplb.device.control import LANES, LayerState, ModelState
 
 if TYPE_CHECKING:
     from moe_eplb.balancer.resident_layer import ResidentLayer
+    from moe_eplb.balancer.resident_plans import ResidentPlans
 
 __all__ = ["Publisher", "ResidentUpdate"]
+
+_LOG = logging.getLogger(__name__)
 
 _Copy: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Target and source."""
@@ -174,17 +178,20 @@ class ResidentUpdate(Update):
         publisher: The layer's.
         ring: How often the bell will have been rung when the load is there.
         taken_up: Whether the device did hand a load over.
+        unheard: Whether the bell was not heard in time; the device may hand the load over later.
     """
 
     publisher: Publisher = field(kw_only=True)
-    owner: ResidentLayer = field(kw_only=True)
+    owner: ResidentPlans = field(kw_only=True)
     ring: int = field(kw_only=True)
     taken_up: bool = field(default=False, kw_only=True)
+    unheard: bool = field(default=False, kw_only=True)
 
     def begin(self) -> bool:
         """Wait for the load; there is none when the layer's plan before was still under way."""
         resident, seen = self.owner.resident, self.publisher.seen
         if not resident.bell.wait(self.ring, resident.timeout_ns / 1e9):
+            self.unheard = True
             raise BalancerError(
                 "E173", f"layer {self.layer}: the device did not hand over the load of iteration {self.taken}",
                 why=f"the bell was rung {int(resident.bell.word)} times, not {self.ring}, within "
@@ -208,8 +215,17 @@ class ResidentUpdate(Update):
 
     def finish(self) -> None:
         """The device is told in any case."""
+        if self.staged is None and (self.taken_up or self.unheard):
+            self.give_up()
+        else:
+            self.done.set()
+
+    def give_up(self) -> None:
+        """Let the device not wait for a plan. It waits in vain where that cannot be told, and nothing else is lost."""
         try:
-            if self.taken_up and self.staged is None:
-                self.publisher.give_up(self.due)
+            self.publisher.give_up(self.due)
+        except Exception as error:  # noted with the plan: the model goes on with the last good placement
+            _LOG.error("layer %d: the device could not be told that there is no plan: %r", self.layer, error)
+            self.error = self.error or error
         finally:
             self.done.set()

@@ -198,7 +198,7 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
 
         Counts and plans go, because how much of them the streams had done differs between ranks.
         """
-        self._restart()
+        self.restart()
         if self.updates_enabled:
             if self.updates.abort(iteration, begun=begun):
                 self._tables.set(self.placement)
@@ -209,8 +209,8 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         """Whether the layer has begun and not handed over."""
         return self._state is not INITIAL
 
-    def _restart(self) -> None:
-        """The layer's calls begin anew."""
+    def restart(self) -> None:
+        """The layer's calls begin anew, after some that came to no end."""
         self._state, self._repeat = INITIAL, 0
 
     def _call(self, call: Call, first: bool = True, last: bool = True) -> CallRange:

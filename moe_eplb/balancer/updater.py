@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -69,8 +70,9 @@ class Updater:
     ) -> None:  # fmt: skip
         self._enter = enter
         self._sink, self._timeout_s = sink, timeout_s
-        self._planning, self._generation = planning or Planning(), 0
-        self._planners: dict[tuple[int, int], Planner] = {}
+        self._planning = planning or Planning()
+        self._generations: Counter[int] = Counter()
+        self._planners: dict[int, tuple[int, Planner]] = {}
         self._tasks: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moe_eplb-updater", daemon=True)
         self._overdue: Update | None = None
@@ -88,12 +90,12 @@ class Updater:
 
     def submit(self, update: Update) -> None:
         """Queue an update; returns at once."""
-        update.generation = self._generation
+        update.generation = self._generations[update.layer]
         self._tasks.put(update)
 
-    def forget(self) -> None:
-        """Plan later updates as if there had been none, alike on ranks that had come to different ends."""
-        self._generation += 1
+    def forget(self, layer: int) -> None:
+        """Plan later updates of a layer as if there had been none: a rank may have planned some of them alone."""
+        self._generations[layer] += 1
 
     def wait(self, update: Update) -> bool:
         """Whether the update is ready, waiting at most the timeout. A dead or slow updater is a no, and is logged.
@@ -162,10 +164,11 @@ class Updater:
 
     def _planner_of(self, update: Update) -> Planner:
         """The layer's, which may remember the loads since the last `forget`."""
-        key = (update.generation, update.layer)
-        if key not in self._planners:
-            self._planners[key] = self._planning.planner()
-        return self._planners[key]
+        generation, planner = self._planners.get(update.layer, (-1, None))
+        if planner is None or generation != update.generation:
+            planner = self._planning.planner()
+            self._planners[update.layer] = update.generation, planner
+        return planner
 
     def _stage(self, update: Update, made: Plan) -> None:
         token = self._sink.begin(Kind.STAGE_WEIGHTS, update.layer, update.taken, UPDATER)

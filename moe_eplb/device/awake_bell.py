@@ -18,15 +18,27 @@ _MONOTONIC = 1
 """CLOCK_MONOTONIC."""
 
 
-class AwakeBell(Bell):
-    """Takes a core while it waits, but neither the interpreter's lock nor the driver's. For any number of threads."""
+_LONGEST_S = 600.0
+"""What is waited for are kernels that have been enqueued, behind whatever else the device has to do."""
 
-    def __init__(self, word: Tensor) -> None:
+
+class AwakeBell(Bell):
+    """Takes a core while it waits, but neither the interpreter's lock nor the driver's. For any number of threads.
+
+    The timeout is the device's, as for one that sleeps in the driver, within a bound for a device that hangs.
+
+    Args:
+        word: See the base class.
+        longest_s: That bound, in s.
+    """
+
+    def __init__(self, word: Tensor, *, longest_s: float = _LONGEST_S) -> None:
         super().__init__(word)
+        self._longest_ns = round(longest_s * 1e9)
         self._rung, self._look = word.numpy(), _compiled()
 
     def wait(self, count: int, timeout_s: float) -> bool:
-        return self._look(self._rung, count, round(timeout_s * 1e9))
+        return self._look(self._rung, count, self._longest_ns)
 
     def tell(self) -> None:
         return None

@@ -25,7 +25,8 @@ class Bell(abc.ABC):
     def wait(self, count: int, timeout_s: float) -> bool:
         """Return when the bell was rung `count` times, or after the timeout; whether it was.
 
-        Only for rings that come from work which is enqueued already.
+        Only for rings that come from work which is enqueued already. The timeout is of a device that is the host; on
+        others that work ends by itself, however long it is in coming.
         """
 
     @abc.abstractmethod

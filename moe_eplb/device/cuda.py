@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from moe_eplb.device.cuda_graph import CudaGraph
 from moe_eplb.device.cuda_sharing import SharedDeviceMemory
 from moe_eplb.device.cuda_stream import CudaEvent, CudaStream
 from moe_eplb.device.cuda_times import CudaTimes, timing_event
+from moe_eplb.device.environment import CONNECTIONS
 from moe_eplb.device.nvshmem import NvshmemSymmetric
 from moe_eplb.device.order import StreamOrder
 from moe_eplb.device.sanitizer import attach
@@ -50,7 +52,7 @@ class CudaDevice(Device):
 
     def __init__(self, sink: EventSink, *, index: int = 0, check_order: bool = False, serial: bool = False) -> None:
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch_device)
+        _take(self.torch_device)
         attach()
         self._order = StreamOrder() if check_order else None
         self._streams: list[CudaStream] = []
@@ -248,6 +250,18 @@ class CudaDevice(Device):
             self.sink.mark(
                 Kind.UNORDERED, layer, self.iteration, stream.index, a=kind, b=found.earlier << 8 | found.stream.index
             )
+
+
+def _take(device: torch.device) -> None:
+    """Begin to use a GPU, which is where it may turn out to be full."""
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        raise BalancerError(
+            "E216", f"GPU {device.index} takes no further process", why=str(error).partition("\n")[0],
+            hint="`nvidia-smi` shows who uses it; where many processes share it and memory is left, give each fewer of "
+            f"its channels: {CONNECTIONS}=8 (now {os.environ.get(CONNECTIONS, 'not set')})",
+        ) from error  # fmt: skip
 
 
 def _waits_for(done: torch.cuda.Event) -> bool:

@@ -27,7 +27,7 @@ class CudaCopier(Copier):
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+        self._stream, self._calls = stream, driver_calls()  # compiled before there is a plan that would wait for it
         self._done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._done.record(stream)  # the driver's event exists from here on
 
@@ -36,7 +36,7 @@ class CudaCopier(Copier):
         self._copy(*addresses(copies), at, np.array([value for _, value in words], np.int64).view(np.uint64))
 
     def wait(self) -> bool:
-        code = driver_calls().happened(self._done.cuda_event)
+        code = self._calls.happened(self._done.cuda_event)
         if code == NOT_READY:
             self._done.synchronize()
             return True
@@ -45,5 +45,5 @@ class CudaCopier(Copier):
 
     def _copy(self, *columns: NDArray[np.uint64]) -> None:
         stream: int = self._stream.cuda_stream
-        code = driver_calls().copy(stream, *columns, self._done.cuda_event)
+        code = self._calls.copy(stream, *columns, self._done.cuda_event)
         require_success("cuMemcpyAsync, cuStreamWriteValue64 or cuEventRecord", code)

@@ -20,6 +20,7 @@ from moe_eplb.core.errors import BalancerError
 __all__ = ["HostSymmetric", "Symmetric", "Window", "shared_by_layers"]
 
 _MOST_BYTES = 2**31 - 1
+_WORD = 4
 _LEAST_WORDS = 4
 """Of a row, which then begins and ends at a multiple of 16 bytes."""
 
@@ -65,7 +66,9 @@ class Symmetric(abc.ABC):
         made = self._windows.setdefault((purpose, words), [])
         if not made or len(made[-1].send) < rows:
             self._check_capture(rows)
-            made.append(self._make(1 << max(rows - 1, 0).bit_length(), words))
+            # By powers of two, so that few are made; the next one may be more than there can be.
+            most = _MOST_BYTES // (_WORD * words)
+            made.append(self._make(min(1 << max(rows - 1, 0).bit_length(), most), words))
         return made[-1]
 
     def exchange(self, window: Window, rows: int) -> None:
@@ -119,10 +122,10 @@ class HostSymmetric(Symmetric):
 
 def _require_small(rows: int, words: int) -> None:
     """NVSHMEM counts the bytes of a buffer as an int of 32 bits on the device."""
-    size = rows * words * 4
+    size = rows * words * _WORD
     if size > _MOST_BYTES:
         raise BalancerError(
-            "E213", f"{rows} rows of {4 * words} bytes are too many for dispatch 'symm_mem'",
+            "E213", f"{rows} rows of {_WORD * words} bytes are too many for dispatch 'symm_mem'",
             why=f"{size} bytes in one exchange, {_MOST_BYTES} are the most",
             hint="give forwards fewer tokens, or use dispatch: alltoall",
         )  # fmt: skip

@@ -34,13 +34,22 @@ class Chunk:
 def chunk_count(all_rank_num_tokens: Sequence[int], limit: int | None, *, padded: bool) -> int:
     """How many chunks a forward takes so that no pass has more than `limit` tokens of all ranks; at least one.
 
+    Every rank makes equally many. A limit below the number of ranks cannot be kept: then a pass has one token of each.
+
     Args:
         all_rank_num_tokens: T of each rank.
         limit: The most tokens of a pass, None for no limit.
         padded: Whether every rank's tokens are padded to the fullest rank's.
     """
-    total = len(all_rank_num_tokens) * max(all_rank_num_tokens) if padded else sum(all_rank_num_tokens)
-    return 1 if limit is None else max(1, -(-total // limit))
+    most = max(all_rank_num_tokens)
+    if limit is None or not most:
+        return 1
+    tokens = [most] * len(all_rank_num_tokens) if padded else all_rank_num_tokens
+    chunks = max(1, -(-sum(tokens) // limit))
+    # The first parts are the longest, on every rank.
+    while chunks < most and sum(-(-each // chunks) for each in tokens) > limit:
+        chunks += 1
+    return min(chunks, most)
 
 
 def split(tokens: int, chunks: int, *, first: bool = True, last: bool = True) -> list[Chunk]:

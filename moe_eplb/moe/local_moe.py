@@ -79,6 +79,7 @@ class LocalMoE(nn.Module, ABC):
 
         `all_rank_num_tokens` is for backends that exchange tokens; here every rank is on its own.
         """
+        self.shape.require_inputs(x, router_logits)
         self.routing_method.begin(x.shape[0])
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         chunks = split(x.shape[0], chunk_count((x.shape[0],), self.moe_max_num_tokens, padded=False))

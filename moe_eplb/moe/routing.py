@@ -254,7 +254,9 @@ class SuppliedMoeRoutingMethod(BaseMoeRoutingMethod):
         if left is None or len(left) < rows:
             raise self._unfit(rows)
         ids, self._left = left[:rows], left[rows:]
-        return ids.int(), torch.softmax(logits.float().gather(1, ids.long()), dim=-1)
+        # Ids outside [0, E) are nobody's; whatever scale they get multiplies nothing.
+        known = ids.long().clamp(0, logits.shape[1] - 1)
+        return ids.int(), torch.softmax(logits.float().gather(1, known), dim=-1)
 
     def _unfit(self, rows: int) -> BalancerError:
         left, self._left = self._left, None

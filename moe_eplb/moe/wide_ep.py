@@ -92,9 +92,8 @@ class WideEPMoE(nn.Module):
         super().__init__()
         path = choose_path(dispatch, statistics)
         check_one_stream(dispatch, moe_max_num_tokens)
-        membership = join_balancer(
-            shape, device, num_slots or shape.num_experts, ep_group, aux_stream_dict, initial_slots, layer_idx
-        )
+        slots = shape.num_experts if num_slots is None else num_slots
+        membership = join_balancer(shape, device, slots, ep_group, aux_stream_dict, initial_slots, layer_idx)
         self.routing_method = routing_method
         self.shape = shape
         self.device = device
@@ -113,9 +112,9 @@ class WideEPMoE(nn.Module):
         self._stages: LayerStages = membership.stages
         self._statistics = make_path(path, self._stages, self.allreduce)
         self._dispatcher = self._make_dispatcher(dispatch, ep_group, gather_ids=path == "global_ids")
-        self._splitter = Splitter(
-            device, self.layer_idx, self._dispatcher.ranks, moe_max_num_tokens, padded=dispatch == "allgather"
-        )
+        # With sizes that do not depend on what is routed, each rank sends as many rows as the fullest.
+        padded = dispatch == "allgather" or self._dispatcher.static_shapes
+        self._splitter = Splitter(device, self.layer_idx, self._dispatcher.ranks, moe_max_num_tokens, padded=padded)
 
     def _make_dispatcher(self, name: DispatchName, group: dist.ProcessGroup | None, *, gather_ids: bool) -> Dispatcher:
         shape = self.shape
@@ -184,7 +183,11 @@ class WideEPMoE(nn.Module):
             all_rank_num_tokens: T of each rank. Chunking needs it, and exchanges it when it is left out. On a GPU
                 nothing waits for the device where it is given, or where there is one rank, so that the forward can be
                 captured into a graph; elsewhere sizes are exchanged.
+
+        Raises:
+            BalancerError: E217 when the inputs do not fit the layer, E156 when `all_rank_num_tokens` does not.
         """
+        self.shape.require_inputs(x, router_logits)
         first, last = self._stages.begin_forward()
         chunks = self._splitter.chunks(x.shape[0], all_rank_num_tokens, first=first, last=last)
         self.routing_method.begin(x.shape[0])

@@ -8,14 +8,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_eplb.device.control import triton_all, triton_control
-from moe_eplb.device.ops import triton_fp8, triton_rows, triton_sends
+from moe_eplb.device.control import triton_all, triton_control, triton_load
+from moe_eplb.device.ops import triton_choose, triton_fp8, triton_group, triton_rows, triton_sends
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = (
     "count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay", "layers", "kept", "ranks",
     "timeout_ns", "tokens", "per_rank", "width1", "width2", "width3", "words", "rank", "most", "rows", "stride",
-    "scale_stride", "mark_stride",
+    "scale_stride", "mark_stride", "tables_size", "cells_size",
 )  # fmt: skip
 COUNTS = dict.fromkeys(NUMBERS, "i32")
 
@@ -44,11 +44,12 @@ def main() -> None:
         assert "e4m3x2.f32" in text, "not rounded to fp8"
         assert "div.rn.f32" in text, "not divided as the plain twin does"
     sends()
+    entries()
     words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
-    words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes"), "*i64")
+    words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes", "committed"), "*i64")
     words |= dict.fromkeys(("rung", "bell", "counts"), "*i32")
     words |= {"load": "*fp32", "handed_load": "*fp32", "decay": "fp32"}
-    for hand_over, constants in ((triton_control._hand_over, {}), (triton_all._hand_over_all, {"layers": 58})):
+    for hand_over, constants in ((triton_load._hand_over, {}), (triton_all._hand_over_all, {"layers": 58})):
         text = build(hand_over, 4, words, block=256, releases=True, **constants)
         assert "atom." not in text, "an atomic operation on host memory, which not every GPU supports"
         assert "bar.sync" in text[text.index("st.global") : text.index("st.release.sys")], (
@@ -59,6 +60,8 @@ def main() -> None:
     assert "sys.acquire" in text, "what is published behind the word may be read before it"
     for window in (1, 4):
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
+        build(triton_load._fold, 4, words, rows=8, window=window, block=256)
+    build(triton_control._take_over, 4, words | {"tables": "*i32", "cells": "*i32", "pending": "*i32"}, block=1024)
 
 
 def sends() -> None:
@@ -70,6 +73,36 @@ def sends() -> None:
     build(triton_sends._arrive, 4, words, top_k=6, columns=8, tile=32)
     for hidden in ("*bf16", "*fp32"):
         build(triton_sends._add_returned, 4, words | {"hidden": hidden, "total": hidden}, ranks=8, block=1024)
+
+
+def entries() -> None:
+    """Expert ids, entries and their sums; numbers that are 1 become constants."""
+    words = dict.fromkeys(("ids", "count", "start", "slots", "routed", "counts", "cells", "below", "first"), "*i32")
+    words |= dict.fromkeys(("position", "offs", "second", "third", "fourth"), "*i32")
+    rows = dict.fromkeys(("hidden", "output", "blocks", "total", "rows"), "*bf16") | {"scales": "*fp32"}
+    every(triton_choose._histogram, words, block=1024, nbins=16)
+    for ids in ("*i32", "*i64"):
+        every(triton_choose._route, words | {"ids": ids}, counting=True, block=1024, tile=64, others=256)
+    for top_k, block in ((1, 256), (8, 2048)):
+        for mapped in (True, False):
+            every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16)
+            every(triton_group._place, words, top_k=top_k, mapped=mapped, block=128)
+            constants = {"top_k": top_k, "mapped": mapped, "k_width": top_k, "tile": 1024, "ends": 16, "block": block}
+            every(triton_group._small, words | rows, **constants)
+        every(triton_group._copy_rows, words | rows, top_k=top_k, block=block)
+        every(triton_rows._combine, words | rows, top_k=top_k, block=block)
+    every(triton_group._scan, words, chunk=2048)
+    every(triton_rows._add_blocks, {"blocks": "*bf16", "total": "*bf16"}, ranks=8, block=512)
+    every(triton_rows._pack_rows, words | {"rows": "*i32"}, block=1024)
+
+
+def every(kernel: Any, types: dict[str, str], **constants: Any) -> None:
+    """Compile a kernel as it is for any numbers, and as it is where those that may be constants are 1."""
+    numbers = [p.name for p in kernel.params if p.name not in types and p.name not in constants]
+    ones = {p.name: 1 for p in kernel.params if p.name in numbers and not p.do_not_specialize}
+    types = dict.fromkeys(numbers, "i32") | types
+    build(kernel, 4, types, **constants)
+    build(kernel, 4, types, **constants, **ones)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -39,11 +40,20 @@ def test_what_was_rung_before_is_no_wait(make: Callable[[Tensor], Bell], count: 
     assert make(torch.tensor([3], dtype=torch.int32)).wait(count, 0.0)
 
 
-@KINDS
-def test_a_wait_in_vain_ends(make: Callable[[Tensor], Bell]) -> None:
+@pytest.mark.parametrize(("make", "timeout_s"), [(CpuBell, 0.2), (partial(AwakeBell, longest_s=0.2), 0.0)])
+def test_a_wait_in_vain_ends(make: Callable[[Tensor], Bell], timeout_s: float) -> None:
     begun = time.monotonic()
-    assert not make(torch.tensor([3], dtype=torch.int32)).wait(4, 0.2)
+    assert not make(torch.tensor([3], dtype=torch.int32)).wait(4, timeout_s)
     assert 0.2 <= time.monotonic() - begun < 2
+
+
+def test_who_waits_awake_waits_for_what_the_device_has_yet_to_do() -> None:
+    word = torch.zeros(1, dtype=torch.int32)
+    bell = AwakeBell(word)
+    ring = threading.Timer(0.3, lambda: word.add_(1))
+    ring.start()
+    assert bell.wait(1, 0.01), "the timeout is the device's"
+    ring.join()
 
 
 def test_a_thread_that_waits_awake_keeps_no_other_from_python() -> None:

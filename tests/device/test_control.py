@@ -288,3 +288,15 @@ def test_a_count_beyond_int32_is_told() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     assert world.model.overflow.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("least", "wanted"), [(-1, 1), (0, 0)])
+def test_rows_of_counts_beyond_int32_are_told(least: int, wanted: int, dtype: torch.dtype) -> None:
+    world = World.make(1, 4, 4, 4)
+    rows = torch.full((3, 4), 2**31 - 1, dtype=dtype, device=DEVICE)
+    rows[1, 3] = least
+    triton_control.fold(world.model, world.layers[0], rows, decay=0.95)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert world.model.overflow.tolist() == [wanted]

@@ -29,8 +29,9 @@ from tests.support import balanced
 triton_ops = pytest.importorskip("moe_eplb.device.ops.triton_ops")
 triton_group = pytest.importorskip("moe_eplb.device.ops.triton_group")
 OPS = ("choose", "fp8", "group", "rows", "sends")
-NAMES = (*(f"ops.triton_{name}" for name in OPS), "control.triton_all", "control.triton_control")
+NAMES = (*(f"ops.triton_{name}" for name in OPS), "control.triton_all", "control.triton_control", "control.triton_load")
 MODULES = [pytest.importorskip(f"moe_eplb.device.{name}") for name in NAMES]
+triton_load = MODULES[-1]
 HOST_VISIBLE = {"bell", "committed", "reports", "overflow", "handed", "handed_load"}
 
 
@@ -51,7 +52,7 @@ def known() -> dict[int, Declaration]:
 def changed(known: dict[int, Declaration], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[str]]]:
     """By kernel, the arguments that its launches have changed; one that it has not declared fails the test at once."""
     found: dict[str, set[str]] = {d.kernel.__name__: set() for d in declarations()}
-    run = type(triton_control._fold).run
+    run = type(triton_load._fold).run
 
     def watched(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         declaration = known[id(kernel)]
@@ -68,7 +69,7 @@ def changed(known: dict[int, Declaration], monkeypatch: pytest.MonkeyPatch) -> I
                 found[kernel.__name__] |= {name} & declaration.writes
         return result
 
-    monkeypatch.setattr(type(triton_control._fold), "run", watched)
+    monkeypatch.setattr(type(triton_load._fold), "run", watched)
     torch.use_deterministic_algorithms(True)  # new memory is filled, so that what is written into it is seen
     yield found
     torch.use_deterministic_algorithms(False)
@@ -127,6 +128,7 @@ def launch_control(seed: int, layer: int) -> None:
     model.due[at], model.decision[at], model.ready[at] = 5 + (at == 0), -1, 9 if seed % 2 else -1
     triton_control.vote(model, state, following, timeout_ns=TIMEOUT_NS // 20, wait=WAIT)
     triton_control.settle(model, following, torch.stack([state.message[state.experts :]] * 2), ranks=2)
+    model.overflow.zero_()
     triton_control.fold(model, state, torch.stack([state.counts] * 3), decay=0.95)
     model.decision[at], model.stages[:] = -1, -1
     triton_control.settle_and_fold(model, state, following, state.message, ranks=1, decay=0.95)
@@ -164,7 +166,7 @@ def test_kernels_write_what_they_declare_and_nothing_else(
 def test_a_write_that_is_not_declared_is_found(
     changed: dict[str, set[str]], known: dict[int, Declaration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = triton_control._fold
+    kernel = triton_load._fold
     known[id(kernel)] = Declaration(kernel, known[id(kernel)].writes - {"recent"}, frozenset())
     with pytest.raises(AssertionError, match="_fold writes recent and does not say so"):
         launch_control(1, 0)
@@ -186,7 +188,7 @@ def test_a_report_knows_the_role_of_every_kernel() -> None:
 
 def test_a_declaration_names_arguments() -> None:
     with pytest.raises(TypeError, match=r"no arguments \['nobody'\]"):
-        declares(writes=["nobody"])(triton_control._fold)
+        declares(writes=["nobody"])(triton_load._fold)
 
 
 # -- races -----------------------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_a_report_without_the_sanitizer_does_nothing() -> None:
 
 
 def test_operators_are_named_by_their_arguments() -> None:
-    declaration = Declaration(triton_control._fold, frozenset(["load"]), frozenset())
+    declaration = Declaration(triton_load._fold, frozenset(["load"]), frozenset())
     given = dict(declaration.tensors([torch.zeros(1), torch.ones(1)], {"load": torch.zeros(2), "block": 3}))
     assert list(given) == ["turn", "stages", "load"]
 

@@ -78,6 +78,17 @@ def test_more_than_nvshmem_can_count_is_refused() -> None:
         symmetric.window("dispatch", 1 << 20, 512)
 
 
+def test_a_window_is_never_larger_than_one_may_be() -> None:
+    class Measuring(Counting):
+        def _empty(self, shape: tuple[int, int]) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    rows = (2**31 - 1) // (4 * 3616)
+    for asked in (rows // 2 + 9, rows):
+        window = Measuring().window("dispatch", asked, 3616)
+        assert asked <= len(window.send) <= rows
+
+
 def test_no_window_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     symmetric = Counting()
     made = symmetric.window("dispatch", 4, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -278,3 +279,11 @@ def test_pack_rows(tokens: int, rows: int, widths: tuple[int, ...]) -> None:
     assert torch.equal(found, wanted)
     assert (found[tokens:] == -1).all()
     assert (found[:, sum(widths) :] == -1).all()
+
+
+@pytest.mark.parametrize("pack", [plain.pack_rows, triton_ops.pack_rows])
+@pytest.mark.parametrize("shapes", [((3, 4), (2, 4)), ((3, 4), (3, 5)), ((3, 9),)])
+def test_columns_that_do_not_fit_are_refused(pack: Any, shapes: tuple[tuple[int, int], ...]) -> None:
+    columns = [torch.zeros(shape, dtype=torch.int32, device=DEVICE) for shape in shapes]
+    with pytest.raises(ValueError, match="do not fit rows"):
+        pack(columns, torch.zeros(3, 8, dtype=torch.int32, device=DEVICE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -116,3 +116,13 @@ def test_returned_rows(tokens: int, ranks: int, block: int, dtype: torch.dtype) 
         torch.testing.assert_close(got, wanted, rtol=near, atol=near, equal_nan=True)
         assert torch.equal(got.isnan().all(dim=1).cpu(), hit)
         assert torch.equal(got.isnan().any(dim=1).cpu(), hit)
+
+
+@pytest.mark.parametrize("send", [plain.send_rows, triton_ops.send_rows])
+@pytest.mark.parametrize("tokens", [(2, 2, 3), (2, 2, 2)])
+def test_columns_that_do_not_fit_are_refused(send: Any, tokens: tuple[int, ...]) -> None:
+    """Words beyond a row would be the next one's."""
+    columns = [torch.zeros(count, 2, dtype=torch.int32, device=DEVICE) for count in tokens]
+    rows = torch.zeros(4, 8, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="and 3 words do not fit rows"):
+        send(columns, torch.zeros(4, dtype=torch.int32, device=DEVICE), rows, rank=0)

@@ -6,6 +6,7 @@ scenario with more ranks runs on one, with as many slots in all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import ScenarioError
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import Status
+from moe_eplb.device.environment import CONNECTIONS
 from moe_eplb.session import RankPool, RunResult
 
 GPUS = torch.cuda.device_count()
@@ -69,6 +71,8 @@ def _loads(path: Path, changes: list[str]) -> bool:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
+    # A GPU has channels for some thirty processes that take as many as they can; beside other pools there are more.
+    os.environ.setdefault(CONNECTIONS, "8")
     with RankPool() as ranks:
         ranks.reserve(max(scenarios.load(path).ranks for path in FILES))
         yield ranks

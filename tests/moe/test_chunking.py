@@ -52,14 +52,16 @@ def test_parts_cover_all_tokens_in_order_and_differ_by_one(tokens: int, chunks: 
     assert [part.index for part in parts] == list(range(chunks))
 
 
-@given(tokens=st.lists(st.integers(0, 100), min_size=1, max_size=8), limit=st.integers(8, 50))
-def test_no_pass_has_more_tokens_than_the_limit(tokens: list[int], limit: int) -> None:
-    for padded in (False, True):
-        chunks = chunk_count(tokens, limit, padded=padded)
-        widest = [max(part.rows.stop - part.rows.start for part in split(t, chunks)) for t in tokens]
-        # Times the chunks, in integers. A rank's part is rounded up: each may have one token more than its exact share.
-        total = len(tokens) * max(widest) * chunks if padded else sum(tokens)
-        assert total <= (limit + (len(tokens) if padded else 0)) * chunks
+@given(tokens=st.lists(st.integers(0, 100), min_size=1, max_size=64), limit=st.integers(1, 150), padded=st.booleans())
+def test_no_pass_has_more_tokens_than_the_limit(tokens: list[int], limit: int, padded: bool) -> None:
+    chunks = chunk_count(tokens, limit, padded=padded)
+    sizes = [[part.rows.stop - part.rows.start for part in split(t, chunks)] for t in tokens]
+    passes = [len(of_ranks) * max(of_ranks) if padded else sum(of_ranks) for of_ranks in zip(*sizes, strict=True)]
+    assert 1 <= chunks <= max(1, *tokens)
+    assert max(passes) <= max(limit, len(tokens)), "or one token of each rank"
+    if chunks > 1:
+        fewer = [-(-t // (chunks - 1)) for t in tokens]
+        assert limit < (len(tokens) * max(fewer) if padded else sum(fewer)), "no more chunks than it takes"
 
 
 def test_first_and_last_are_meant_within_the_iteration() -> None:

@@ -253,3 +253,13 @@ def test_methods_on_a_gpu_choose_like_those_on_a_cpu(
     wanted_ids, wanted = make(k).apply(logits)
     assert (ids.cpu() == wanted_ids).float().mean() > 0.999, "rounding may change a close choice"
     torch.testing.assert_close(scales.cpu(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_supplied_ids_that_are_no_experts_are_handed_on() -> None:
+    """Whoever routes ignores them."""
+    method = SuppliedMoeRoutingMethod(2)
+    method.supply(torch.tensor([[0, -1], [7, 3]], dtype=torch.int32))
+    method.begin(2)
+    ids, scales = method.apply(torch.randn(2, 4))
+    assert ids.tolist() == [[0, -1], [7, 3]]
+    assert torch.isfinite(scales).all()

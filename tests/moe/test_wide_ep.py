@@ -13,7 +13,7 @@ from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, MoeLoadBalancerI
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.device import AuxStreamType, Device, get_device
-from moe_eplb.moe import MoeShape, SuppliedMoeRoutingMethod, WideEPMoE
+from moe_eplb.moe import MoeShape, RenormalizeMoeRoutingMethod, SuppliedMoeRoutingMethod, WideEPMoE, create_moe
 from tests.support.moe_layers import (
     EXPERTS,
     HIDDEN,
@@ -306,6 +306,43 @@ CANNOT_CARRY = [("allgather", "gathered"), ("alltoall", "global_ids"), ("symm_me
 def test_statistics_that_the_dispatch_cannot_carry_are_refused(dispatch: str, statistics: str) -> None:
     with pytest.raises(BalancerError, match="E154"):
         _layer(get_device("cpu", NullSink()), dispatch=dispatch, statistics=statistics)
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather", "symm_mem"])
+@pytest.mark.parametrize(
+    ("x", "logits"),
+    [
+        (torch.zeros(5, HIDDEN, dtype=torch.float16), torch.zeros(5, EXPERTS)),
+        (torch.zeros(5, HIDDEN, dtype=torch.float32), torch.zeros(5, EXPERTS)),
+        (torch.zeros(5, HIDDEN // 2, dtype=torch.bfloat16), torch.zeros(5, EXPERTS)),
+        (torch.zeros(1, 5, HIDDEN, dtype=torch.bfloat16), torch.zeros(5, EXPERTS)),
+        (torch.zeros(5, HIDDEN, dtype=torch.bfloat16), torch.zeros(4, EXPERTS)),
+        (torch.zeros(5, HIDDEN, dtype=torch.bfloat16), torch.zeros(5, EXPERTS + 2)),
+        (torch.tensor(0.0, dtype=torch.bfloat16), torch.zeros(0, EXPERTS)),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(dispatch: str, x: torch.Tensor, logits: torch.Tensor) -> None:
+    """Most of them would give an output, and a wrong one."""
+    moe = _layer(get_device("cpu", NullSink()), dtype=torch.bfloat16, dispatch=dispatch)
+    assert isinstance(moe.routing_method, SuppliedMoeRoutingMethod)
+    moe.routing_method.supply(torch.zeros(len(logits), TOP_K, dtype=torch.int32))
+    with pytest.raises(BalancerError, match=rf"E217(.|\n)*torch.bfloat16 \[T, {HIDDEN}\]"):
+        moe(x, logits)
+
+
+@pytest.mark.parametrize("backend", ["fused", "grouped"])
+def test_layers_that_exchange_nothing_refuse_them_too(backend: str) -> None:
+    layer = create_moe(
+        RenormalizeMoeRoutingMethod(2), num_experts=4, hidden_size=16, intermediate_size=16, dtype=torch.bfloat16,
+        device=get_device("cpu", NullSink()), backend=backend,
+    )  # fmt: skip
+    with pytest.raises(BalancerError, match="E217"):
+        layer(torch.zeros(5, 16, dtype=torch.float16), torch.zeros(5, 4))
+
+
+def test_no_slots_are_no_default() -> None:
+    with pytest.raises(BalancerError, match="E157"):
+        _layer(get_device("cpu", NullSink()), num_slots=0)
 
 
 def test_symmetric_memory_and_chunks_are_refused_together() -> None:

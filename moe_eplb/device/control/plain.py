@@ -87,8 +87,12 @@ def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: in
 def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) -> None:
     """Fold the counts of all ranks, int [N, E], which are summed, into the load, unless this iteration does not count.
 
+    Negative ones are int32 that went over, and are noted.
+
     ``load = load * decay + mean of the last W counts``, each operation rounded to float32 by itself.
     """
+    if bool((counts < 0).any()):
+        model.overflow[layer.layer] = int(model.turn[0]) + 1
     if int(model.turn[1]):
         total = counts.to(torch.int64).sum(0)
         window, folded = layer.recent.shape[0], int(layer.folded)

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from moe_eplb.device.control.stack import LayerStack
 from moe_eplb.device.control.state import LANES, ModelState
-from moe_eplb.device.control.triton_control import _fold, _hand_over, _settle, _vote, block_of
+from moe_eplb.device.control.triton_control import _settle, _vote
+from moe_eplb.device.control.triton_load import _add_to_load, _hand_over, block_of
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["hand_over_all", "settle_and_fold_all", "vote_all"]
@@ -85,7 +86,7 @@ def _settle_and_fold_all(
     layer = tl.program_id(0)
     row = message + layer * (experts + _LANES)
     _settle(turn, due, decision, reports, row + experts, 0, layer, layers, kept, ranks, 1, True)
-    _fold(
+    _add_to_load(
         turn, stages, row, 0, load + layer * experts, recent + layer * window * experts, folded + layer,
         reduced + layer * experts, decay, layer, experts, 1, window, block,
     )  # fmt: skip

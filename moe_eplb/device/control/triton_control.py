@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
 from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
+from moe_eplb.device.control.triton_load import _add_to_load, block_of, fold, hand_over
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["begin", "block_of", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
@@ -62,15 +63,6 @@ def settle(model: ModelState, following: LayerState, lanes: Tensor, *, ranks: in
     )  # fmt: skip
 
 
-def fold(model: ModelState, layer: LayerState, counts: Tensor, *, decay: float) -> None:
-    """See `plain.fold`."""
-    _fold[(1,)](
-        model.turn, model.stages, counts, counts.stride(0), layer.load, layer.recent, layer.folded, layer.reduced,
-        decay, layer.layer, layer.experts, rows=counts.shape[0], window=layer.recent.shape[0],
-        block=block_of(layer.experts), num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
 def settle_and_fold(
     model: ModelState, layer: LayerState, following: LayerState, message: Tensor, *, ranks: int, decay: float
 ) -> None:
@@ -80,20 +72,6 @@ def settle_and_fold(
         layer.folded, layer.reduced, decay, layer.layer, following.layer, model.layers, model.reports.shape[0], ranks,
         layer.experts, window=layer.recent.shape[0], block=block_of(layer.experts), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:
-    """See `plain.hand_over`."""
-    _hand_over[(1,)](
-        model.turn, model.due, model.decision, model.stages, model.rung, model.bell, layer.load, layer.handed_load,
-        layer.handed, layer.layer, layer.experts, delay, block=block_of(layer.experts), releases=model.turn.is_cuda,
-        num_warps=4,
-    )  # fmt: skip
-
-
-def block_of(size: int) -> int:
-    """Entries of the block that holds `size` values."""
-    return max(16, int(triton.next_power_of_2(size)))
 
 
 @declares(writes=["turn"])
@@ -201,34 +179,6 @@ def _sum_lane(lane, stride, rows: tl.constexpr):
     return total
 
 
-@declares(writes=["stages", "load", "recent", "folded", "reduced"])
-@triton.jit(do_not_specialize=["stride", "decay", "layer", "experts"])
-def _fold(
-    turn, stages, counts, stride, load, recent, folded, reduced, decay, layer, experts, rows: tl.constexpr,
-    window: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    counting = tl.load(turn + 1) != 0
-    expert = tl.arange(0, block)
-    mask = (expert < experts) & counting
-    total = tl.zeros([block], dtype=tl.int64)
-    for row in range(rows):
-        total += tl.load(counts + row * stride + expert, mask=mask, other=0).to(tl.int64)
-    done = tl.load(folded)
-    newest = done % window
-    summed = total
-    filled = tl.minimum(done + 1, window)
-    for place in range(window):
-        summed += tl.load(recent + place * experts + expert, mask=mask & (place != newest) & (place < filled), other=0)
-    sample = tl.div_rn(summed.to(tl.float32), filled.to(tl.float32))
-    decayed = tl.load(load + expert, mask=mask, other=0.0) * decay
-    tl.store(load + expert, decayed + sample, mask=mask)
-    tl.store(recent + newest * experts + expert, total, mask=mask)
-    tl.store(reduced + expert, total, mask=mask)
-    tl.store(stages + layer * 4 + 2, tl.load(turn))
-    tl.debug_barrier()
-    tl.store(folded, done + 1, mask=counting)
-
-
 @declares(writes=["decision", "reports", "stages", "load", "recent", "folded", "reduced"])
 @triton.jit(do_not_specialize=["decay", "layer", "following", "layers", "kept", "ranks", "experts"])
 def _settle_and_fold(
@@ -236,53 +186,4 @@ def _settle_and_fold(
     ranks, experts, window: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     _settle(turn, due, decision, reports, message + experts, 0, following, layers, kept, ranks, 1, False)
-    _fold(turn, stages, message, 0, load, recent, folded, reduced, decay, layer, experts, 1, window, block)
-
-
-@declares(writes=["due", "decision", "stages", "rung", "bell", "load", "handed_load", "handed"])
-@triton.jit(do_not_specialize=["layer", "experts", "delay"])
-def _hand_over(
-    turn, due, decision, stages, rung, bell, load, handed_load, handed, layer, experts, delay, block: tl.constexpr,
-    releases: tl.constexpr,
-):  # fmt: skip
-    iteration = tl.load(turn)
-    tl.store(stages + layer * 4 + 3, iteration)
-    if tl.load(turn + 2 + layer) != 0:
-        gives = tl.load(due + layer) < 0
-        expert = tl.arange(0, block)
-        mask = (expert < experts) & gives
-        tl.store(handed_load + expert, tl.load(load + expert, mask=mask, other=0.0), mask=mask)
-        tl.store(handed, iteration, mask=gives)
-        count = tl.load(rung) + 1
-        tl.debug_barrier()  # the load is read, and what the host shall see is on its way
-        tl.store(load + expert, tl.zeros([block], dtype=tl.float32), mask=mask)
-        tl.store(due + layer, iteration + delay, mask=gives)
-        tl.store(decision + layer, -1, mask=gives)
-        tl.store(rung, count)
-        if releases:
-            _ring(bell, count)
-        else:  # the interpreter has no machine instructions, and its host runs it in the order that is written here
-            tl.store(bell, count)
-
-
-@triton.jit
-def _ring(bell, count):
-    """Store `count` in host memory, seen there after all that the program has stored before its last barrier.
-
-    Not by an atomic exchange: on GPUs that reach the host over PCIe, atomic operations of the system's scope on host
-    memory are not supported (`hostNativeAtomicSupported` is 0; memcheck refuses them), and none is needed, for nobody
-    else writes the word. A store that releases is ordered alike. One thread makes it.
-    """
-    tl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred first;
-            .reg .u32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 first, thread, 0;
-            @first st.release.sys.global.u32 [$1], $2;
-            mov.u32 $0, $2;
-        }
-        """,
-        "=r,l,r,~{memory}", [bell.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    _add_to_load(turn, stages, message, 0, load, recent, folded, reduced, decay, layer, experts, 1, window, block)

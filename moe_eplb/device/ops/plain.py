@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.ops.plain_sends import add_returned, arrive, order_sends, send_rows
 
 __all__ = [
@@ -193,7 +194,12 @@ def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
-    """Write columns int32 [T, W_i], at most four, side by side into rows int32 [B, W]; all other words become -1."""
+    """Write columns int32 [T, W_i], at most four, side by side into rows int32 [B, W]; all other words become -1.
+
+    Raises:
+        ValueError: When they do not fit.
+    """
+    require_columns(columns, rows)
     tokens, begin = columns[0].shape[0], 0
     rows.fill_(-1)
     for column in columns:

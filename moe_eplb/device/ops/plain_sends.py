@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_rows import require_columns
+
 __all__ = ["MARKS", "Arrived", "add_returned", "arrive", "needed_by", "order_sends", "send_rows"]
 
 MARKS = 3
@@ -75,7 +77,11 @@ def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank
         token_at: From `order_sends`.
         rows: int32 [R * B, W], W at least the sum of W_i and marks.
         rank: The source.
+
+    Raises:
+        ValueError: When they do not fit.
     """
+    require_columns(columns, rows, MARKS)
     line = torch.arange(len(rows), device=rows.device)
     used = (token_at >= 0).unsqueeze(1)
     token, begin = token_at.clamp(min=0).long(), 0

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["add_blocks", "combine", "pack_rows", "swiglu"]
+__all__ = ["add_blocks", "combine", "pack_rows", "swiglu", "word_of"]
 
 _ELEMENTS = 4096
 """Results of one program of SwiGLU."""
@@ -67,6 +68,7 @@ def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
     """See `plain.pack_rows`."""
+    require_columns(columns, rows)
     if not rows.numel():
         return
     given = [column.contiguous() for column in columns]
@@ -141,16 +143,17 @@ def _pack_rows(
     word = tl.program_id(1) * block + tl.arange(0, block)
     real = row < tokens
     value = tl.full([block], -1, dtype=tl.int32)
-    value = _column(first, value, row, word, width1, real)
+    value = word_of(first, value, row, word, width1, real)
     word2 = word - width1
-    value = _column(second, value, row, word2, width2, real)
+    value = word_of(second, value, row, word2, width2, real)
     word3 = word2 - width2
-    value = _column(third, value, row, word3, width3, real)
-    value = _column(fourth, value, row, word3 - width3, width4, real)
+    value = word_of(third, value, row, word3, width3, real)
+    value = word_of(fourth, value, row, word3 - width3, width4, real)
     tl.store(rows + row * words + word, value, mask=word < words)
 
 
 @triton.jit
-def _column(column, value, row, word, width, real):
+def word_of(column, value, row, word, width, real):
+    """`value` with the words that lie within a column of that width instead."""
     mine = (word >= 0) & (word < width) & real
     return tl.where(mine, tl.load(column + row * width + word, mask=mine, other=0), value)

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.ops.plain_sends import MARKS, Arrived
+from moe_eplb.device.ops.triton_rows import word_of
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["add_returned", "arrive", "order_sends", "send_rows"]
@@ -32,6 +34,7 @@ def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int
 
 def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int) -> None:
     """See `plain_sends.send_rows`."""
+    require_columns(columns, rows, MARKS)
     if not rows.numel():
         return
     first, second, third = (column.contiguous() for column in columns)
@@ -111,19 +114,13 @@ def _send_rows(
     word3 = word2 - width2
     mark = word3 - width3
     value = tl.full([block], -1, dtype=tl.int32)
-    value = _column(first, value, token, word, width1, used)
-    value = _column(second, value, token, word2, width2, used)
-    value = _column(third, value, token, word3, width3, used)
+    value = word_of(first, value, token, word, width1, used)
+    value = word_of(second, value, token, word2, width2, used)
+    value = word_of(third, value, token, word3, width3, used)
     value = tl.where(used & (mark == 0), token.to(tl.int32), value)
     value = tl.where(used & (mark == 1), rank, value)
     value = tl.where(used & (mark == 2), row.to(tl.int32), value)
     tl.store(rows + row * words + word, value, mask=(mark < 3) & (used | (word3 >= 0)))
-
-
-@triton.jit
-def _column(column, value, row, word, width, real):
-    mine = (word >= 0) & (word < width) & real
-    return tl.where(mine, tl.load(column + row * width + word, mask=mine, other=0), value)
 
 
 @declares(writes=["slots", "checked", "token", "marks"])
