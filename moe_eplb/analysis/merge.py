@@ -1,8 +1,9 @@
 """Traces of several ranks as one, on one clock.
 
-Clocks are aligned by offsets that the caller knows; else, when every file says what its wall clock was, by that; else
-by collectives that all ranks took part in: no rank leaves one before the last has come, so the ranks' ends lie close
-together and the median of their differences is the offset. How far it can be off is kept and said.
+Clocks are aligned by offsets that the caller knows; else by collectives that all ranks took part in: no rank leaves one
+before the last has come, so the ranks' ends lie close together and the median of their differences is the offset. Where
+there are too few of them, or they do not agree, the wall clocks that the files state are what is left. How far a clock
+can be off is kept and said.
 """
 
 from __future__ import annotations
@@ -96,25 +97,33 @@ def align(captures: Sequence[Capture], offsets: Sequence[int] = ()) -> list[Alig
 
 def _one(first: Capture, other: Capture, by_clock: int | None) -> Alignment:
     differences = _end_differences(first, other)
+    count = f"{len(differences)} common collectives"
     if len(differences) < _FEW:
         if by_clock is None:
-            return Alignment(other.source, 0, f"nothing to align by: {len(differences)} common collectives", None)
+            return Alignment(other.source, 0, f"nothing to align by: {count}", None)
         return Alignment(other.source, by_clock, "by wall clock", None)
     offset = int(np.median(differences))
     spread = int(np.percentile(np.abs(differences - offset), 75))
-    return Alignment(other.source, offset, f"by {len(differences)} common collectives", spread)
+    if spread > _CERTAIN_NS and by_clock is not None:
+        return Alignment(other.source, by_clock, f"by wall clock, since {count} differ by {spread} ns", None)
+    return Alignment(other.source, offset, f"by {count}", spread)
 
 
 def _end_differences(first: Capture, other: Capture) -> NDArray[np.int64]:
-    """End on the first minus end on the other, for each collective that both have."""
-    from moe_eplb.analysis.roles import classify  # roles need ranges, which need captures
+    """End on the first minus end on the other, for each collective that both have.
+
+    Those that no rank can leave early tell more than others, and others are asked only where they are few.
+    """
+    from moe_eplb.analysis.roles import with_roles  # roles need ranges, which need captures
 
     names = Names()
     parts = [_moved(one, names, 0, number) for number, one in enumerate((first, other))]
     tables = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    both = replace(first, names=tuple(names), streams=first.streams | other.streams).with_tables(tables)
-    found = match_collectives(both, classify(both))
-    ends = both.gpu["end"][found.rows]
+    both = with_roles(replace(first, names=tuple(names), streams=first.streams | other.streams).with_tables(tables))
+    rows = match_collectives(both, all_wait=True).rows
+    if len(rows) < _FEW:
+        rows = match_collectives(both).rows
+    ends = both.gpu["end"][rows]
     return ends[:, 0] - ends[:, 1] if ends.shape[1] == 2 else np.empty(0, np.int64)
 
 

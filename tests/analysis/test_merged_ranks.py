@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
+from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.collective_rows import collective_rows
 from moe_eplb.analysis.collectives import straggling
 from moe_eplb.analysis.merge import align, merge
 from moe_eplb.analysis.readers.any import read_capture, read_captures
@@ -19,6 +22,8 @@ from tests.analysis.captures import MakeCapture
 from tests.analysis.profiler_traces import expert_parallel
 
 NCCL = "ncclDevKernel_AllReduce"
+RECORDED = Path(__file__).resolve().parents[2] / "traces" / "recorded"
+TWO_GPUS = sorted(path.name for path in RECORDED.glob("*_2gpu.nsys.sqlite.xz"))
 
 
 def _rank(rank: int, starts: list[int], ends: list[int], clock: int = 0) -> Capture:
@@ -30,6 +35,66 @@ def _rank(rank: int, starts: list[int], ends: list[int], clock: int = 0) -> Capt
         made.gpu(Role.COMM, clock + start, clock + end, 20, NCCL, rank=rank)
         before = clock + end
     return replace(made.done(), source=f"rank {rank}")
+
+
+def _of_rank(capture: Capture, rank: int) -> Capture:
+    tables = {
+        name: table[table["rank"] == rank] if "rank" in (table.dtype.names or ()) else table
+        for name, table in capture.tables().items()
+    }
+    streams = {key: name for key, name in capture.streams.items() if key[0] == rank}
+    return replace(capture, source=f"rank {rank}", streams=streams).with_tables(tables)
+
+
+def _with_work_beside(rank: int, clock: int = 0) -> Capture:
+    """Ten collectives, and in the range of each nine copies, fills and kernels at times of the rank's own."""
+    made, chance = MakeCapture(), Random(rank)
+    for start in range(clock, clock + 10**9, 10**8):
+        made.range("dispatch", start, start + 10**7, domain="moe_eplb")
+        for launch in range(9):
+            kind, name = ((c.MEMCPY, "Memcpy HtoD"), (c.MEMSET, "Memset"), (c.KERNEL, "_pack_rows"))[launch % 3]
+            beside = start + chance.randrange(10**7, 8 * 10**7)
+            made.launched(None, start + 100 * launch, beside, beside + 10, name=name, kind=kind)
+        made.launched(None, start + 1000, start + 9 * 10**7, start + 9 * 10**7 + 1000 + rank, name=NCCL)
+    tables = {name: table.copy() for name, table in made.done().tables().items()}
+    for name in ("gpu", "calls", "ranges"):
+        tables[name]["rank"] = rank
+    return replace(made.done(), source=f"rank {rank}").with_tables(tables)
+
+
+@pytest.mark.parametrize("name", TWO_GPUS)
+def test_ranks_of_a_recorded_job_find_the_clock_that_they_had(name: str) -> None:
+    whole = read_capture(RECORDED / name)
+    first, other = align([replace(_of_rank(whole, rank), utc=None) for rank in (0, 1)])
+    assert first.offset == 0
+    assert abs(other.offset) < 1000
+    assert other.certain
+    rows, _ = collective_rows(prepare(whole))
+    assert {(row.name[:10], row.count) for row in rows} == {("ncclDevKer", 8)}
+    assert len(rows) == 3
+
+
+def test_what_lies_beside_a_collective_in_its_range_is_none() -> None:
+    captures = [_with_work_beside(0), _with_work_beside(1, 10**9)]
+    _, alignment = align(captures)
+    assert (alignment.offset, alignment.certain) == (-(10**9) - 1, True)
+    merged = prepare(merge(captures))
+    communication = merged.gpu["role"] == c.ROLE_CODE[Role.COMM]
+    assert communication.all()
+    rows, unmatched = collective_rows(merged)
+    assert [(row.name, row.count, row.skew_max_ns) for row in rows] == [(NCCL, 10, 1)]
+    assert unmatched == 0
+
+
+def test_a_table_of_the_users_says_which_kernels_are_collectives(tmp_path: Path) -> None:
+    made = MakeCapture()
+    for rank in (0, 1):
+        made.gpu(None, 10 + rank, 20, name="my_gather_kernel", rank=rank)
+    assert collective_rows(prepare(made.done())) == ((), 0)
+    table = tmp_path / "roles.yaml"
+    table.write_text("kernels:\n  - {role: comm, name: '^my_gather_kernel$'}\n")
+    ((row,), _) = collective_rows(prepare(made.done(), tables=[table]))
+    assert (row.name, row.count, row.skew_max_ns) == ("my_gather_kernel", 1, 1)
 
 
 def test_clocks_are_aligned_by_common_collectives() -> None:
@@ -86,6 +151,9 @@ def test_clocks_that_collectives_do_not_agree_on_are_uncertain() -> None:
     other = _rank(1, [100, 500_000, 3 * 10**6], [200, 500_100, 3 * 10**6 + 100])
     assert not align([first, other])[1].certain
     assert "give or take" in merge([first, other]).notes[0]
+    _, alignment = align([replace(first, utc=10**18), replace(other, utc=10**18 + 500)])
+    assert (alignment.offset, alignment.uncertain_ns) == (500, None)
+    assert "by wall clock, since 3 common collectives differ by 750000 ns" in str(alignment)
 
 
 def test_one_rank_twice_is_an_error() -> None:
@@ -114,7 +182,7 @@ def test_who_came_last_and_how_long_the_others_waited() -> None:
     first = _rank(0, [100, 300, 600], [200, 400, 700])
     other = _rank(1, [150, 290, 699], [200, 400, 700])
     merged = merge([first, other], [0, 0])
-    found = straggling(merged, merged.gpu["role"])
+    found = straggling(merged)
     assert found.late.tolist() == [[0, 50], [10, 0], [0, 99]]
     assert found.waited.tolist() == [[50, 0], [0, 10], [99, 0]]
     assert found.last.tolist() == [1, 0, 1]
@@ -125,5 +193,5 @@ def test_who_came_last_and_how_long_the_others_waited() -> None:
 
 def test_collectives_without_a_partner_are_counted_and_not_guessed() -> None:
     merged = merge([_rank(0, [10, 30], [20, 40]), _rank(1, [10], [20])], [0, 0])
-    found = straggling(merged, merged.gpu["role"])
+    found = straggling(merged)
     assert (found.unmatched, len(found.name), found.imbalance.tolist()) == (3, 0, [])
