@@ -87,7 +87,8 @@ def collective_kernels(capture: Capture, *, all_wait: bool = False) -> NDArray[n
     chosen: NDArray[np.bool_] = waits[gpu["name"]]
     if not all_wait:
         chosen |= np.isin(gpu["named"], [*_TELLS_NOTHING, *_COMMUNICATION])
-    return chosen & np.isin(gpu["role"], _COMMUNICATION) & (gpu["kind"] == c.KERNEL)
+    chosen &= np.isin(gpu["role"], _COMMUNICATION) & (gpu["kind"] == c.KERNEL)
+    return chosen
 
 
 def match_collectives(capture: Capture, *, all_wait: bool = False) -> Collectives:

@@ -13,16 +13,19 @@ from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.collective_rows import collective_rows
 from moe_eplb.analysis.collectives import straggling
-from moe_eplb.analysis.merge import align, merge
+from moe_eplb.analysis.merge import align, merge, merge_aligned
+from moe_eplb.analysis.order_check import check_order
 from moe_eplb.analysis.readers.any import read_capture, read_captures
 from moe_eplb.analysis.roles import prepare
+from moe_eplb.analysis.trace_report import TraceReport, make_trace_report
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.events import Role
 from tests.analysis.captures import MakeCapture
 from tests.analysis.profiler_traces import expert_parallel
 
 NCCL = "ncclDevKernel_AllReduce"
-RECORDED = Path(__file__).resolve().parents[2] / "traces" / "recorded"
+TRACES = Path(__file__).resolve().parents[2] / "traces"
+RECORDED = TRACES / "recorded"
 TWO_GPUS = sorted(path.name for path in RECORDED.glob("*_2gpu.nsys.sqlite.xz"))
 
 
@@ -159,6 +162,51 @@ def test_clocks_that_collectives_do_not_agree_on_are_uncertain() -> None:
 def test_one_rank_twice_is_an_error() -> None:
     with pytest.raises(TraceError, match="rank 0 is in rank 0 and in rank 0"):
         merge([_rank(0, [1], [2]), _rank(0, [1], [2])])
+
+
+def test_the_alignment_that_is_told_is_the_one_that_is_applied() -> None:
+    captures = [replace(_rank(0, [100, 300, 500], [200, 400, 600], clock), rank_source="counted") for clock in (0, 77)]
+    merged, told = merge_aligned(captures)
+    assert [alignment.offset for alignment in align(captures)] == [0, -77]
+    assert told == [str(alignment) for alignment in align(captures)]
+    assert merged.gpu["start"].tolist() == [0, 100, 200, 300, 400, 500] * 2
+
+
+def test_of_one_rank_twice_nothing_is_common() -> None:
+    captures = [_rank(0, [100, 300, 500], [200, 400, 600], clock) for clock in (0, 77)]
+    assert "nothing to align by: 0 common collectives" in str(align(captures)[1])
+
+
+def test_no_time_becomes_negative() -> None:
+    first = replace(_rank(0, [10], [20], clock=5), utc=10**18)
+    merged, told = merge_aligned([first, _rank(1, [10], [20])], [0, -1000])
+    assert merged.gpu["start"].tolist() == [1005, 1015, 0, 10]
+    assert merged.utc == 10**18 - 1000
+    assert told[-1] == merged.notes[-1] == "all times were moved by 1000 ns, so that none is negative"
+    assert merge([first], [-5]).notes == ()
+
+
+@pytest.mark.parametrize(("offsets", "code"), [((0, 2**62), "E066"), ((-(2**61), 2**61), "E066"), ((0, 2**61), "E062")])
+def test_clocks_too_far_apart_are_an_error(offsets: tuple[int, int], code: str) -> None:
+    with pytest.raises(TraceError, match=code):
+        merge([_rank(0, [10], [20]), _rank(1, [10], [20])], offsets)
+
+
+def _reported(capture: Capture, moved: int) -> TraceReport:
+    """The report on a capture, with its only times of day moved back."""
+    prepared = prepare(capture)
+    report = make_trace_report(prepared, checks=check_order(prepared).checks)
+    exposed = tuple(replace(one, start=one.start - moved, end=one.end - moved) for one in report.exposed)
+    return replace(report, exposed=exposed)
+
+
+@pytest.mark.parametrize("moved", [1, 10**6 + 7, 10**15])
+@pytest.mark.parametrize(
+    "name", ["good_captures/path_b.nsys.sqlite.gz", "good_captures/path_c.trace.sqlite.gz", f"recorded/{TWO_GPUS[0]}"]
+)
+def test_a_constant_shift_changes_no_result(name: str, moved: int) -> None:
+    capture = read_capture(TRACES / name)
+    assert _reported(merge([capture], [moved]), moved) == _reported(capture, 0)
 
 
 def test_files_that_do_not_state_their_rank_are_numbered() -> None:
