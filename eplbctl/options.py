@@ -14,8 +14,8 @@ from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
 __all__ = [
-    "PATH", "Destination", "format_option", "layers_option", "loads_options", "output_options", "overrides_option",
-    "recorder_option", "trace_options",
+    "OFFSET", "PATH", "Destination", "format_option", "layers_option", "loads_options", "output_options",
+    "overrides_option", "recorder_option", "trace_options",
 ]  # fmt: skip
 
 Function = Callable[..., Any]
@@ -33,6 +33,8 @@ class _Path(click.Path):
 
 
 PATH = _Path(path_type=Path)
+OFFSET = click.IntRange(-(1 << 60), 1 << 60)
+"""ns that may be added to times; more, and sums of times would not fit 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def trace_options(function: Function) -> Function:
         help="YAML that says which ranges are calls. Repeatable.",
     )
     @click.option(
-        "--offset", "offsets", multiple=True, type=int, help="ns to add to each trace's times, in their order."
+        "--offset", "offsets", multiple=True, type=OFFSET, help="ns to add to each trace's times, in their order."
     )
     @functools.wraps(function)
     def wrapper(

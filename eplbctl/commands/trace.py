@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option, output_options
+from eplbctl.options import OFFSET, PATH, Destination, format_option, output_options
 from eplbctl.output import place_file, require_room, require_writable, say
 from eplbctl.signals import held, released
 from moe_eplb.core.errors import UsageError
@@ -119,7 +119,9 @@ def convert(trace: Path, output: Path, form: str | None, rank: int | None, force
 @command.command()
 @click.argument("traces", nargs=-1, required=True, type=PATH, metavar="TRACE...")
 @click.option("-o", "--output", type=PATH, required=True, help="Write to this SQLite file.")
-@click.option("--offset", "offsets", multiple=True, type=int, help="ns to add to each trace's times, in their order.")
+@click.option(
+    "--offset", "offsets", multiple=True, type=OFFSET, help="ns to add to each trace's times, in their order."
+)
 @click.option("--force", is_flag=True, help="Overwrite the output file if it exists.")
 def merge(traces: tuple[Path, ...], output: Path, offsets: tuple[int, ...], force: bool) -> None:
     """Write the traces of several ranks as one, on one clock, and say how sure that clock is.
@@ -128,8 +130,7 @@ def merge(traces: tuple[Path, ...], output: Path, offsets: tuple[int, ...], forc
     Example:
       eplbctl trace merge rank0.json.gz rank1.json.gz -o job.sqlite
     """
-    from moe_eplb.analysis.merge import align
-    from moe_eplb.analysis.merge import merge as merged
+    from moe_eplb.analysis.merge import merge_aligned
     from moe_eplb.analysis.readers.any import read_capture
 
     if len(traces) < 2:
@@ -137,10 +138,8 @@ def merge(traces: tuple[Path, ...], output: Path, offsets: tuple[int, ...], forc
     require_writable(output, force=force)
     for trace in traces:
         _require_another(trace, output)
-    captures = [read_capture(trace) for trace in traces]
-    whole = merged(captures, offsets)
-    for alignment in align(captures, offsets):
-        say(str(alignment), err=True)
+    whole, moved = merge_aligned([read_capture(trace) for trace in traces], offsets)
+    say("\n".join(moved), err=True)
     _write(whole, output, "sqlite")
 
 

@@ -56,6 +56,7 @@ GPU = np.dtype(
         ("iteration", "<i4"),
         ("kind", "u1"),
         ("role", "u1"),  # UNSET_ROLE unless the source itself says what the event is
+        ("named", "u1"),  # the role that its name alone tells; UNSET_ROLE where the source says the role
     ]
 )
 CALL = np.dtype(
@@ -176,7 +177,7 @@ def filled(dtype: np.dtype[Any], count: int, **columns: Any) -> Table:
         OverflowError: a value does not fit its column.
     """
     table = np.empty(count, dtype)
-    defaults = {"payload": NO_PAYLOAD, "role": UNSET_ROLE, "kind": 0, "bytes": 0}
+    defaults = {"payload": NO_PAYLOAD, "role": UNSET_ROLE, "named": UNSET_ROLE, "kind": 0, "bytes": 0}
     for name in dtype.names or ():
         value = columns.pop(name, None)
         kind = dtype[name]

@@ -33,11 +33,11 @@ class CollectiveRow:
 
 
 def collective_rows(capture: Capture) -> tuple[tuple[CollectiveRow, ...], int]:
-    """Rows by name, those that cost most waiting first, and how many kernels found no partner on some rank.
+    """Rows by name, those that cost most waiting first, and how many of them found no partner on some rank.
 
     Of a single rank there are none.
     """
-    found = straggling(capture, capture.gpu["role"])
+    found = straggling(capture)
     if len(found.ranks) < 2:
         return (), 0  # nobody to be early or late against
     names, group = np.unique(np.array(found.name, dtype=object), return_inverse=True)

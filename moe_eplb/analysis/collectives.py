@@ -1,7 +1,9 @@
 """The same collective on every rank: who came last, how long the others waited, how uneven the work before it was.
 
-A collective is the n-th communication kernel of its name on its rank. All ranks leave a collective at about the same
-time, since none can end before the last has come, so what lies between a rank's start and the last start is waiting.
+A collective is a kernel that communicates by its role, unless its name tells of something else: the range around a
+collective gives its role to copies, fills and small kernels beside it, too. The n-th of a name on each rank belong
+together. All ranks leave a collective at about the same time, since none can end before the last has come, so what lies
+between a rank's start and the last start is waiting.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ from moe_eplb.analysis.grouping import members
 from moe_eplb.analysis.intervals import coverage, intervals, union
 from moe_eplb.core.events import Role
 
-__all__ = ["Collectives", "Straggling", "match_collectives", "straggling"]
+__all__ = ["Collectives", "Straggling", "collective_kernels", "match_collectives", "stem", "straggling"]
 
 _COMMUNICATION = role_codes((Role.COMM, Role.COMM_WAIT, Role.EPLB_ALLREDUCE))
+_TELLS_NOTHING = [c.UNSET_ROLE, *role_codes((Role.UNKNOWN,))]
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
+_ALL_WAIT = re.compile(
+    r"all_?reduce|all_?gather|reduce_?scatter|barrier|all_?to_?all|^statistic_reduce$|^prepare$", re.IGNORECASE
+)
+"""Collectives in which every rank needs something of every other one; a broadcast's root may leave at once."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Collectives:
     Attributes:
         ranks: Ranks [R].
         rows: Row in `Capture.gpu` [N, R] of each collective on each rank.
-        unmatched: Communication kernels for which some rank has no partner.
+        unmatched: Collectives for which some rank has no partner.
     """
 
     ranks: list[int]
@@ -64,13 +71,34 @@ class Straggling:
         return {rank: int((self.last == rank).sum()) for rank in self.ranks}
 
 
-def match_collectives(capture: Capture, roles: NDArray[np.uint8]) -> Collectives:
-    """Pair the communication kernels of all ranks by name and order.
+def stem(name: str) -> str:
+    """A name without its numbers, which may differ between the ranks."""
+    return _NUMBER.sub("#", name)
+
+
+def collective_kernels(capture: Capture, *, all_wait: bool = False) -> NDArray[np.bool_]:
+    """Which GPU events [G] of a capture that has roles are collectives.
+
+    Args:
+        all_wait: Only those whose names say that no rank can leave them before the last has entered.
+    """
+    gpu = capture.gpu
+    waits = np.array([_ALL_WAIT.search(name) is not None for name in capture.names], np.bool_)
+    chosen: NDArray[np.bool_] = waits[gpu["name"]]
+    if not all_wait:
+        chosen |= np.isin(gpu["named"], [*_TELLS_NOTHING, *_COMMUNICATION])
+    chosen &= np.isin(gpu["role"], _COMMUNICATION) & (gpu["kind"] == c.KERNEL)
+    return chosen
+
+
+def match_collectives(capture: Capture, *, all_wait: bool = False) -> Collectives:
+    """Pair the collectives of all ranks by name and order, see `collective_kernels`.
 
     A name that ranks launched unequally often is left out: which of them belong together cannot be known.
     """
     ranks = np.unique(capture.gpu["rank"]).tolist()
-    of_rank = [_by_name(capture, roles, rank) for rank in ranks]
+    chosen = collective_kernels(capture, all_wait=all_wait)
+    of_rank = [_by_name(capture, chosen & (capture.gpu["rank"] == rank)) for rank in ranks]
     rows: list[NDArray[np.int64]] = []
     unmatched = 0
     for name in dict.fromkeys(name for named in of_rank for name in named):
@@ -85,33 +113,35 @@ def match_collectives(capture: Capture, roles: NDArray[np.uint8]) -> Collectives
     return Collectives(ranks, found[np.argsort(capture.gpu["start"][found[:, 0]], kind="stable")], unmatched)
 
 
-def straggling(capture: Capture, roles: NDArray[np.uint8]) -> Straggling:
-    """Stragglers and imbalance of every collective, on clocks that are taken to be aligned."""
-    found = match_collectives(capture, roles)
+def straggling(capture: Capture) -> Straggling:
+    """Stragglers and imbalance of every collective, on clocks that are taken to be aligned.
+
+    The capture has roles, see `moe_eplb.analysis.roles.prepare`.
+    """
+    found = match_collectives(capture)
     starts, ends = capture.gpu["start"][found.rows], capture.gpu["end"][found.rows]
     count = len(found.rows)
     first, last = (starts.min(axis=1), starts.max(axis=1)) if count else (np.empty(0, np.int64),) * 2
     return Straggling(
         ranks=found.ranks, name=[capture.names[n] for n in capture.gpu["name"][found.rows[:, 0]]],
         late=starts - first[:, np.newaxis], waited=np.minimum(last[:, np.newaxis], ends) - starts,
-        imbalance=_imbalance(capture, roles, found), unmatched=found.unmatched,
+        imbalance=_imbalance(capture, found), unmatched=found.unmatched,
         last=np.array(found.ranks, np.int64)[starts.argmax(axis=1)] if count else np.empty(0, np.int64),
     )  # fmt: skip
 
 
-def _by_name(capture: Capture, roles: NDArray[np.uint8], rank: int) -> dict[str, NDArray[np.int64]]:
-    """Rows of a rank's communication kernels by name without its numbers, in order of start."""
-    gpu = capture.gpu
-    rows = np.flatnonzero((gpu["rank"] == rank) & np.isin(roles, _COMMUNICATION) & (gpu["kind"] != c.UPDATER_WORK))
+def _by_name(capture: Capture, chosen: NDArray[np.bool_]) -> dict[str, NDArray[np.int64]]:
+    """Rows of a rank's collectives by name without its numbers, in order of start."""
+    gpu, rows = capture.gpu, np.flatnonzero(chosen)
     rows = rows[np.argsort(gpu["start"][rows], kind="stable")]
     numbers, used = np.unique(gpu["name"][rows], return_inverse=True)
     stems = Names()
-    of_name = np.array(stems.numbers(_NUMBER.sub("#", capture.names[number]) for number in numbers.tolist()), np.int64)
-    return {stem: np.sort(rows[mine]) for stem, mine in zip(stems, members(of_name[used], len(stems)), strict=True)}
+    of_name = np.array(stems.numbers(stem(capture.names[number]) for number in numbers.tolist()), np.int64)
+    return {name: np.sort(rows[mine]) for name, mine in zip(stems, members(of_name[used], len(stems)), strict=True)}
 
 
-def _imbalance(capture: Capture, roles: NDArray[np.uint8], found: Collectives) -> NDArray[np.float64]:
-    gpu, compute = capture.gpu, np.isin(roles, role_codes((Role.COMPUTE,)))
+def _imbalance(capture: Capture, found: Collectives) -> NDArray[np.float64]:
+    gpu, compute = capture.gpu, np.isin(capture.gpu["role"], role_codes((Role.COMPUTE,)))
     work = np.zeros(found.rows.shape, np.float64)
     for column, rank in enumerate(found.ranks):
         mine = gpu[compute & (gpu["rank"] == rank)]

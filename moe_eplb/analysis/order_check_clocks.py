@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_eplb.analysis.capture import Capture, Names, role_codes
+from moe_eplb.analysis.capture import Capture, Names
+from moe_eplb.analysis.collectives import collective_kernels, stem
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.judges.findings import Findings
-from moe_eplb.core.events import Role
 from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["clocks"]
-
-_COMMUNICATION = role_codes((Role.COMM, Role.COMM_WAIT, Role.EPLB_ALLREDUCE))
-_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
-_ALL_WAIT = re.compile(
-    r"all_?reduce|all_?gather|reduce_?scatter|barrier|all_?to_?all|^statistic_reduce$|^prepare$", re.IGNORECASE
-)
-"""Collectives in which every rank needs something of every other one; a broadcast's root may leave at once."""
 
 
 def clocks(capture: Capture) -> CheckResult:
@@ -47,12 +39,10 @@ def _collectives(capture: Capture) -> NDArray[np.int64]:
     Where ranks have unequally many it cannot be known which belong together, and they are left out.
     """
     gpu, names = capture.gpu, capture.names
-    stems = Names()
-    stem = np.array([stems[_NUMBER.sub("#", name)] if _ALL_WAIT.search(name) else -1 for name in names], np.int64)
-    rows = np.flatnonzero(np.isin(gpu["role"], _COMMUNICATION) & (gpu["rank"] >= 0))
-    rows = rows[stem[gpu["name"][rows]] >= 0]
+    stems = np.array(Names().numbers(map(stem, names)), np.int64)
+    rows = np.flatnonzero(collective_kernels(capture, all_wait=True) & (gpu["rank"] >= 0))
     ranks, of_rank = np.unique(gpu["rank"], return_inverse=True)
-    _, key = distinct_rows([stem[gpu["name"][rows]], gpu["layer"][rows], gpu["iteration"][rows]])
+    _, key = distinct_rows([stems[gpu["name"][rows]], gpu["layer"][rows], gpu["iteration"][rows]])
     counts = np.zeros((int(key.max(initial=-1)) + 1, len(ranks)), np.int64)
     np.add.at(counts, (key, of_rank[rows]), 1)
     even = (counts == counts[:, :1]).all(axis=1)

@@ -86,7 +86,7 @@ def make_report(paths: Sequence[Path], question: Question = EVERYTHING_ASKED) ->
 
     Raises:
         TraceError: a trace cannot be read, see `moe_eplb.analysis.readers.any`, or a run folder is damaged.
-        UsageError: a table of roles or calls is not acceptable.
+        UsageError: E080 a selection leaves nothing of a trace, or a table of roles or calls is not acceptable.
     """
     if len(paths) == 1 and paths[0].is_dir() and not _only_a_trace(paths[0]):
         return _of_run(paths[0], question)
@@ -125,6 +125,7 @@ def _of_capture(
     name: str, capture: Capture, question: Question, run: stages.Report | None = None, measured: Measures | None = None
 ) -> Report:
     capture = prepare(capture, tables=question.role_tables)
+    question.selection.require_some(capture.gpu, capture.source)
     trace = make_trace_report(
         capture, question.selection, check_order(capture, question.call_tables).checks, question.most_exposed
     )

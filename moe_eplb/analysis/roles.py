@@ -24,7 +24,7 @@ from moe_eplb.analysis.ranges import Launches
 from moe_eplb.analysis.role_table import DomainRule, RoleTable, load_role_table
 from moe_eplb.core.events import KINDS, Kind, Role, by_name
 
-__all__ = ["RoleCodes", "RoleTime", "classify", "located", "prepare", "role_times", "unknown_names"]
+__all__ = ["RoleCodes", "RoleTime", "classify", "located", "prepare", "role_times", "unknown_names", "with_roles"]
 
 RoleCodes = NDArray[np.uint8]
 _WAITING = (Role.COMM_WAIT, Role.EPLB_WAIT)
@@ -45,8 +45,14 @@ class RoleTime:
 def prepare(capture: Capture, table: RoleTable | None = None, tables: Sequence[Path] = ()) -> Capture:
     """A capture whose GPU events have roles, iterations and layers, as far as they can be told."""
     table = table or load_role_table(tables)
-    gpu = located(capture, table).gpu.copy()
-    gpu["role"] = classify(capture, table)
+    return with_roles(located(capture, table), table)
+
+
+def with_roles(capture: Capture, table: RoleTable | None = None) -> Capture:
+    """A capture whose GPU events have roles, and beside them those that their names alone tell."""
+    table, gpu = table or load_role_table(), capture.gpu.copy()
+    said = gpu["role"] != c.UNSET_ROLE
+    gpu["role"], gpu["named"] = classify(capture, table), np.where(said, c.UNSET_ROLE, _by_name(capture, table))
     return replace(capture, gpu=gpu)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_eplb.analysis.capture import Table
+from moe_eplb.analysis.grouping import known_numbers
 from moe_eplb.core.errors import UsageError
 
 __all__ = ["EVERYTHING", "Selection", "parse_numbers"]
@@ -47,6 +50,28 @@ class Selection:
     def has_iteration(self, iteration: int) -> bool:
         """Whether an iteration is asked for."""
         return _has(self.iterations, iteration)
+
+    def require_some(self, gpu: Table, where: str) -> None:
+        """Refuse to select nothing of a trace that has GPU events: what is said of nothing looks like a good result.
+
+        Raises:
+            UsageError: E080 no GPU event is asked for.
+        """
+        if not len(gpu) or self.mask(gpu["rank"], gpu["iteration"], gpu["layer"]).any():
+            return
+        why = "the trace has each of them, but not together"
+        for name, only in self._parts():
+            if not only.mask(gpu["rank"], gpu["iteration"], gpu["layer"]).any():
+                numbers = known_numbers(gpu[name.removesuffix("s")])
+                why = f"its {name} are {numbers[0]} to {numbers[-1]}" if numbers else f"it names no {name}"
+                break
+        hint = "eplbctl trace info says what a trace holds"
+        raise UsageError("E080", f"nothing in the trace has {self}", why=why, where=where, hint=hint)
+
+    def _parts(self) -> Iterator[tuple[str, Selection]]:
+        yield "ranks", Selection(ranks=self.ranks)
+        yield "iterations", Selection(iterations=self.iterations)
+        yield "layers", Selection(layers=self.layers)
 
     def __str__(self) -> str:
         named = (("ranks", self.ranks), ("iterations", self.iterations), ("layers", self.layers))

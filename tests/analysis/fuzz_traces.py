@@ -128,7 +128,7 @@ def analyse(capture: Capture) -> None:
     for path in iteration_paths(capture).values():
         assert all(one.end == two.start for one, two in pairwise(path.parts))
         assert sum(path.by_what().values()) == path.length >= 0
-    stragglers = straggling(capture, capture.gpu["role"])
+    stragglers = straggling(capture)
     assert not stragglers.late.size or stragglers.late.min() >= 0
     assert all(math.isfinite(value) and value >= 1 for value in stragglers.imbalance.tolist())
     if len(capture.ranges) <= _FEW:  # it looks at every range for itself

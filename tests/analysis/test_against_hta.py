@@ -139,7 +139,7 @@ def test_nothing_of_an_expert_parallel_trace_reads_nan_or_none(tmp_path: Path) -
             assert part.overlap is not None
             assert 0 < part.overlap < 1
     assert {one.name for one in report.collectives} == {DISPATCH, COMBINE, NOTIFY, CACHED_NOTIFY}
-    stragglers = straggling(capture, capture.gpu["role"])
+    stragglers = straggling(capture)
     communication = np.isin(capture.gpu["role"], role_codes((Role.COMM, Role.COMM_WAIT)))
     assert len(stragglers.name) == communication.sum() // 2
     assert all(math.isfinite(value) and value >= 1 for value in stragglers.imbalance.tolist())

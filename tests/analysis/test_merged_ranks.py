@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
+from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.collective_rows import collective_rows
 from moe_eplb.analysis.collectives import straggling
-from moe_eplb.analysis.merge import align, merge
+from moe_eplb.analysis.merge import align, merge, merge_aligned
+from moe_eplb.analysis.order_check import check_order
 from moe_eplb.analysis.readers.any import read_capture, read_captures
 from moe_eplb.analysis.roles import prepare
+from moe_eplb.analysis.trace_report import TraceReport, make_trace_report
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.events import Role
 from tests.analysis.captures import MakeCapture
 from tests.analysis.profiler_traces import expert_parallel
 
 NCCL = "ncclDevKernel_AllReduce"
+TRACES = Path(__file__).resolve().parents[2] / "traces"
+RECORDED = TRACES / "recorded"
+TWO_GPUS = sorted(path.name for path in RECORDED.glob("*_2gpu.nsys.sqlite.xz"))
 
 
 def _rank(rank: int, starts: list[int], ends: list[int], clock: int = 0) -> Capture:
@@ -30,6 +38,66 @@ def _rank(rank: int, starts: list[int], ends: list[int], clock: int = 0) -> Capt
         made.gpu(Role.COMM, clock + start, clock + end, 20, NCCL, rank=rank)
         before = clock + end
     return replace(made.done(), source=f"rank {rank}")
+
+
+def _of_rank(capture: Capture, rank: int) -> Capture:
+    tables = {
+        name: table[table["rank"] == rank] if "rank" in (table.dtype.names or ()) else table
+        for name, table in capture.tables().items()
+    }
+    streams = {key: name for key, name in capture.streams.items() if key[0] == rank}
+    return replace(capture, source=f"rank {rank}", streams=streams).with_tables(tables)
+
+
+def _with_work_beside(rank: int, clock: int = 0) -> Capture:
+    """Ten collectives, and in the range of each nine copies, fills and kernels at times of the rank's own."""
+    made, chance = MakeCapture(), Random(rank)
+    for start in range(clock, clock + 10**9, 10**8):
+        made.range("dispatch", start, start + 10**7, domain="moe_eplb")
+        for launch in range(9):
+            kind, name = ((c.MEMCPY, "Memcpy HtoD"), (c.MEMSET, "Memset"), (c.KERNEL, "_pack_rows"))[launch % 3]
+            beside = start + chance.randrange(10**7, 8 * 10**7)
+            made.launched(None, start + 100 * launch, beside, beside + 10, name=name, kind=kind)
+        made.launched(None, start + 1000, start + 9 * 10**7, start + 9 * 10**7 + 1000 + rank, name=NCCL)
+    tables = {name: table.copy() for name, table in made.done().tables().items()}
+    for name in ("gpu", "calls", "ranges"):
+        tables[name]["rank"] = rank
+    return replace(made.done(), source=f"rank {rank}").with_tables(tables)
+
+
+@pytest.mark.parametrize("name", TWO_GPUS)
+def test_ranks_of_a_recorded_job_find_the_clock_that_they_had(name: str) -> None:
+    whole = read_capture(RECORDED / name)
+    first, other = align([replace(_of_rank(whole, rank), utc=None) for rank in (0, 1)])
+    assert first.offset == 0
+    assert abs(other.offset) < 1000
+    assert other.certain
+    rows, _ = collective_rows(prepare(whole))
+    assert {(row.name[:10], row.count) for row in rows} == {("ncclDevKer", 8)}
+    assert len(rows) == 3
+
+
+def test_what_lies_beside_a_collective_in_its_range_is_none() -> None:
+    captures = [_with_work_beside(0), _with_work_beside(1, 10**9)]
+    _, alignment = align(captures)
+    assert (alignment.offset, alignment.certain) == (-(10**9) - 1, True)
+    merged = prepare(merge(captures))
+    communication = merged.gpu["role"] == c.ROLE_CODE[Role.COMM]
+    assert communication.all()
+    rows, unmatched = collective_rows(merged)
+    assert [(row.name, row.count, row.skew_max_ns) for row in rows] == [(NCCL, 10, 1)]
+    assert unmatched == 0
+
+
+def test_a_table_of_the_users_says_which_kernels_are_collectives(tmp_path: Path) -> None:
+    made = MakeCapture()
+    for rank in (0, 1):
+        made.gpu(None, 10 + rank, 20, name="my_gather_kernel", rank=rank)
+    assert collective_rows(prepare(made.done())) == ((), 0)
+    table = tmp_path / "roles.yaml"
+    table.write_text("kernels:\n  - {role: comm, name: '^my_gather_kernel$'}\n")
+    ((row,), _) = collective_rows(prepare(made.done(), tables=[table]))
+    assert (row.name, row.count, row.skew_max_ns) == ("my_gather_kernel", 1, 1)
 
 
 def test_clocks_are_aligned_by_common_collectives() -> None:
@@ -86,11 +154,59 @@ def test_clocks_that_collectives_do_not_agree_on_are_uncertain() -> None:
     other = _rank(1, [100, 500_000, 3 * 10**6], [200, 500_100, 3 * 10**6 + 100])
     assert not align([first, other])[1].certain
     assert "give or take" in merge([first, other]).notes[0]
+    _, alignment = align([replace(first, utc=10**18), replace(other, utc=10**18 + 500)])
+    assert (alignment.offset, alignment.uncertain_ns) == (500, None)
+    assert "by wall clock, since 3 common collectives differ by 750000 ns" in str(alignment)
 
 
 def test_one_rank_twice_is_an_error() -> None:
     with pytest.raises(TraceError, match="rank 0 is in rank 0 and in rank 0"):
         merge([_rank(0, [1], [2]), _rank(0, [1], [2])])
+
+
+def test_the_alignment_that_is_told_is_the_one_that_is_applied() -> None:
+    captures = [replace(_rank(0, [100, 300, 500], [200, 400, 600], clock), rank_source="counted") for clock in (0, 77)]
+    merged, told = merge_aligned(captures)
+    assert [alignment.offset for alignment in align(captures)] == [0, -77]
+    assert told == [str(alignment) for alignment in align(captures)]
+    assert merged.gpu["start"].tolist() == [0, 100, 200, 300, 400, 500] * 2
+
+
+def test_of_one_rank_twice_nothing_is_common() -> None:
+    captures = [_rank(0, [100, 300, 500], [200, 400, 600], clock) for clock in (0, 77)]
+    assert "nothing to align by: 0 common collectives" in str(align(captures)[1])
+
+
+def test_no_time_becomes_negative() -> None:
+    first = replace(_rank(0, [10], [20], clock=5), utc=10**18)
+    merged, told = merge_aligned([first, _rank(1, [10], [20])], [0, -1000])
+    assert merged.gpu["start"].tolist() == [1005, 1015, 0, 10]
+    assert merged.utc == 10**18 - 1000
+    assert told[-1] == merged.notes[-1] == "all times were moved by 1000 ns, so that none is negative"
+    assert merge([first], [-5]).notes == ()
+
+
+@pytest.mark.parametrize(("offsets", "code"), [((0, 2**62), "E066"), ((-(2**61), 2**61), "E066"), ((0, 2**61), "E062")])
+def test_clocks_too_far_apart_are_an_error(offsets: tuple[int, int], code: str) -> None:
+    with pytest.raises(TraceError, match=code):
+        merge([_rank(0, [10], [20]), _rank(1, [10], [20])], offsets)
+
+
+def _reported(capture: Capture, moved: int) -> TraceReport:
+    """The report on a capture, with its only times of day moved back."""
+    prepared = prepare(capture)
+    report = make_trace_report(prepared, checks=check_order(prepared).checks)
+    exposed = tuple(replace(one, start=one.start - moved, end=one.end - moved) for one in report.exposed)
+    return replace(report, exposed=exposed)
+
+
+@pytest.mark.parametrize("moved", [1, 10**6 + 7, 10**15])
+@pytest.mark.parametrize(
+    "name", ["good_captures/path_b.nsys.sqlite.gz", "good_captures/path_c.trace.sqlite.gz", f"recorded/{TWO_GPUS[0]}"]
+)
+def test_a_constant_shift_changes_no_result(name: str, moved: int) -> None:
+    capture = read_capture(TRACES / name)
+    assert _reported(merge([capture], [moved]), moved) == _reported(capture, 0)
 
 
 def test_files_that_do_not_state_their_rank_are_numbered() -> None:
@@ -114,7 +230,7 @@ def test_who_came_last_and_how_long_the_others_waited() -> None:
     first = _rank(0, [100, 300, 600], [200, 400, 700])
     other = _rank(1, [150, 290, 699], [200, 400, 700])
     merged = merge([first, other], [0, 0])
-    found = straggling(merged, merged.gpu["role"])
+    found = straggling(merged)
     assert found.late.tolist() == [[0, 50], [10, 0], [0, 99]]
     assert found.waited.tolist() == [[50, 0], [0, 10], [99, 0]]
     assert found.last.tolist() == [1, 0, 1]
@@ -125,5 +241,5 @@ def test_who_came_last_and_how_long_the_others_waited() -> None:
 
 def test_collectives_without_a_partner_are_counted_and_not_guessed() -> None:
     merged = merge([_rank(0, [10, 30], [20, 40]), _rank(1, [10], [20])], [0, 0])
-    found = straggling(merged, merged.gpu["role"])
+    found = straggling(merged)
     assert (found.unmatched, len(found.name), found.imbalance.tolist()) == (3, 0, [])

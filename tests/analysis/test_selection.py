@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.selection import EVERYTHING, Selection, parse_numbers
 from moe_eplb.core.errors import UsageError
 
@@ -48,3 +49,25 @@ def test_it_says_what_was_asked_for() -> None:
     asked = Selection(ranks=parse_numbers("0", "x"), iterations=parse_numbers("5-,1-2", "x"))
     assert str(asked) == "ranks 0, iterations 5-,1-2"
     assert not asked.everything
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (EVERYTHING, ""),
+        (Selection(ranks=((0, 0),), iterations=((2, 2),)), ""),
+        (Selection(ranks=((0, 0),), iterations=((3, 3),)), "not together"),
+        (Selection(ranks=((2, 9),)), "its ranks are 0 to 1"),
+        (Selection(iterations=((4, 9),)), "its iterations are 2 to 3"),
+        (Selection(layers=((0, 0),)), "it names no layers"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(asked: Selection, why: str) -> None:
+    gpu = c.filled(c.GPU, 2, rank=np.array([0, 1]), iteration=np.array([2, 3]))
+    asked.require_some(gpu[:0], "x.sqlite")
+    if not why:
+        asked.require_some(gpu, "x.sqlite")
+        return
+    with pytest.raises(UsageError, match=why) as caught:
+        asked.require_some(gpu, "x.sqlite")
+    assert (caught.value.code, str(asked) in caught.value.what) == ("E080", True)

@@ -174,6 +174,36 @@ def test_merged_ranks(call: Call, tmp_path: Path) -> None:
     assert call("report", "job.sqlite").code == 0
 
 
+def test_the_offset_that_is_told_is_the_one_in_the_file_and_its_doubt_stays_in_it(call: Call, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        file = three_steps_and_two_replays()
+        for number in range(4):
+            end = 1_000_000_000 * number + 100_000 + 250_000 * (number % 2) * rank - 40_000 * rank
+            file.kernel(f"ncclDevKernel_AllReduce{number}", end - 1000, end, 77)
+        file.write(tmp_path / f"{rank}.sqlite")
+    answer = call("trace", "merge", "0.sqlite", "1.sqlite", "-o", "job.sqlite")
+    assert answer.code == 0, answer.err
+    (told,) = (line for line in answer.err.splitlines() if line.startswith("1.sqlite: "))
+    offset = int(told.split("clock moved by ")[1].split(" ns")[0])
+    assert offset != 0
+    job = read_capture(Path("job.sqlite"))
+    starts = [int(job.gpu["start"][job.gpu["rank"] == rank].min()) for rank in (0, 1)]
+    assert starts[1] - starts[0] == offset
+    assert told in job.notes
+    assert told in call("trace", "info", "job.sqlite").out
+    assert told in call("trace", "info", "0.sqlite", "1.sqlite").out
+
+
+@pytest.mark.parametrize("offset", ["99999999999999999999", "4000000000000000000", "-4000000000000000000"])
+def test_offsets_that_no_time_can_take(call: Call, tmp_path: Path, offset: str) -> None:
+    parts = [str(_profiler(tmp_path, rank)) for rank in (0, 1)]
+    for command in (("trace", "merge", "-o", "job.sqlite"), ("report",), ("compare",)):
+        answer = call(*command, *parts, "--offset", "0", "--offset", offset)
+        assert answer.code == 2, answer.err
+        assert "--offset" in answer.err
+    assert not Path("job.sqlite").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

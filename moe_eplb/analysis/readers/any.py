@@ -37,7 +37,7 @@ _Unpack: TypeAlias = Callable[[BinaryIO], Iterator[bytes]]
 def read_captures(paths: Sequence[Path], limits: Limits = DEFAULT_LIMITS, offsets: Sequence[int] = ()) -> Capture:
     """Read one trace, or several of one job as one with their clocks aligned, see `moe_eplb.analysis.merge`."""
     captures = [read_capture(path, limits) for path in paths]
-    return captures[0] if len(captures) == 1 and not offsets else merge(captures, offsets)
+    return captures[0] if len(captures) == 1 and not offsets else merge(captures, offsets, limits)
 
 
 def read_capture(path: Path, limits: Limits = DEFAULT_LIMITS) -> Capture:

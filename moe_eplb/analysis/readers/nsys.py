@@ -24,7 +24,7 @@ from moe_eplb.analysis.readers.sound import require_sound
 from moe_eplb.analysis.readers.sqlite_tables import open_database
 from moe_eplb.core.errors import TraceError
 
-__all__ = ["COPIES", "NODE_TABLE", "RANK_KEY", "SAYS_LOSS", "TABLES", "read_columns", "read_nsys"]
+__all__ = ["COPIES", "NODE_TABLE", "NOTE_KEY", "RANK_KEY", "SAYS_LOSS", "TABLES", "read_columns", "read_nsys"]
 
 NODE_TABLE = "CUDA_GRAPH_NODE_EVENTS"
 _ACTIVITY = "CUPTI_ACTIVITY_KIND_"
@@ -51,6 +51,9 @@ _OURS = {"eplbRole": c.UNSET_ROLE, "eplbLayer": c.UNKNOWN, "eplbIteration": c.UN
 """Columns of exports that were converted from a format in which the source says these itself."""
 RANK_KEY = "EPLB_RANK_OF_PROCESS_"
 """What `META_DATA_CAPTURE` of a converted export calls the rank of a process, by its global number."""
+NOTE_KEY = "EPLB_NOTE_"
+"""What it calls a note on the traces that a converted or merged export was made of, by its place."""
+_NOTES, _NOTE = 100, 500
 _RANK_KEY = re.compile(RANK_KEY + r"(\d{1,19})")
 _RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
 _FIRST_RANGES = 8
@@ -117,6 +120,7 @@ class _Export:
         notes = [] if stated or len(ranks) < 2 else [f"{len(ranks)} processes are counted as ranks, by process number"]
         if count := len(graphs["start"]):
             notes.append(f"{count} graph launches were traced as a whole, their kernels are not in the trace")
+        notes = list(dict.fromkeys([*self._written_notes(), *notes]))
         return Capture(
             source=str(self._database.path), form=form, names=tuple(self._strings.pool), gpu=gpu, calls=calls,
             ranges=ranges, syncs=syncs, nodes=self._nodes(), spans=spans, streams=self._streams(gpu), utc=self._utc(),
@@ -253,6 +257,11 @@ class _Export:
     def _utc(self) -> int | None:
         begun = self._database.integers("TARGET_INFO_SESSION_START_TIME", (), {"utcEpochNs": 0})["utcEpochNs"]
         return int(begun[0]) if len(begun) and begun[0] > 0 else None
+
+    def _written_notes(self) -> list[str]:
+        pairs = self._database.pairs("META_DATA_CAPTURE")
+        keys = [f"{NOTE_KEY}{number}" for number in range(_NOTES)]
+        return [pairs[key][:_NOTE] for key in keys if key in pairs]
 
     def _incomplete(self) -> str:
         table = "DIAGNOSTIC_EVENT"

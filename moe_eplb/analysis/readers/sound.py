@@ -13,9 +13,9 @@ from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.readers.limits import Limits, too_large
 from moe_eplb.core.errors import TraceError
 
-__all__ = ["require_sound"]
+__all__ = ["FURTHEST", "require_sound"]
 
-_FURTHEST = 1 << 61
+FURTHEST = 1 << 61
 """ns from 0, and of all lengths together."""
 
 
@@ -27,7 +27,7 @@ def require_sound(capture: Capture, limits: Limits) -> None:
     """
     for name, table in capture.tables().items():
         _require_times(capture, name, table)
-    if capture.utc is not None and not 0 <= capture.utc <= _FURTHEST:
+    if capture.utc is not None and not 0 <= capture.utc <= FURTHEST:
         raise _damaged(capture, f"a wall clock of {capture.utc} ns")
     gpu = capture.gpu
     lanes = len(distinct_rows([gpu["rank"], gpu["device"], gpu["stream"]])[0])
@@ -40,7 +40,7 @@ def _require_times(capture: Capture, name: str, table: Table) -> None:
     if not len(table):
         return
     starts = table["start"]
-    if int(starts.min()) < -_FURTHEST or int(starts.max()) > _FURTHEST:
+    if int(starts.min()) < -FURTHEST or int(starts.max()) > FURTHEST:
         raise _damaged(capture, f"{name}: times of {int(starts.min())} to {int(starts.max())} ns")
     if name == "nodes":
         return
@@ -49,7 +49,7 @@ def _require_times(capture: Capture, name: str, table: Table) -> None:
     if bool((lasting & (ends < starts)).any()):
         raise _damaged(capture, f"{name}: {int((lasting & (ends < starts)).sum())} end before they start")
     together = float((ends[lasting].astype(np.float64) - starts[lasting]).sum())
-    if together > _FURTHEST:
+    if together > FURTHEST:
         raise _damaged(capture, f"{name}: they last {together:.3g} ns together")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
-from moe_eplb.analysis.readers.nsys import RANK_KEY, SAYS_LOSS
+from moe_eplb.analysis.readers.nsys import NOTE_KEY, RANK_KEY, SAYS_LOSS
 from moe_eplb.analysis.readers.nsys_ranges import TID_BITS
 from moe_eplb.analysis.writers.rows import rows_of
 from moe_eplb.analysis.writers.sqlite_schema import COPY_KINDS, TABLES, VERSION
@@ -48,8 +48,6 @@ def losses(capture: Capture) -> list[str]:
         found.append(f"{operators} operators of a framework become ranges")
     if renamed:
         found.append(f"{len(renamed)} names of copies lose what they say beyond the direction")
-    if capture.notes:
-        found.append(f"{len(capture.notes)} notes of the reader are left out")
     return found
 
 
@@ -92,7 +90,7 @@ class _Writer:
             "META_DATA_EXPORT": [
                 {"name": "EXPORT_SCHEMA_VERSION", "value": VERSION}, {"name": "EXPORT_TOOL", "value": "moe_eplb"}
             ],
-            "META_DATA_CAPTURE": self._ranks(),
+            "META_DATA_CAPTURE": [*self._ranks(), *_notes(capture)],
             "DIAGNOSTIC_EVENT": _diagnostics(capture.incomplete),
             "TARGET_INFO_SESSION_START_TIME": _start(capture.utc),
             "TARGET_INFO_NVTX_CUDA_STREAM": self._streams(),
@@ -255,6 +253,10 @@ def _diagnostics(incomplete: str) -> list[Row]:
         return []
     text = incomplete if SAYS_LOSS.search(incomplete) else f"incomplete: {incomplete}"
     return [{"timestamp": 0, "severity": _ERROR, "text": _storable(text)}]
+
+
+def _notes(capture: Capture) -> list[Row]:
+    return [{"name": f"{NOTE_KEY}{number}", "value": _storable(note)} for number, note in enumerate(capture.notes)]
 
 
 def _start(utc: int | None) -> list[Row]:
