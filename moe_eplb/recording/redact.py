@@ -1,8 +1,8 @@
 """Takes out of a capture what must not leave the machine: a raw one holds the whole environment of its process.
 
-Removed are environment variables, arguments and lists of processes, names of users and machines, absolute paths of home
-and work folders, UUIDs, addresses and serial numbers of GPUs and network cards, and tables about the system. Times,
-kernel names and the texts of our own NVTX domain stay as they are.
+Removed are environment variables, tokens and passwords, arguments and lists of processes, names of users and machines,
+absolute paths outside the system's folders, UUIDs, addresses and serial numbers of GPUs and network cards, and tables
+about the system. Times, kernel names and the texts of our own NVTX domain stay as they are.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def require_no_journal(path: Path) -> None:
     Raises:
         TraceError: E068 beside it lies a journal that is not empty.
     """
-    for journal in (Path(f"{path}-wal"), Path(f"{path}-journal")):
+    real = path.resolve()  # beside what a link points to
+    for journal in (Path(f"{real}-wal"), Path(f"{real}-journal")):
         if journal.exists() and journal.stat().st_size:
             why = f"{journal.name} holds {journal.stat().st_size} bytes that are not in it yet"
             hint = f'let the program that writes it end first, or run sqlite3 {path} "PRAGMA journal_mode = DELETE"'

@@ -86,7 +86,7 @@ class _Walk:
         for key, value in entries.items():
             shown = self._text(key, "keys")
             named = property_name if key == "value" and isinstance(property_name, str) else key
-            if sensitive(named, number=not _holds_text(value)):
+            if sensitive(named) and sensitive(named, number=not _holds_text(value)):
                 new = self._removed(value, shown)
             elif key == "args" and label and isinstance(value, dict):
                 new = {self._text(name, "keys"): self._process(text) for name, text in value.items()}

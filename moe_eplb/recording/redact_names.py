@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 __all__ = ["SENSITIVE_KEYS", "is_secret", "names_someone", "sensitive"]
 
@@ -32,6 +33,7 @@ _NAMES = frozenset(("fqdn", "login", "nodename", "username"))
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 
+@lru_cache(maxsize=1 << 12)
 def sensitive(name: str, *, number: bool = False) -> bool:
     """Whether a key such as ``PROCESS_0:USER_NAME``, ``hostName`` or ``gpu_uuid`` names what must not stay.
 
@@ -48,6 +50,7 @@ def is_secret(name: str, *, number: bool = False) -> bool:
     return _secret(_words(name, number=number))
 
 
+@lru_cache(maxsize=1 << 12)
 def names_someone(name: str) -> bool:
     """Whether the value is a user or a machine, so that the same name is to go wherever else it stands."""
     words = _words(name, number=False)

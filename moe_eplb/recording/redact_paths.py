@@ -15,7 +15,7 @@ _PRIVATE_ROOTS = (
     *("opt", "var/lib", "run/user", "gpfs", "lustre", "nfs", "srv", "project", "projects", "fsx", "efs", "private"),
 )
 """Folders that are private by themselves; of all others, what has two parts or more."""
-_PUBLIC = r"(?:usr/(?:bin|include|lib(?:32|64)?|sbin|share)|lib(?:32|64)?|proc|sys|dev/nvidia[\w-]*)(?![\w-])"
+_PUBLIC = r"(?:usr/(?:bin|include|lib(?:32|64)?|sbin|share)|lib(?:32|64)?|dev/nvidia[\w-]*)(?![\w-])"
 """Folders of the system, the same on every machine."""
 _PART = r"(?:\\[ ]|[^\s/:;,'\"<>()|\0])"
 _OPTION = r"(?<=[\s\"'=,]-[A-Z])|(?<=^-[A-Z])"

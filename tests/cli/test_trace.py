@@ -182,10 +182,12 @@ def test_what_is_still_being_written_is_not_redacted(
     run = shutil.copytree(GOOD, tmp_path / "run")
     trace = run / "nsys.sqlite"
     shutil.copyfile(export, trace)
+    Path("link.sqlite").symlink_to(trace)
     Path(f"{trace}{suffix}").write_bytes(b"rows")
     answer = call("trace", "redact", str(run if whole else trace), *where)
     assert (answer.code, answer.out) == (2, "")
     assert ("E076" if whole and where == ("--in-place",) else "E068") in answer.err
+    assert call("trace", "redact", "link.sqlite", "-o", "public").code == 2
     assert trace.read_bytes() == export.read_bytes()
     assert not Path("public").exists()
 

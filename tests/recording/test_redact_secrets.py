@@ -38,6 +38,8 @@ def _document(value: Any, scrubber: Scrubber | None = None) -> Any:
         ('say {\\"hf_token\\": \\"abc def\\", \\"n\\": 1}', f'say {{\\"hf_token\\": \\"{REMOVED}\\", \\"n\\": 1}}'),
         ('{"password": "a\\"b", "n": 1', f'{{"password": "{REMOVED}", "n": 1'),
         ("--hf-token abc --flag", f"--hf-token {REMOVED} --flag"),
+        ("['--hf-token', 'abc'] and", f"['--hf-token', {REMOVED} and"),
+        ("/proc/self/cwd/x", REMOVED),
         ("--verbose --hf-token abc", f"--verbose --hf-token {REMOVED}"),
         ("clone https://ghp_ABCDEFGHIJ1234567890@github.com/corp", f"clone https://{REMOVED}@github.com/corp"),
         ("https://me:p@ss@host/x", f"https://{REMOVED}@host/x"),
