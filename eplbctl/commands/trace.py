@@ -57,17 +57,16 @@ def info(traces: tuple[Path, ...], role_tables: tuple[Path, ...], form: str, des
 def redact(trace: Path, output: Path | None, in_place: bool, force: bool) -> None:
     """Take out of TRACE what must not leave the machine, and say what that was.
 
-    Removed are environment variables, arguments, lists of processes, names of users and hosts, private paths, UUIDs
-    and addresses. TRACE is an SQLite file, Chrome JSON (both plain, gzip or xz), or a run folder, whose scenario stays.
-    A report of Nsight Systems (.nsys-rep) cannot be redacted: export it first.
+    Removed are environment variables, secrets, arguments, lists of processes, names of users and hosts, private paths,
+    UUIDs and addresses. TRACE is an SQLite file, Chrome JSON (both plain, gzip or xz), or a run folder, whose scenario
+    stays. A report of Nsight Systems (.nsys-rep) cannot be redacted: export it first. A copy of a folder holds the
+    files that a run writes, without a report; what was left out is said. --in-place refuses a folder that holds others.
 
     \b
     Examples:
       eplbctl trace redact capture.sqlite -o public.sqlite
       eplbctl trace redact runs/quickstart --in-place
     """
-    import shutil
-
     if (output is None) == (not in_place):
         raise UsageError("E076", "say where the redacted trace goes", hint="-o PATH for a copy, or --in-place")
     _require_redactable(trace)
@@ -78,9 +77,7 @@ def redact(trace: Path, output: Path | None, in_place: bool, force: bool) -> Non
     else:
         require_writable(output, force=force)
         _require_another(trace, output)
-        with _made_at(output) as partial:
-            shutil.copyfile(trace, partial)
-            removed = _redacted(partial)
+        removed = _redacted_file(trace, output)
     say("\n".join(removed) or "nothing had to be removed")
     if trace.is_dir():
         say("scenario.yaml stays as it was run; it may name files", err=True)
@@ -193,15 +190,28 @@ def _require_redactable(trace: Path) -> None:
 
 
 def _redacted(trace: Path) -> list[str]:
-    from moe_eplb.recording import redact as redaction
+    from moe_eplb.recording.redact import redact as redact_file
+    from moe_eplb.recording.redact_run import redact_run
 
     with held():
-        return redaction.redact_run(trace) if trace.is_dir() else redaction.redact(trace)
+        return redact_run(trace) if trace.is_dir() else redact_file(trace)
+
+
+def _redacted_file(trace: Path, output: Path) -> list[str]:
+    import shutil
+
+    from moe_eplb.recording.redact import require_no_journal
+
+    require_no_journal(trace)
+    with _made_at(output) as partial:
+        shutil.copyfile(trace, partial)
+        return _redacted(partial)
 
 
 def _redacted_folder(trace: Path, output: Path) -> list[str]:
-    import shutil
     import tempfile
+
+    from moe_eplb.recording.redact_run import copy_run
 
     if output.exists():
         raise UsageError("E002", f"{output} exists already", hint="choose another name for the copy")
@@ -209,9 +219,10 @@ def _redacted_folder(trace: Path, output: Path) -> list[str]:
     with held():
         with tempfile.TemporaryDirectory(prefix=".eplbctl-", dir=output.resolve().parent) as folder, released():
             copy = Path(folder) / "run"
-            shutil.copytree(trace, copy)
-            removed = _redacted(copy)
+            removed, left_out = copy_run(trace, copy)
             copy.rename(output)
+        for name in left_out:
+            say(f"not in {output}: {name}, which is no file that can be redacted", err=True)
         return removed
 
 

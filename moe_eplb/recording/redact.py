@@ -1,8 +1,8 @@
 """Takes out of a capture what must not leave the machine: a raw one holds the whole environment of its process.
 
-Removed are environment variables, arguments and lists of processes, names of users and machines, absolute paths of home
-and work folders, UUIDs, addresses and serial numbers of GPUs and network cards, and tables about the system. Times,
-kernel names and the texts of our own NVTX domain stay as they are.
+Removed are environment variables, tokens and passwords, arguments and lists of processes, names of users and machines,
+absolute paths outside the system's folders, UUIDs, addresses and serial numbers of GPUs and network cards, and tables
+about the system. Times, kernel names and the texts of our own NVTX domain stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_eplb.recording.redact_json import redact_json
 from moe_eplb.recording.redact_sqlite import redact_sqlite
 from moe_eplb.recording.redact_text import local_scrubber
 
-__all__ = ["redact", "redact_run"]
+__all__ = ["redact", "require_no_journal"]
 
 _SQLITE = b"SQLite format 3\0"
 
@@ -37,9 +37,10 @@ def redact(path: Path) -> list[str]:
         What was removed, for people: places and numbers, never the removed texts.
 
     Raises:
-        TraceError: E068 it is none of these, damaged, or cannot be replaced.
+        TraceError: E068 it is none of these, damaged, still being written, or cannot be replaced.
     """
     path = Path(path)
+    require_no_journal(path)
     try:
         with tempfile.TemporaryDirectory(prefix=".redact-", dir=path.parent) as folder:
             plain = Path(folder) / "plain"
@@ -56,17 +57,18 @@ def redact(path: Path) -> list[str]:
     return removed
 
 
-def redact_run(folder: Path) -> list[str]:
-    """The same for a run folder: its traces, and in its other files what tells where and by whom it was run.
-
-    ``scenario.yaml`` stays as it was run, or nobody could judge the run any more; it may name files.
+def require_no_journal(path: Path) -> None:
+    """Refuse a database that is still being written: SQLite would put its journal's rows back over what is redacted.
 
     Raises:
-        TraceError: E068 a file of it is damaged or cannot be replaced.
+        TraceError: E068 beside it lies a journal that is not empty.
     """
-    found = [*sorted(folder.glob("*.sqlite")), *sorted(folder.glob("kineto.rank*.json.gz"))]
-    found += [path for name in ("meta.json", "verdict.json") if (path := folder / name).is_file()]
-    return [f"{path.name}: {what}" for path in found for what in redact(path)]
+    real = path.resolve()  # beside what a link points to
+    for journal in (Path(f"{real}-wal"), Path(f"{real}-journal")):
+        if journal.exists() and journal.stat().st_size:
+            why = f"{journal.name} holds {journal.stat().st_size} bytes that are not in it yet"
+            hint = f'let the program that writes it end first, or run sqlite3 {path} "PRAGMA journal_mode = DELETE"'
+            raise TraceError("E068", "a capture is still being written", why=why, hint=hint, where=str(path))
 
 
 def _redact(plain: Path, path: Path) -> list[str]:

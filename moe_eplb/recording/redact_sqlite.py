@@ -10,7 +10,9 @@ from pathlib import Path
 
 from moe_eplb.recording import nsys_schema
 from moe_eplb.recording.nvtx_ranges import DOMAIN
-from moe_eplb.recording.redact_text import REMOVED, Scrubber, sensitive
+from moe_eplb.recording.redact_json import scrubbed_text
+from moe_eplb.recording.redact_names import names_someone, sensitive
+from moe_eplb.recording.redact_text import REMOVED, Scrubber
 
 __all__ = ["redact_sqlite"]
 
@@ -19,8 +21,6 @@ _SYSTEM_TABLES = re.compile(
     re.IGNORECASE,
 )
 """Tables of which no row stays."""
-_NAMES_OF = ("host", "user_name", "username", "export_user", "display_name")
-"""Parts of the names of properties whose values are a user or a machine."""
 _NUMBERED = frozenset(("guid", "mac", "serial", "serialnumber", "uuid"))
 _KERNEL_NAMES = ("demangledName", "shortName", "mangledName")
 _STRING_COLUMNS = (*_KERNEL_NAMES, "textId", "jsonTextId", "nameId", "filenameId", "contentId")
@@ -59,6 +59,7 @@ class _Redaction:
         self._learn_names()
         self._find_own_domains()
         self._connection.execute("BEGIN")
+        yield from self._drop_views()
         yield from self._empty_system_tables()
         yield from self._remove_idle_processes()
         yield from self._clear_named_fields()
@@ -67,18 +68,24 @@ class _Redaction:
         self._connection.execute("COMMIT")
 
     def _learn_names(self) -> None:
-        """Users and machines that the capture itself names, from its properties and from paths of home folders."""
-        for table, columns in self._columns.items():
-            if {"name", "value"} <= set(columns):
-                like = " OR ".join(f"name LIKE '%{word}%'" for word in _NAMES_OF)
-                rows = self._connection.execute(f'SELECT value FROM "{table}" WHERE ({like}) AND value IS NOT NULL')
-                self._scrubber.learn(str(row[0]) for row in rows)
+        """Users and machines that the capture itself names, by columns, by properties and by paths of home folders."""
+        self._connection.create_function("names_someone", 1, lambda name: isinstance(name, str) and names_someone(name))
         self._connection.create_function("learn_homes", 1, self._learn_homes)
         for table, column in self._text_columns():
+            condition = self._where(table, column, "names_someone", names_someone(column))
+            query = f'SELECT DISTINCT "{column}" FROM "{table}" WHERE {condition} AND "{column}" IS NOT NULL'
+            self._scrubber.learn([str(row[0]) for row in self._connection.execute(query)])
             self._connection.execute(f'SELECT COUNT(learn_homes("{column}")) FROM "{table}"').fetchone()
 
+    def _where(self, table: str, column: str, function: str, always: bool) -> str:
+        """Of which rows a column is meant: of all, of properties whose name says so, or of none."""
+        names = [name for name in ("name", "key") if name in self._columns[table]]
+        if always or column != "value" or not names:
+            return str(int(always))
+        return f"{function}({names[0]})"
+
     def _learn_homes(self, value: object) -> None:
-        if isinstance(value, str) and "/" in value:
+        if isinstance(value, str) and ("/" in value or "\\" in value):
             self._scrubber.learn_homes(value)
 
     def _find_own_domains(self) -> None:
@@ -86,6 +93,13 @@ class _Redaction:
             self._connection.execute(_OWN_DOMAINS)
         else:
             self._connection.execute("CREATE TEMP TABLE own_domains (process INTEGER, domain INTEGER)")
+
+    def _drop_views(self) -> Iterator[str]:
+        """No capture needs them, and their definitions may hold any text."""
+        found = self._connection.execute("SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger')")
+        for kind, name in found.fetchall():
+            self._connection.execute(f'DROP {kind} IF EXISTS "{name}"')
+            yield f"{kind}s: 1"
 
     def _empty_system_tables(self) -> Iterator[str]:
         for table in self._sql:
@@ -112,12 +126,11 @@ class _Redaction:
 
     def _clear_named_fields(self) -> Iterator[str]:
         """Values whose column, or whose property, has a name that forbids them."""
-        self._connection.create_function("sensitive", 1, lambda name: name is not None and sensitive(name))
+        self._connection.create_function("sensitive", 1, lambda name: isinstance(name, str) and sensitive(name))
         for table, column in self._text_columns():
-            if sensitive(column):
-                yield from self._replace(table, column, "1")
-            elif column == "value" and "name" in self._columns[table]:
-                yield from self._replace(table, column, "sensitive(name)")
+            condition = self._where(table, column, "sensitive", sensitive(column))
+            if condition != "0":
+                yield from self._replace(table, column, condition)
         yield from self._clear_numbers()
 
     def _clear_numbers(self) -> Iterator[str]:
@@ -184,10 +197,10 @@ class _Redaction:
 
     def _scrubbed(self, value: str | bytes) -> str | bytes:
         if isinstance(value, bytes):
-            # Bytes that we cannot read stay only when nothing in them looks like what must go.
-            text = value.decode("latin-1")
-            return value if self._scrubber.text(text) == text else b""
-        return self._scrubber.text(value)
+            # Bytes that we cannot read stay only when nothing in them looks like what must go, in UTF-16 neither.
+            texts = (value.decode("latin-1"), value.replace(b"\0", b"").decode("latin-1"))
+            return value if all(self._scrubber.text(text) == text for text in texts) else b""
+        return scrubbed_text(value, self._scrubber)
 
     def _update(self, table: str, column: str, function: str, condition: str) -> Iterator[str]:
         new = f'{function}("{column}")'

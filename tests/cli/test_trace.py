@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -109,6 +111,85 @@ def test_a_redacted_run_folder_is_judged_as_before(call: Call, tmp_path: Path) -
     assert b"somebody" in (run / "meta.json").read_bytes()
     assert call("verify", "public").code == 0
     assert call("report", "public").code == 0
+
+
+PACKINGS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    ".gz": (gzip.compress, gzip.decompress),
+    ".xz": (lzma.compress, lzma.decompress),
+}
+RAW = ["nsys.nsys-rep", "trace.sqlite-shm", "old.sqlite-journal", "notes.txt", "other.json", "events.rank0.bin.bak"]
+"""What may lie in a run folder and must not leave it, each with a secret."""
+
+
+def _run_with_raw_files(run: Path) -> Path:
+    shutil.copytree(GOOD, run)
+    for name in RAW:
+        (run / name).write_bytes(b"API_TOKEN=hunter2hunter2")
+    (run / "more").mkdir()
+    (run / "more" / "environment").write_text("API_TOKEN=hunter2hunter2")
+    return run
+
+
+def test_a_copy_of_a_run_folder_holds_what_is_known_alone(call: Call, tmp_path: Path) -> None:
+    answer = call("trace", "redact", str(_run_with_raw_files(tmp_path / "run")), "-o", "public")
+    assert answer.code == 0, answer.err
+    assert {path.name for path in Path("public").iterdir()} == {path.name for path in GOOD.iterdir()}
+    assert [name for name in (*RAW, "more") if f"not in public: {name}, " not in answer.err] == []
+    assert call("verify", "public").code == 0
+
+
+def test_a_run_folder_with_unknown_files_is_not_redacted_in_place(call: Call, tmp_path: Path) -> None:
+    run = _run_with_raw_files(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    answer = call("trace", "redact", str(run), "--in-place")
+    assert (answer.code, answer.out) == (2, "")
+    assert "E076" in answer.err
+    assert "nsys.nsys-rep" in answer.err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["kineto.rank0.json", "kineto.json.gz", "nsys.sqlite.xz", "old.sqlite.gz"])
+def test_every_form_of_a_capture_in_a_run_folder_is_redacted(
+    call: Call, export: Path, tmp_path: Path, name: str
+) -> None:
+    run = shutil.copytree(GOOD, tmp_path / "run")
+    document = b'{"environ": {"A": "hunter2hunter2"}, "traceEvents": []}'
+    pack, unpack = PACKINGS.get(Path(name).suffix, (bytes, bytes))
+    (run / name).write_bytes(pack(document if name.startswith("kineto") else export.read_bytes()))
+    assert call("trace", "redact", str(run), "-o", "public").code == 0
+    assert b"hunter2" not in unpack((Path("public") / name).read_bytes())
+
+
+def test_evidence_of_a_run_is_redacted_row_by_row(call: Call, tmp_path: Path) -> None:
+    run = shutil.copytree(GOOD, tmp_path / "run")
+    evidence = run / "evidence.rank0.jsonl"
+    rows = evidence.read_text().replace('"off":""', '"off":"as /home/somebody/plans.yaml says"')
+    evidence.write_text(rows + '{"row":"call","what":"/home/somebody/cut')
+    answer = call("trace", "redact", str(run), "-o", "public")
+    assert "evidence.rank0.jsonl: 2 rows" in answer.out
+    redacted = (Path("public") / evidence.name).read_text()
+    assert "somebody" not in redacted
+    assert len(redacted.splitlines()) == len(rows.splitlines()) + 1
+    assert (Path("public") / "evidence.rank1.jsonl").read_bytes() == (GOOD / "evidence.rank1.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("where", [("-o", "public"), ("--in-place",)])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_what_is_still_being_written_is_not_redacted(
+    call: Call, export: Path, tmp_path: Path, where: tuple[str, ...], whole: bool, suffix: str
+) -> None:
+    run = shutil.copytree(GOOD, tmp_path / "run")
+    trace = run / "nsys.sqlite"
+    shutil.copyfile(export, trace)
+    Path("link.sqlite").symlink_to(trace)
+    Path(f"{trace}{suffix}").write_bytes(b"rows")
+    answer = call("trace", "redact", str(run if whole else trace), *where)
+    assert (answer.code, answer.out) == (2, "")
+    assert ("E076" if whole and where == ("--in-place",) else "E068") in answer.err
+    assert call("trace", "redact", "link.sqlite", "-o", "public").code == 2
+    assert trace.read_bytes() == export.read_bytes()
+    assert not Path("public").exists()
 
 
 @pytest.mark.parametrize(
