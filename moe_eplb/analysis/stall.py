@@ -2,7 +2,8 @@
 
 Idle time of the main stream counts when it ends at an event for which the stream had to wait, when that event stands
 behind balancer work of another stream, and from when everything else was ready: the event before it on the main stream
-had ended and it had been launched. Balancer waits that spin on the main stream count as a whole.
+and all else that it waited for had ended, and it had been launched. Where the balancer was done before that, it cost
+nothing. Balancer waits that spin on the main stream count as a whole.
 """
 
 from __future__ import annotations
@@ -50,17 +51,29 @@ def main_stall(capture: Capture) -> Stall | None:
     gpu = capture.gpu
     main = on_main(capture)
     held, on = dependencies.waits.T
-    mine = main[held] & ~main[on] & np.isin(gpu["role"][on], _BALANCER)
+    balancer = ~main[on] & np.isin(gpu["role"][on], _BALANCER)
+    ready = _ready(dependencies, held[~balancer], on[~balancer])
+    mine = balancer & main[held]
     held, on = held[mine], on[mine]
-    before = dependencies.previous[held]
-    launched = dependencies.launch_end[held]
-    ready = np.where(before >= 0, np.maximum(gpu["end"][before], launched), launched)
-    late = (gpu["end"][on] > ready) & (gpu["start"][held] > ready)
+    late = held[(gpu["end"][on] > ready[held]) & (gpu["start"][held] > ready[held])]
     spins = np.flatnonzero(main & (gpu["role"] == ROLE_CODE[Role.EPLB_WAIT]))
     return Stall(
-        idle=_by_iteration(capture, held[late], intervals(ready[late], gpu["start"][held[late]])),
+        idle=_by_iteration(capture, late, intervals(ready[late], gpu["start"][late])),
         spin=_by_iteration(capture, *_lasting(capture, spins)),
     )
+
+
+def _ready(dependencies: Dependencies, held: NDArray[np.int64], on: NDArray[np.int64]) -> NDArray[np.int64]:
+    """From when [N] each event could have begun but for the balancer.
+
+    Args:
+        dependencies: Of all events.
+        held, on: The waits [W] that are not for the balancer, see `Dependencies.waits`.
+    """
+    end, before = dependencies.capture.gpu["end"], dependencies.previous
+    ready = np.where(before >= 0, np.maximum(end[before], dependencies.launch_end), dependencies.launch_end)
+    np.maximum.at(ready, held, end[on])
+    return ready
 
 
 def _lasting(capture: Capture, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], Intervals]:

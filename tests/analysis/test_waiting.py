@@ -129,6 +129,22 @@ def test_waiting_for_other_work_is_no_stall_of_the_balancer() -> None:
     assert stall.total == 0
 
 
+@pytest.mark.parametrize(("gathered_until", "stalled"), [(90, 0), (60, 40), (45, 50)])
+def test_what_another_wait_costs_is_no_stall_of_the_balancer(gathered_until: int, stalled: int) -> None:
+    """Main is free from 50 on, the balancer done at 70, and what waits for both begins at 100."""
+    made = MakeCapture()
+    made.stream(MAIN, "Main")
+    made.launched(Role.COMPUTE, 0, 10, 50)
+    made.launched(Role.EPLB_STATISTIC, 3, 20, 70, BALANCER)
+    made.launched(Role.COMM, 6, 20, gathered_until, 21)
+    made.wait(MAIN, BALANCER, at=12)
+    made.wait(MAIN, 21, at=16)
+    made.launched(Role.COMPUTE, 20, 100, 120)
+    stall = main_stall(made.done())
+    assert stall is not None
+    assert stall.total == stalled
+
+
 def test_spinning_on_the_main_stream_is_stall_as_a_whole() -> None:
     made = MakeCapture()
     made.stream(MAIN, "Main")
