@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CriticalPath:
-    """Parts in order of time that tile a window. `waits_known` is false where waits between streams left no record."""
+    """Parts in order of time that tile a window. `waits_known` is false where not every wait left a record."""
 
     parts: tuple[Part, ...]
     waits_known: bool

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
-from moe_eplb.analysis.capture import Capture
+from moe_eplb.analysis.capture import Capture, Table
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.ranges import Launches, match_pairs
 
@@ -28,11 +28,18 @@ class Dependencies:
 
     capture: Capture
 
-    @property
+    @cached_property
     def waits_recorded(self) -> bool:
-        """Whether the source tells which stream waited for which event of which stream."""
-        syncs = self.capture.syncs
-        return bool(((syncs["kind"] == c.SYNC_WAIT) & (syncs["on_stream"] >= 0)).any())
+        """Whether the source tells which stream waited for which event of which stream, and of all waits.
+
+        It does not if the call that recorded an awaited event is lost, since nobody knows then what was waited for. A
+        capture that begins in the middle of a run lacks such calls too: their correlation numbers, which count up
+        within a process, lie before that of its first call, and so does the launch of all that they stand behind.
+        """
+        waits = self._stream_waits
+        unseen = waits[self._record_call < 0]
+        before = (unseen["on_correlation"] > 0) & (unseen["on_correlation"] < self._first_correlation(unseen))
+        return bool(len(waits)) and bool(before.all())
 
     @cached_property
     def call(self) -> Indices:
@@ -63,8 +70,7 @@ class Dependencies:
     @cached_property
     def waits(self) -> Indices:
         """Pairs [W, 2] of an event and one that it waited for on another stream; the last of each wait is enough."""
-        syncs = self.capture.syncs
-        syncs = syncs[(syncs["kind"] == c.SYNC_WAIT) & (syncs["on_stream"] >= 0)]
+        syncs = self._stream_waits
         if not len(syncs):
             return np.empty((0, 2), np.int64)
         asked = self._call_start(syncs["process"], syncs["correlation"], syncs["start"])
@@ -73,6 +79,27 @@ class Dependencies:
         on = self._last_launched(syncs["process"], syncs["on_stream"], recorded)
         known = (held >= 0) & (on >= 0) & (recorded >= 0)
         return distinct_rows([held[known], on[known]])[0]
+
+    @cached_property
+    def _stream_waits(self) -> Table:
+        """Waits [W] of a stream for an event of a stream that is known."""
+        syncs = self.capture.syncs
+        found: Table = syncs[(syncs["kind"] == c.SYNC_WAIT) & (syncs["on_stream"] >= 0)]
+        return found
+
+    @cached_property
+    def _record_call(self) -> Indices:
+        """Row of the call that recorded the event of each wait [W], or UNKNOWN."""
+        return self._call_row(self._stream_waits["process"], self._stream_waits["on_correlation"])
+
+    def _first_correlation(self, waits: Table) -> Indices:
+        """The smallest correlation number that a call of each wait's process has; 0 if it has no calls."""
+        calls = self.capture.calls[self.capture.calls["correlation"] > 0]
+        first = np.zeros(len(waits), np.int64)
+        for process in np.unique(waits["process"]).tolist():
+            mine = calls["correlation"][calls["process"] == process]
+            first[waits["process"] == process] = mine.min() if len(mine) else 0
+        return first
 
     @cached_property
     def _lane(self) -> Indices:
@@ -111,9 +138,13 @@ class Dependencies:
         return found
 
     def _call_start(self, process: Indices, correlation: Indices, otherwise: Indices) -> Indices:
+        calls, row = self.capture.calls, self._call_row(process, correlation)
+        return np.where(row >= 0, calls["start"][row] if len(calls) else row, otherwise)
+
+    def _call_row(self, process: Indices, correlation: Indices) -> Indices:
         calls = self.capture.calls
         row = match_pairs(process, correlation, calls["process"], calls["correlation"])
-        return np.where((row >= 0) & (correlation > 0), calls["start"][row] if len(calls) else row, otherwise)
+        return np.where(correlation > 0, row, c.UNKNOWN)
 
     def _of_call(self, column: str) -> Indices:
         calls = self.capture.calls

@@ -46,7 +46,7 @@ class HappensBefore:
 
     @cached_property
     def waits_recorded(self) -> bool:
-        """Whether the source tells which stream waited for what; without, only events of one stream are in order."""
+        """Whether the source tells of all waits between streams; without, only events of one stream are in order."""
         return Dependencies(self.capture).waits_recorded
 
     @cached_property

@@ -39,7 +39,7 @@ class Stall:
 
 
 def main_stall(capture: Capture) -> Stall | None:
-    """The stall of every rank and iteration; None when the source does not record which stream waited for which, as
+    """The stall of every rank and iteration; None when the source does not record every wait between streams, as
     none does of what a replayed graph waits for.
 
     Args:

@@ -73,8 +73,8 @@ class IdleRow:
 class PathRow:
     """Critical paths of the selected iterations together: ns of each role, the host, latency.
 
-    `steps` is the slowest rank's ns of each iteration. `waits_known` is false where waits between streams left no
-    record, so that the path may have missed them.
+    `steps` is the slowest rank's ns of each iteration. `waits_known` is false where not every wait between
+    streams left a record, so that the path may have missed them.
     """
 
     steps: dict[int, int]
@@ -102,7 +102,7 @@ class TraceReport:
         selection: What was asked for, empty for everything.
         unknown: GPU events that no rule knows, longest first.
         update_iterations: Iterations in which experts moved.
-        stall: None where the source does not record which stream waited for which.
+        stall: None where the source does not record every wait between streams.
         path: None where no event belongs to an iteration.
         checks: The order checks, empty when they were not asked for.
     """

@@ -39,12 +39,18 @@ class MakeCapture:
         self.gpu(role, start, end, stream, correlation=correlation, **more)
         return correlation
 
-    def wait(self, stream: int, on: int, at: int) -> None:
-        """From `at` on a stream waits for all that was launched on another one before."""
+    def wait(self, stream: int, on: int, at: int, record: int | None = None) -> None:
+        """From `at` on a stream waits for all that was launched on another one before.
+
+        Args:
+            record: Correlation of the call that recorded the event; that call is then not in the capture.
+        """
         first = len(self._rows["calls"]) + 1
-        self.call(at, at + 1, first, "cudaEventRecord")
+        if record is None:
+            self.call(at, at + 1, first, "cudaEventRecord")
         self.call(at + 1, at + 2, first + 1, "cudaStreamWaitEvent")
-        more = {"stream": stream, "on_stream": on, "on_correlation": first, "correlation": first + 1}
+        on_correlation = first if record is None else record
+        more = {"stream": stream, "on_stream": on, "on_correlation": on_correlation, "correlation": first + 1}
         self._add("syncs", at + 1, at + 2, kind=c.SYNC_WAIT, device=0, **more)
 
     def range(self, text: str, start: int, end: int, domain: str = "", thread: int = 1, **more: Any) -> None:

@@ -164,6 +164,24 @@ def test_a_source_without_waits_leaves_the_stall_unknown() -> None:
     assert main_stall(made.done()) is None
 
 
+@pytest.mark.parametrize(("record", "known"), [(1, True), (30, False), (c.UNKNOWN, False)])
+def test_a_wait_whose_record_is_lost_leaves_the_stall_unknown_unless_it_was_before_the_capture(
+    record: int, known: bool
+) -> None:
+    """Calls of the capture have the correlations 11 and upwards."""
+    made = MakeCapture()
+    made.stream(MAIN, "Main")
+    for number in range(10):
+        made.launched(Role.COMPUTE, number, 100 + number, 101 + number)
+    made.wait(MAIN, BALANCER, at=20)
+    made.wait(MAIN, BALANCER, at=30, record=record)
+    made.launched(Role.COMPUTE, 40, 200, 210)
+    whole = made.done()
+    capture = whole.with_tables({"calls": whole.calls[10:], "gpu": whole.gpu[10:].copy()})
+    assert (main_stall(capture) is not None) == known
+    assert critical_path(capture, 0, 0).waits_known == known
+
+
 # -- critical path -------------------------------------------------------------------------------------------------
 
 
