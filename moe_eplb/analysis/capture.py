@@ -18,7 +18,8 @@ from moe_eplb.core.events import Role
 __all__ = [
     "CALL", "CALLED_WORK", "GPU", "HOST_SPAN", "KERNEL", "MARK", "MEMCPY", "MEMSET", "NODE", "NO_PAYLOAD", "OPERATOR",
     "OVERHEAD", "PUSH_POP", "RANGE", "ROLES", "ROLE_CODE", "START_END", "SYNC", "SYNC_EVENT", "SYNC_STREAM",
-    "SYNC_WAIT", "UNKNOWN", "UNSET_ROLE", "UPDATER_WORK", "Capture", "Names", "Table", "filled", "role_codes",
+    "SYNC_WAIT", "UNKNOWN", "UNSET_ROLE", "UPDATER_WORK", "Capture", "Names", "Table", "filled", "order_of",
+    "role_codes",
 ]  # fmt: skip
 
 Table: TypeAlias = NDArray[Any]
@@ -158,15 +159,24 @@ class Capture:
 
     def in_order(self) -> Capture:
         """The same with every table but `nodes` by rank and start; a range comes before those that it encloses."""
-        return self.with_tables({name: t[_order(t)] for name, t in self.tables().items() if name != "nodes"})
+        return self.with_tables(
+            {name: t[order_of(t, name == "ranges")] for name, t in self.tables().items() if name != "nodes"}
+        )
 
     def with_tables(self, tables: dict[str, Table]) -> Capture:
         """The same with other tables."""
         return replace(self, **tables)  # type: ignore[arg-type]  # mypy takes each for every field
 
 
-def _order(table: Table) -> NDArray[np.int64]:
-    return np.lexsort((-table["end"], table["start"], table["rank"]))
+def order_of(table: Table, may_be_open: bool) -> NDArray[np.int64]:
+    """Rows by rank and start; of those that start at once the longest first, and last what was never closed.
+
+    Args:
+        table: With a start, an end and a rank.
+        may_be_open: An end may be UNKNOWN.
+    """
+    never_closed = (table["end"] == UNKNOWN) & may_be_open
+    return np.lexsort((-table["end"], never_closed, table["start"], table["rank"]))
 
 
 def filled(dtype: np.dtype[Any], count: int, **columns: Any) -> Table:

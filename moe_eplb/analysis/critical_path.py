@@ -71,8 +71,8 @@ def iteration_paths(capture: Capture) -> dict[tuple[int, int], CriticalPath]:
     paths = {}
     for (rank, iteration), mine in zip(keys.tolist(), members(group, len(keys)), strict=True):
         rows = counted[mine]
-        launched = walker.edges.launch_start[rows]
-        first = min(int(gpu["start"][rows].min()), int(launched[launched >= 0].min(initial=1 << 62)))
+        launched = walker.edges.launch_start[rows[walker.edges.call[rows] >= 0]]
+        first = min(int(gpu["start"][rows].min()), int(launched.min(initial=1 << 62)))
         paths[rank, iteration] = walker.walk(int(rows[np.argmax(gpu["end"][rows])]), first)
     return paths
 

@@ -48,12 +48,12 @@ class Dependencies:
 
     @cached_property
     def launch_start(self) -> Indices:
-        """When the launching call of each event [N] began; UNKNOWN where no call is known."""
+        """When the launching call of each event [N] began; means nothing where `call` is UNKNOWN."""
         return self._of_call("start")
 
     @cached_property
     def launch_end(self) -> Indices:
-        """When it had ended."""
+        """When it had ended, likewise."""
         return self._of_call("end")
 
     @cached_property
@@ -74,10 +74,10 @@ class Dependencies:
         if not len(syncs):
             return np.empty((0, 2), np.int64)
         asked = self._call_start(syncs["process"], syncs["correlation"], syncs["start"])
-        recorded = self._call_start(syncs["process"], syncs["on_correlation"], np.full(len(syncs), c.UNKNOWN))
+        recorded = self._call_start(syncs["process"], syncs["on_correlation"], np.zeros(len(syncs), np.int64))
         held = self._next_launched(syncs["process"], syncs["stream"], asked)
         on = self._last_launched(syncs["process"], syncs["on_stream"], recorded)
-        known = (held >= 0) & (on >= 0) & (recorded >= 0)
+        known = (held >= 0) & (on >= 0) & (self._record_call >= 0)
         return distinct_rows([held[known], on[known]])[0]
 
     @cached_property
@@ -111,7 +111,7 @@ class Dependencies:
     def _by_launch(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
         """Launch times in order and rows of the events of each process and stream, those with a known launch."""
         gpu = self.capture.gpu
-        rows = np.flatnonzero(self.launch_start != c.UNKNOWN)
+        rows = np.flatnonzero(self.call >= 0)
         rows = rows[
             np.lexsort((gpu["start"][rows], self.launch_start[rows], gpu["stream"][rows], gpu["process"][rows]))
         ]

@@ -111,17 +111,19 @@ class HappensBefore:
         Calls that begin at the same moment of a coarse clock are in the order of their correlation numbers.
         """
         gpu, syncs = self.capture.gpu, self.capture.syncs
-        launched = self._moment(gpu, "correlation", "start")
-        waited, recorded = self._moment(syncs, "correlation", "start"), self._moment(syncs, "on_correlation", "start")
-        waited = np.where(waited == c.UNKNOWN, syncs["start"], waited)
-        over = np.where(syncs["kind"] == c.SYNC_WAIT, c.UNKNOWN, syncs["end"])
-        moments = np.concatenate([launched, waited, recorded, over])
+        (launched, is_launched), (waited, is_waited), (recorded, is_recorded) = (
+            self._began(table, number)
+            for table, number in ((gpu, "correlation"), (syncs, "correlation"), (syncs, "on_correlation"))
+        )
+        waited = np.where(is_waited, waited, syncs["start"])
+        moments = np.concatenate([launched, waited, recorded, syncs["end"]])
+        known = [is_launched, np.ones(len(syncs), np.bool_), is_recorded, syncs["kind"] != c.SYNC_WAIT]
         numbers = np.concatenate(
             [gpu["correlation"], syncs["correlation"], syncs["on_correlation"], syncs["correlation"]]
         )
         places = np.empty(len(moments), np.int64)
         places[np.lexsort((numbers, moments))] = np.arange(1, len(moments) + 1)
-        return np.where(moments == c.UNKNOWN, c.UNKNOWN, places)
+        return np.where(np.concatenate(known), places, c.UNKNOWN)
 
     @cached_property
     def _merges(self) -> list[_Merge]:
@@ -176,12 +178,11 @@ class HappensBefore:
             found.setdefault((process, of_thread), {})[lane] = np.sort(self.launch[rows[group == number]])
         return found
 
-    def _moment(self, table: Table, number: str, column: str) -> Indices:
-        """When the call with a correlation number began, or UNKNOWN."""
+    def _began(self, table: Table, number: str) -> tuple[Indices, NDArray[np.bool_]]:
+        """When the call with a correlation number began, and whether there is such a call."""
         calls = self.capture.calls
         row = match_pairs(table["process"], table[number], calls["process"], calls["correlation"])
-        known = (row >= 0) & (table[number] > 0)
-        return np.where(known, calls[column][row] if len(calls) else row, c.UNKNOWN)
+        return calls["start"][row] if len(calls) else row, (row >= 0) & (table[number] > 0)
 
 
 def _at(histories: _Histories, lane: int, place: int) -> dict[int, int]:

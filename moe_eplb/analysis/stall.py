@@ -71,7 +71,8 @@ def _ready(dependencies: Dependencies, held: NDArray[np.int64], on: NDArray[np.i
         held, on: The waits [W] that are not for the balancer, see `Dependencies.waits`.
     """
     end, before = dependencies.capture.gpu["end"], dependencies.previous
-    ready = np.where(before >= 0, np.maximum(end[before], dependencies.launch_end), dependencies.launch_end)
+    launched = np.where(dependencies.call >= 0, dependencies.launch_end, np.iinfo(np.int64).min)
+    ready = np.where(before >= 0, np.maximum(end[before], launched), launched)
     np.maximum.at(ready, held, end[on])
     return ready
 
