@@ -86,7 +86,8 @@ def _pairs(report: TraceReport) -> Table:
         rows.append((
             pair.name, *_hidden(pair.whole), _share(pair.updates.overlap), _share(pair.steady.overlap), _us(worst)
         ))  # fmt: skip
-    return Table("Overlap", heads, rows, "Worst exposed: of any rank in one iteration. A dash: there was no such work.")
+    dash = "there was no such work" if all(pair.known for pair in report.pairs.values()) else "unknown"
+    return Table("Overlap", heads, rows, f"Worst exposed: of any rank in one iteration. A dash: {dash}.")
 
 
 def _parts(report: TraceReport) -> Iterator[Table]:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from moe_eplb.core.events import Role
 
 __all__ = [
-    "CALL", "CALLED_WORK", "GPU", "HOST_SPAN", "KERNEL", "MARK", "MEMCPY", "MEMSET", "NODE", "NO_PAYLOAD", "OPERATOR",
-    "OVERHEAD", "PUSH_POP", "RANGE", "ROLES", "ROLE_CODE", "START_END", "SYNC", "SYNC_EVENT", "SYNC_STREAM",
+    "CALL", "CALLED_WORK", "GPU", "GRAPH", "HOST_SPAN", "KERNEL", "MARK", "MEMCPY", "MEMSET", "NODE", "NO_PAYLOAD",
+    "OPERATOR", "OVERHEAD", "PUSH_POP", "RANGE", "ROLES", "ROLE_CODE", "START_END", "SYNC", "SYNC_EVENT", "SYNC_STREAM",
     "SYNC_WAIT", "UNKNOWN", "UNSET_ROLE", "UPDATER_WORK", "Capture", "Names", "Table", "filled", "order_of",
     "role_codes",
 ]  # fmt: skip
@@ -31,8 +31,9 @@ UNSET_ROLE = 255
 ROLES: tuple[Role, ...] = tuple(Role)
 ROLE_CODE: dict[Role, int] = {role: code for code, role in enumerate(ROLES)}
 
-KERNEL, MEMCPY, MEMSET, UPDATER_WORK = range(4)
-"""Kinds of GPU events; the last is work of the balancer's updater thread, which runs on no stream."""
+KERNEL, MEMCPY, MEMSET, UPDATER_WORK, GRAPH = range(5)
+"""Kinds of GPU events: work of the balancer's updater thread runs on no stream; a graph is a replay that was traced as
+a whole, so that nobody knows what ran in it when."""
 PUSH_POP, START_END, MARK, OPERATOR = range(4)
 """Kinds of host ranges; an operator is what a framework notes for itself, not a person."""
 SYNC_EVENT, SYNC_WAIT, SYNC_STREAM = 1, 2, 3

@@ -88,6 +88,8 @@ def _of_pair(gpu: Table, pair: Pair, main: NDArray[np.bool_]) -> tuple[NDArray[n
     updater = gpu["kind"] == c.UPDATER_WORK
     work = np.isin(gpu["role"], role_codes(pair.hidden))
     behind = np.isin(gpu["role"], role_codes(pair.behind)) & ~updater
+    if (gpu["kind"] == c.GRAPH).any():
+        work = np.zeros_like(work)  # see `moe_eplb.analysis.overlap.measure`
     return work if pair.updater else work & ~updater, behind if pair.other_streams else behind & main
 
 

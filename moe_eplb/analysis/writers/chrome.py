@@ -15,13 +15,13 @@ import numpy as np
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
-from moe_eplb.analysis.readers.chrome import INCOMPLETE_KEY
+from moe_eplb.analysis.readers.chrome import INCOMPLETE_KEY, WHOLE_GRAPH
 from moe_eplb.analysis.writers.rows import rows_of
 from moe_eplb.core.errors import UsageError
 
 __all__ = ["chrome_losses", "write_chrome"]
 
-_GPU = {c.KERNEL: "kernel", c.MEMCPY: "gpu_memcpy", c.MEMSET: "gpu_memset"}
+_GPU = {c.KERNEL: "kernel", c.MEMCPY: "gpu_memcpy", c.MEMSET: "gpu_memset", c.GRAPH: WHOLE_GRAPH}
 _RANGES = {c.PUSH_POP: "user_annotation", c.START_END: "user_annotation", c.OPERATOR: "cpu_op"}
 _SYNCS = {c.SYNC_WAIT: "Stream Wait Event", c.SYNC_EVENT: "Event Sync", c.SYNC_STREAM: "Stream Sync"}
 _OTHER_SYNC = "Context Sync"
