@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table
-from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.dependencies import Dependencies, device_of
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.ranges import match_pairs
 
@@ -40,7 +40,7 @@ class _Merge(NamedTuple):
 
 @dataclass(frozen=True)
 class HappensBefore:
-    """Order of the GPU events of a capture. A lane is a stream of a process."""
+    """Order of the GPU events of a capture. A lane is a stream of a process on a device."""
 
     capture: Capture
 
@@ -98,11 +98,13 @@ class HappensBefore:
 
     @cached_property
     def _lanes(self) -> tuple[Indices, Indices]:
-        """Distinct (process, stream), and the lane of every event, of every wait and of what each wait is for."""
+        """Distinct (process, device, stream), and the lane of every event, of every wait and of what it is for."""
         gpu, syncs = self.capture.gpu, self.capture.syncs
+        devices = (device_of(gpu, syncs["process"], syncs[name], syncs["device"]) for name in ("stream", "on_stream"))
         process = np.concatenate([gpu["process"], syncs["process"], syncs["process"]])
+        device = np.concatenate([gpu["device"], *devices])
         stream = np.concatenate([gpu["stream"], syncs["stream"], syncs["on_stream"]])
-        return distinct_rows([process, stream])
+        return distinct_rows([process, device, stream])
 
     @cached_property
     def _places(self) -> Indices:

@@ -83,6 +83,11 @@ def _lasting(capture: Capture, rows: NDArray[np.int64]) -> tuple[NDArray[np.int6
 
 
 def _by_iteration(capture: Capture, rows: NDArray[np.int64], times: Intervals) -> dict[tuple[int, int], int]:
-    distinct, group = distinct_rows([capture.gpu["rank"][rows], capture.gpu["iteration"][rows]])
-    lengths = grouped_length(times, group, len(distinct))
-    return {(key[0], key[1]): ns for key, ns in zip(distinct.tolist(), lengths.tolist(), strict=True)}
+    """The length of times, that of each GPU for itself, by rank and iteration of their rows."""
+    distinct, group = distinct_rows([capture.gpu[name][rows] for name in ("rank", "iteration", "device")])
+    sums: dict[tuple[int, int], int] = {}
+    for (rank, iteration, _), ns in zip(
+        distinct.tolist(), grouped_length(times, group, len(distinct)).tolist(), strict=True
+    ):
+        sums[rank, iteration] = sums.get((rank, iteration), 0) + ns
+    return sums

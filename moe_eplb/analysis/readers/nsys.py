@@ -206,7 +206,7 @@ class _Export:
         waits = in_time(
             self._database.integers(table, ("start", "end", "syncType"), ids | {"deviceId": c.UNKNOWN}), table
         )
-        records = self._database.integers(f"{_ACTIVITY}CUDA_EVENT", (), ids)
+        records = self._database.integers(f"{_ACTIVITY}CUDA_EVENT", (), ids | {"deviceId": c.UNKNOWN})
         found = _match((waits["globalPid"], waits["eventSyncId"]), (records["globalPid"], records["eventSyncId"]))
         found[waits["eventSyncId"] == 0] = c.UNKNOWN
         known = np.flatnonzero(found >= 0)
@@ -217,6 +217,9 @@ class _Export:
         )  # fmt: skip
         table_of["on_stream"][known] = records["streamId"][found[known]]
         table_of["on_correlation"][known] = records["correlationId"][found[known]]
+        # An export says device 0 of waits whatever it was; the record knows, and few streams wait for another GPU's.
+        told = known[records["deviceId"][found[known]] >= 0]
+        table_of["device"][told] = records["deviceId"][found[told]]
         return table_of
 
     # -- about the capture -----------------------------------------------------------------------------------------
