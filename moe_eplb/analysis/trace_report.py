@@ -45,7 +45,7 @@ class PairReport:
         whole: The selected work, summed over ranks.
         ranks, iterations, layers: The same by rank, iteration and layer; -1 where the trace does not say.
         streams: By rank and number of the stream that B ran on.
-        updates, steady: In iterations in which experts moved, and in the others.
+        updates, steady: In iterations in which experts moved, and in the others; without work of no iteration.
         worst: The largest exposed ns of any rank in each iteration.
         known: Whether all that may hide was seen: not where graph replays were traced as a whole. Then all else is 0.
     """
@@ -214,7 +214,7 @@ def _pair(name: str, overlap: Overlap, moved: tuple[int, ...], known: bool) -> P
         name, overlap.whole, overlap.ranks, iterations, overlap.by_layer(),
         {(key[0], key[1]): hidden for key, hidden in overlap.streams.items()},
         updates=sum((h for i, h in iterations.items() if i in moved), Hidden()),
-        steady=sum((h for i, h in iterations.items() if i not in moved), Hidden()),
+        steady=sum((h for i, h in iterations.items() if i >= 0 and i not in moved), Hidden()),
         worst=dict(sorted(worst.items())), known=known,
     )  # fmt: skip
 
