@@ -50,9 +50,9 @@ def remarks(report: TraceReport) -> Iterator[str]:
     if report.incomplete:
         yield f"Incomplete: {inert(report.incomplete)}"
     if report.stall is None:
-        yield "Stall of the main streams: unknown, the trace does not record which stream waited for which event."
+        yield "Stall of the main streams: unknown, the trace does not record every wait between streams."
     if report.path is not None and not report.path.waits_known:
-        yield "The critical path may have missed waits between streams: the trace does not record them."
+        yield "The critical path may have missed waits between streams: the trace does not record them all."
     if not report.iterations:
         yield "No event belongs to an iteration that the trace names, so nothing is given by iteration."
     if report.unmatched_collectives:
@@ -86,7 +86,8 @@ def _pairs(report: TraceReport) -> Table:
         rows.append((
             pair.name, *_hidden(pair.whole), _share(pair.updates.overlap), _share(pair.steady.overlap), _us(worst)
         ))  # fmt: skip
-    return Table("Overlap", heads, rows, "Worst exposed: of any rank in one iteration. A dash: there was no such work.")
+    dash = "there was no such work" if all(pair.known for pair in report.pairs.values()) else "unknown"
+    return Table("Overlap", heads, rows, f"Worst exposed: of any rank in one iteration. A dash: {dash}.")
 
 
 def _parts(report: TraceReport) -> Iterator[Table]:

@@ -43,7 +43,7 @@ def _plain(value: Any) -> Any:
 
 def _pair(pair: PairReport) -> dict[str, Any]:
     return {
-        "whole": _hidden(pair.whole), "updates": _hidden(pair.updates), "steady": _hidden(pair.steady),
+        **{part: _hidden(getattr(pair, part)) if pair.known else _UNKNOWN for part in ("whole", "updates", "steady")},
         "ranks": [{"rank": rank, **_hidden(hidden)} for rank, hidden in pair.ranks.items()],
         "layers": [{"layer": layer, **_hidden(hidden)} for layer, hidden in pair.layers.items()],
         "iterations": [
@@ -52,6 +52,9 @@ def _pair(pair: PairReport) -> dict[str, Any]:
         ],
         "streams": [{"rank": r, "stream": s, **_hidden(hidden)} for (r, s), hidden in pair.streams.items()],
     }  # fmt: skip
+
+
+_UNKNOWN: dict[str, Any] = dict.fromkeys(("total_ns", "hidden_ns", "exposed_ns", "overlap"))
 
 
 def _hidden(hidden: Hidden) -> dict[str, Any]:

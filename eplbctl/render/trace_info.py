@@ -31,7 +31,13 @@ def text(infos: Sequence[TraceInfo]) -> str:
 def markdown(infos: Sequence[TraceInfo]) -> str:
     """The same under a heading for each trace."""
     return "\n\n".join(
-        part for info in infos for part in (f"# {_heading(info)}", *tables.markdown(_tables(info)), *_remarks(info))
+        part
+        for info in infos
+        for part in (
+            f"# {tables.escaped(_heading(info))}",
+            *tables.markdown(_tables(info)),
+            *map(tables.escaped, _remarks(info)),
+        )
     )
 
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from moe_eplb.core.events import Role
 
 __all__ = [
-    "CALL", "CALLED_WORK", "GPU", "HOST_SPAN", "KERNEL", "MARK", "MEMCPY", "MEMSET", "NODE", "NO_PAYLOAD", "OPERATOR",
-    "OVERHEAD", "PUSH_POP", "RANGE", "ROLES", "ROLE_CODE", "START_END", "SYNC", "SYNC_EVENT", "SYNC_STREAM",
-    "SYNC_WAIT", "UNKNOWN", "UNSET_ROLE", "UPDATER_WORK", "Capture", "Names", "Table", "filled", "role_codes",
+    "CALL", "CALLED_WORK", "GPU", "GRAPH", "HOST_SPAN", "KERNEL", "MARK", "MEMCPY", "MEMSET", "NODE", "NO_PAYLOAD",
+    "OPERATOR", "OVERHEAD", "PUSH_POP", "RANGE", "ROLES", "ROLE_CODE", "START_END", "SYNC", "SYNC_EVENT", "SYNC_STREAM",
+    "SYNC_WAIT", "UNKNOWN", "UNSET_ROLE", "UPDATER_WORK", "Capture", "Names", "Table", "filled", "order_of",
+    "role_codes",
 ]  # fmt: skip
 
 Table: TypeAlias = NDArray[Any]
@@ -30,8 +31,9 @@ UNSET_ROLE = 255
 ROLES: tuple[Role, ...] = tuple(Role)
 ROLE_CODE: dict[Role, int] = {role: code for code, role in enumerate(ROLES)}
 
-KERNEL, MEMCPY, MEMSET, UPDATER_WORK = range(4)
-"""Kinds of GPU events; the last is work of the balancer's updater thread, which runs on no stream."""
+KERNEL, MEMCPY, MEMSET, UPDATER_WORK, GRAPH = range(5)
+"""Kinds of GPU events: work of the balancer's updater thread runs on no stream; a graph is a replay that was traced as
+a whole, so that nobody knows what ran in it when."""
 PUSH_POP, START_END, MARK, OPERATOR = range(4)
 """Kinds of host ranges; an operator is what a framework notes for itself, not a person."""
 SYNC_EVENT, SYNC_WAIT, SYNC_STREAM = 1, 2, 3
@@ -159,15 +161,24 @@ class Capture:
 
     def in_order(self) -> Capture:
         """The same with every table but `nodes` by rank and start; a range comes before those that it encloses."""
-        return self.with_tables({name: t[_order(t)] for name, t in self.tables().items() if name != "nodes"})
+        return self.with_tables(
+            {name: t[order_of(t, name == "ranges")] for name, t in self.tables().items() if name != "nodes"}
+        )
 
     def with_tables(self, tables: dict[str, Table]) -> Capture:
         """The same with other tables."""
         return replace(self, **tables)  # type: ignore[arg-type]  # mypy takes each for every field
 
 
-def _order(table: Table) -> NDArray[np.int64]:
-    return np.lexsort((-table["end"], table["start"], table["rank"]))
+def order_of(table: Table, may_be_open: bool) -> NDArray[np.int64]:
+    """Rows by rank and start; of those that start at once the longest first, and last what was never closed.
+
+    Args:
+        table: With a start, an end and a rank.
+        may_be_open: An end may be UNKNOWN.
+    """
+    never_closed = (table["end"] == UNKNOWN) & may_be_open
+    return np.lexsort((-table["end"], never_closed, table["start"], table["rank"]))
 
 
 def filled(dtype: np.dtype[Any], count: int, **columns: Any) -> Table:

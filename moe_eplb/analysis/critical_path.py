@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CriticalPath:
-    """Parts in order of time that tile a window. `waits_known` is false where waits between streams left no record."""
+    """Parts in order of time that tile a window. `waits_known` is false where not every wait left a record."""
 
     parts: tuple[Part, ...]
     waits_known: bool
@@ -71,8 +71,8 @@ def iteration_paths(capture: Capture) -> dict[tuple[int, int], CriticalPath]:
     paths = {}
     for (rank, iteration), mine in zip(keys.tolist(), members(group, len(keys)), strict=True):
         rows = counted[mine]
-        launched = walker.edges.launch_start[rows]
-        first = min(int(gpu["start"][rows].min()), int(launched[launched >= 0].min(initial=1 << 62)))
+        launched = walker.edges.launch_start[rows[walker.edges.call[rows] >= 0]]
+        first = min(int(gpu["start"][rows].min()), int(launched.min(initial=1 << 62)))
         paths[rank, iteration] = walker.walk(int(rows[np.argmax(gpu["end"][rows])]), first)
     return paths
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table, role_codes
 from moe_eplb.analysis.grouping import distinct_rows
-from moe_eplb.analysis.intervals import EMPTY, Intervals, intervals, subtract, union
+from moe_eplb.analysis.intervals import EMPTY, Intervals, clip, intervals, subtract, union
 from moe_eplb.analysis.overlap import Pair
 from moe_eplb.analysis.ranges import Launches, RangeIndex
 from moe_eplb.analysis.work import on_main
@@ -88,17 +88,20 @@ def _of_pair(gpu: Table, pair: Pair, main: NDArray[np.bool_]) -> tuple[NDArray[n
     updater = gpu["kind"] == c.UPDATER_WORK
     work = np.isin(gpu["role"], role_codes(pair.hidden))
     behind = np.isin(gpu["role"], role_codes(pair.behind)) & ~updater
+    if (gpu["kind"] == c.GRAPH).any():
+        work = np.zeros_like(work)  # see `moe_eplb.analysis.overlap.measure`
     return work if pair.updater else work & ~updater, behind if pair.other_streams else behind & main
 
 
 def _exposed(gpu: Table, work: NDArray[np.bool_], behind: NDArray[np.bool_], pair: Pair) -> Intervals:
     if not pair.other_streams:
         return subtract(_union(gpu[work]), _union(gpu[behind]))
-    parts = [EMPTY]
+    hidden = [EMPTY]
     for stream in np.unique(gpu["stream"][work]).tolist():
         mine = gpu["stream"] == stream
-        parts.append(subtract(_union(gpu[work & mine]), _union(gpu[behind & ~mine])))
-    return union(np.concatenate(parts))
+        hidden.append(clip(_union(gpu[work & mine]), _union(gpu[behind & ~mine]))[0])
+    # What one stream does is not exposed while that of another one is hidden.
+    return subtract(_union(gpu[work]), union(np.concatenate(hidden)))
 
 
 def _union(events: Table) -> Intervals:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table
-from moe_eplb.analysis.dependencies import Dependencies
+from moe_eplb.analysis.dependencies import Dependencies, device_of
 from moe_eplb.analysis.grouping import distinct_rows
 from moe_eplb.analysis.ranges import match_pairs
 
@@ -40,13 +40,13 @@ class _Merge(NamedTuple):
 
 @dataclass(frozen=True)
 class HappensBefore:
-    """Order of the GPU events of a capture. A lane is a stream of a process."""
+    """Order of the GPU events of a capture. A lane is a stream of a process on a device."""
 
     capture: Capture
 
     @cached_property
     def waits_recorded(self) -> bool:
-        """Whether the source tells which stream waited for what; without, only events of one stream are in order."""
+        """Whether the source tells of all waits between streams; without, only events of one stream are in order."""
         return Dependencies(self.capture).waits_recorded
 
     @cached_property
@@ -98,11 +98,13 @@ class HappensBefore:
 
     @cached_property
     def _lanes(self) -> tuple[Indices, Indices]:
-        """Distinct (process, stream), and the lane of every event, of every wait and of what each wait is for."""
+        """Distinct (process, device, stream), and the lane of every event, of every wait and of what it is for."""
         gpu, syncs = self.capture.gpu, self.capture.syncs
+        devices = (device_of(gpu, syncs["process"], syncs[name], syncs["device"]) for name in ("stream", "on_stream"))
         process = np.concatenate([gpu["process"], syncs["process"], syncs["process"]])
+        device = np.concatenate([gpu["device"], *devices])
         stream = np.concatenate([gpu["stream"], syncs["stream"], syncs["on_stream"]])
-        return distinct_rows([process, stream])
+        return distinct_rows([process, device, stream])
 
     @cached_property
     def _places(self) -> Indices:
@@ -111,17 +113,19 @@ class HappensBefore:
         Calls that begin at the same moment of a coarse clock are in the order of their correlation numbers.
         """
         gpu, syncs = self.capture.gpu, self.capture.syncs
-        launched = self._moment(gpu, "correlation", "start")
-        waited, recorded = self._moment(syncs, "correlation", "start"), self._moment(syncs, "on_correlation", "start")
-        waited = np.where(waited == c.UNKNOWN, syncs["start"], waited)
-        over = np.where(syncs["kind"] == c.SYNC_WAIT, c.UNKNOWN, syncs["end"])
-        moments = np.concatenate([launched, waited, recorded, over])
+        (launched, is_launched), (waited, is_waited), (recorded, is_recorded) = (
+            self._began(table, number)
+            for table, number in ((gpu, "correlation"), (syncs, "correlation"), (syncs, "on_correlation"))
+        )
+        waited = np.where(is_waited, waited, syncs["start"])
+        moments = np.concatenate([launched, waited, recorded, syncs["end"]])
+        known = [is_launched, np.ones(len(syncs), np.bool_), is_recorded, syncs["kind"] != c.SYNC_WAIT]
         numbers = np.concatenate(
             [gpu["correlation"], syncs["correlation"], syncs["on_correlation"], syncs["correlation"]]
         )
         places = np.empty(len(moments), np.int64)
         places[np.lexsort((numbers, moments))] = np.arange(1, len(moments) + 1)
-        return np.where(moments == c.UNKNOWN, c.UNKNOWN, places)
+        return np.where(np.concatenate(known), places, c.UNKNOWN)
 
     @cached_property
     def _merges(self) -> list[_Merge]:
@@ -176,12 +180,11 @@ class HappensBefore:
             found.setdefault((process, of_thread), {})[lane] = np.sort(self.launch[rows[group == number]])
         return found
 
-    def _moment(self, table: Table, number: str, column: str) -> Indices:
-        """When the call with a correlation number began, or UNKNOWN."""
+    def _began(self, table: Table, number: str) -> tuple[Indices, NDArray[np.bool_]]:
+        """When the call with a correlation number began, and whether there is such a call."""
         calls = self.capture.calls
         row = match_pairs(table["process"], table[number], calls["process"], calls["correlation"])
-        known = (row >= 0) & (table[number] > 0)
-        return np.where(known, calls[column][row] if len(calls) else row, c.UNKNOWN)
+        return calls["start"][row] if len(calls) else row, (row >= 0) & (table[number] > 0)
 
 
 def _at(histories: _Histories, lane: int, place: int) -> dict[int, int]:

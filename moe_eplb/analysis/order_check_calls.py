@@ -167,7 +167,7 @@ def _ends(whole: Table) -> Table:
 
 
 def _sorted(found: Table) -> Table:
-    return found[np.lexsort((-found["end"], found["start"], found["rank"]))]
+    return found[c.order_of(found, may_be_open=True)]
 
 
 class _Around:
@@ -212,7 +212,7 @@ def _numbered(capture: Capture, patterns: Sequence[Any]) -> Indices:
 def _outer(found: Table) -> Indices:
     """Row of the call or piece of work that each row lies in, of those the one that ends last, or UNKNOWN."""
     start, end = found["start"], found["end"]
-    closes = np.where(np.isin(found["kind"], _AROUND) | (end < 0), np.iinfo(np.int64).min, end)
+    closes = np.where(np.isin(found["kind"], _AROUND) | (end == c.UNKNOWN), np.iinfo(np.int64).min, end)
     outer = np.full(len(found), c.UNKNOWN, np.int64)
     distinct, threads = distinct_rows([found["process"], found["thread"]])
     for group in range(len(distinct)):

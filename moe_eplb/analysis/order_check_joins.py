@@ -234,7 +234,7 @@ def _judge_waits(capture: Capture, work: StageWork, order: HappensBefore, pairs:
     if not len(apart):
         return
     if not order.waits_recorded:
-        findings.missing(f"{pairs.what}: the trace does not record which stream waited for which")
+        findings.missing(f"{pairs.what}: the trace does not record every wait between streams")
         return
     first, then = pairs.first[apart], pairs.then[apart]
     sure = order.before(first, then)

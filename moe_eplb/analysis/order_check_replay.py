@@ -241,7 +241,8 @@ class _Rank:
             mine = gpu[(gpu["rank"] == self._rank) & (gpu["name"] == number)]
             return self._named(mine[(mine["layer"] == call["layer"]) & (mine["iteration"] == call["iteration"])])
         inside = api[(api["process"] == call["process"]) & (api["thread"] == call["thread"])]
-        inside = inside[(inside["start"] >= call["start"]) & (inside["start"] <= call["end"])]
+        closed = call["end"] != c.UNKNOWN
+        inside = inside[closed & (inside["start"] >= call["start"]) & (inside["start"] <= call["end"])]
         mine = gpu[(gpu["process"] == call["process"]) & np.isin(gpu["correlation"], inside["correlation"])]
         return self._named(mine)
 

@@ -72,14 +72,14 @@ def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: 
         _first_call(calls, stages, kind)
         for kind in (Kind.DONE_WAIT_GPU_STAGE, Kind.START_SET_CPU_STAGE, Kind.DONE_SET_CPU_STAGE)
     )
-    holds, releases, ends = _moment(calls, held, "end"), _moment(calls, released, "start"), _moment(calls, ended, "end")
-    known = Dependencies(capture).launch_start
-    launched = np.where(known == c.UNKNOWN, capture.gpu["start"], known)
+    holds, ends, releases = _end(calls, held), _end(calls, ended), _start(calls, released)
+    edges = Dependencies(capture)
+    launched = np.where(edges.call >= 0, edges.launch_start, capture.gpu["start"])
     if ours:
         kind, stage = _said_kinds(capture), _said_stages(capture, stages)
     else:
         kind = _kinds(capture, found.work, names)
-        stage = np.where(known == c.UNKNOWN, c.UNKNOWN, _stage_at(capture, stages, ends, launched))
+        stage = np.where(edges.call >= 0, _stage_at(capture, stages, ends, launched), c.UNKNOWN)
     return StageWork(stages, kind, stage, launched, ends, holds, releases)
 
 
@@ -117,8 +117,12 @@ def _first_call(calls: Table, stages: Table, kind: Kind) -> Indices:
     return found
 
 
-def _moment(calls: Table, rows: Indices, column: str) -> Indices:
-    values = calls[column][rows] if len(calls) else rows
+def _start(calls: Table, rows: Indices) -> Indices:
+    return np.where(rows >= 0, calls["start"][rows] if len(calls) else rows, _NEVER)
+
+
+def _end(calls: Table, rows: Indices) -> Indices:
+    values = calls["end"][rows] if len(calls) else rows
     return np.where((rows >= 0) & (values != c.UNKNOWN), values, _NEVER)
 
 

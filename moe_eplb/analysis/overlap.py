@@ -105,11 +105,14 @@ class Overlap:
 def measure(source: Records | Work, pair: Pair, only: NDArray[np.bool_] | None = None) -> Overlap:
     """Measure a pair on all finished device work (and the updater's, where the pair includes it).
 
+    Where graph replays were traced as a whole nobody knows what they hid, so that nothing is measured on their GPU.
+
     Args:
         only: Mask [N] of what may be B; what hides it is always taken from everything.
     """
     whole = work_of_records(source) if isinstance(source, Records) else source
-    wanted = whole.of(*pair.hidden) if only is None else whole.of(*pair.hidden) & only
+    wanted = whole.of(*pair.hidden) & ~whole.unseen
+    wanted = wanted if only is None else wanted & only
     work = whole.where(wanted if pair.updater else wanted & ~whole.updater)
     behind = whole.where(whole.of(*pair.behind) & ~whole.updater)
     pairs = work.within(whole)

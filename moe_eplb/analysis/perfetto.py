@@ -22,7 +22,13 @@ from moe_eplb.analysis.trace_report import TraceReport
 __all__ = ["Counter", "Slice", "Track", "counters", "iteration_starts", "nested_tracks", "tracks"]
 
 MOST_TRACKS = 64
-_CATEGORIES = {c.KERNEL: "kernel", c.MEMCPY: "gpu_memcpy", c.MEMSET: "gpu_memset", c.UPDATER_WORK: "eplb_updater"}
+_CATEGORIES = {
+    c.KERNEL: "kernel",
+    c.MEMCPY: "gpu_memcpy",
+    c.MEMSET: "gpu_memset",
+    c.UPDATER_WORK: "eplb_updater",
+    c.GRAPH: "cuda_graph",
+}
 _FIRST_OF_OTHERS = 1 << 20
 """Number of the first track that does not go by its stream's number."""
 

@@ -1,8 +1,9 @@
 """Which host ranges were open when something was launched, and where ranges lie on the GPU.
 
 A range on a thread encloses what the thread does while it is open. Work launched by another thread (a backward pass, an
-updater) lies in no range of its own thread, so ranges of any thread of the process can be asked for as well. Kernels of
-a graph replay carry the replay's correlation; what was open when the graph was captured is found by their graph node.
+updater) lies in no range of its own thread, so ranges of any thread of the process can be asked for as well, but for
+those that hold only what their own thread launches. Kernels of a graph replay carry the replay's correlation; what was
+open when the graph was captured is found by their graph node.
 """
 
 from __future__ import annotations
@@ -131,24 +132,25 @@ class Launches:
             row = np.where(further >= 0, further, row)
         return row
 
-    def around(self, ranges: Table, rows: Indices | None = None, *, at_capture: bool = False) -> Indices:
+    def around(self, ranges: Table, private: NDArray[np.bool_] | None = None, *, at_capture: bool = False) -> Indices:
         """Row in a table of ranges that was open at each GPU event's launch (or its node's capture), or UNKNOWN.
 
         A range of the launching thread counts before one of another thread of the same process.
 
         Args:
             ranges: Ranges to look in.
-            rows: GPU events to ask for, all of them by default.
+            private: Mask of the ranges that hold only what their own thread launches, none of them by default.
             at_capture: Ask for the capture of graph nodes; events of no graph then lie in no range.
         """
         made = self.capture.nodes if at_capture else self.capture.calls
         by = self.node if at_capture else self.call
-        by = by if rows is None else by[rows]
         found = np.full(len(by), c.UNKNOWN, np.int64)
         asked = np.flatnonzero(by >= 0)
         process, moment, thread = (made[name][by[asked]] for name in ("process", "start", "thread"))
         own = RangeIndex(ranges).around(process, moment, thread)
-        other = RangeIndex(ranges, any_thread=True).around(process, moment)
+        shared = np.arange(len(ranges)) if private is None else np.flatnonzero(~private)
+        other = RangeIndex(ranges[shared], any_thread=True).around(process, moment)
+        other = np.where(other >= 0, shared[other] if len(shared) else other, c.UNKNOWN)
         found[asked] = np.where(own >= 0, own, other)
         return found
 

@@ -75,7 +75,8 @@ def located(capture: Capture, table: RoleTable) -> Capture:
     """A capture whose GPU events know their iteration and layer, from ranges that name them.
 
     Iterations come from what was open at the launch; layers too, but for graph replays from the capture, where there is
-    one range around each layer and not one around them all.
+    one range around each layer and not one around them all. A layer that our own range names is that of its thread's
+    launches alone, as a role is, see `_around`.
     """
     gpu, launches = capture.gpu.copy(), Launches(capture)
     if (gpu["iteration"] == c.UNKNOWN).all():
@@ -83,8 +84,9 @@ def located(capture: Capture, table: RoleTable) -> Capture:
         gpu["iteration"] = _number_around(launches, capture.ranges[rows], numbers, at_capture=False)
     if (gpu["layer"] == c.UNKNOWN).all():
         rows, numbers = _layer_ranges(capture, table)
-        captured = _number_around(launches, capture.ranges[rows], numbers, at_capture=True)
-        launched = _number_around(launches, capture.ranges[rows], numbers, at_capture=False)
+        private = _is_ours(capture)[rows]
+        captured = _number_around(launches, capture.ranges[rows], numbers, private, at_capture=True)
+        launched = _number_around(launches, capture.ranges[rows], numbers, private, at_capture=False)
         gpu["layer"] = np.where(captured != c.UNKNOWN, captured, launched)
     return replace(capture, gpu=gpu)
 
@@ -129,6 +131,7 @@ def _around(capture: Capture, with_role: RoleCodes) -> NDArray[np.int64]:
     """Row of the innermost range that has a role, at capture for graph nodes; UNKNOWN where there is none.
 
     Any of our own ranges goes before all others: a library's around a collective of ours does not say what it is for.
+    One of ours tells only of what its own thread launches: while the updater moves weights, the model's thread goes on.
     """
     has_role, ours = with_role != c.UNSET_ROLE, _is_ours(capture)
     found = np.full(len(capture.gpu), c.UNKNOWN, np.int64)
@@ -136,7 +139,7 @@ def _around(capture: Capture, with_role: RoleCodes) -> NDArray[np.int64]:
     for rows in (np.flatnonzero(has_role & ~ours), np.flatnonzero(has_role & ours)):
         for at_capture in (False, True):  # what was said at capture is closer to the kernel and replaces the rest
             if len(rows):
-                around = launches.around(capture.ranges[rows], at_capture=at_capture)
+                around = launches.around(capture.ranges[rows], ours[rows], at_capture=at_capture)
                 found = np.where(around >= 0, rows[around], found)
     return found
 
@@ -236,9 +239,14 @@ def _number(text: str, patterns: Iterable[re.Pattern[str]]) -> int:
 
 
 def _number_around(
-    launches: Launches, ranges: Table, numbers: NDArray[np.int64], *, at_capture: bool
+    launches: Launches,
+    ranges: Table,
+    numbers: NDArray[np.int64],
+    private: NDArray[np.bool_] | None = None,
+    *,
+    at_capture: bool,
 ) -> NDArray[np.int64]:
-    around = launches.around(ranges, at_capture=at_capture)
+    around = launches.around(ranges, private, at_capture=at_capture)
     return np.where(around >= 0, numbers[around] if len(numbers) else around, c.UNKNOWN)
 
 

@@ -2,7 +2,8 @@
 
 Idle time of the main stream counts when it ends at an event for which the stream had to wait, when that event stands
 behind balancer work of another stream, and from when everything else was ready: the event before it on the main stream
-had ended and it had been launched. Balancer waits that spin on the main stream count as a whole.
+and all else that it waited for had ended, and it had been launched. Where the balancer was done before that, it cost
+nothing. Balancer waits that spin on the main stream count as a whole.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Stall:
 
 
 def main_stall(capture: Capture) -> Stall | None:
-    """The stall of every rank and iteration; None when the source does not record which stream waited for which, as
+    """The stall of every rank and iteration; None when the source does not record every wait between streams, as
     none does of what a replayed graph waits for.
 
     Args:
@@ -50,17 +51,30 @@ def main_stall(capture: Capture) -> Stall | None:
     gpu = capture.gpu
     main = on_main(capture)
     held, on = dependencies.waits.T
-    mine = main[held] & ~main[on] & np.isin(gpu["role"][on], _BALANCER)
+    balancer = ~main[on] & np.isin(gpu["role"][on], _BALANCER)
+    ready = _ready(dependencies, held[~balancer], on[~balancer])
+    mine = balancer & main[held]
     held, on = held[mine], on[mine]
-    before = dependencies.previous[held]
-    launched = dependencies.launch_end[held]
-    ready = np.where(before >= 0, np.maximum(gpu["end"][before], launched), launched)
-    late = (gpu["end"][on] > ready) & (gpu["start"][held] > ready)
+    late = held[(gpu["end"][on] > ready[held]) & (gpu["start"][held] > ready[held])]
     spins = np.flatnonzero(main & (gpu["role"] == ROLE_CODE[Role.EPLB_WAIT]))
     return Stall(
-        idle=_by_iteration(capture, held[late], intervals(ready[late], gpu["start"][held[late]])),
+        idle=_by_iteration(capture, late, intervals(ready[late], gpu["start"][late])),
         spin=_by_iteration(capture, *_lasting(capture, spins)),
     )
+
+
+def _ready(dependencies: Dependencies, held: NDArray[np.int64], on: NDArray[np.int64]) -> NDArray[np.int64]:
+    """From when [N] each event could have begun but for the balancer.
+
+    Args:
+        dependencies: Of all events.
+        held, on: The waits [W] that are not for the balancer, see `Dependencies.waits`.
+    """
+    end, before = dependencies.capture.gpu["end"], dependencies.previous
+    launched = np.where(dependencies.call >= 0, dependencies.launch_end, np.iinfo(np.int64).min)
+    ready = np.where(before >= 0, np.maximum(end[before], launched), launched)
+    np.maximum.at(ready, held, end[on])
+    return ready
 
 
 def _lasting(capture: Capture, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], Intervals]:
@@ -69,6 +83,11 @@ def _lasting(capture: Capture, rows: NDArray[np.int64]) -> tuple[NDArray[np.int6
 
 
 def _by_iteration(capture: Capture, rows: NDArray[np.int64], times: Intervals) -> dict[tuple[int, int], int]:
-    distinct, group = distinct_rows([capture.gpu["rank"][rows], capture.gpu["iteration"][rows]])
-    lengths = grouped_length(times, group, len(distinct))
-    return {(key[0], key[1]): ns for key, ns in zip(distinct.tolist(), lengths.tolist(), strict=True)}
+    """The length of times, that of each GPU for itself, by rank and iteration of their rows."""
+    distinct, group = distinct_rows([capture.gpu[name][rows] for name in ("rank", "iteration", "device")])
+    sums: dict[tuple[int, int], int] = {}
+    for (rank, iteration, _), ns in zip(
+        distinct.tolist(), grouped_length(times, group, len(distinct)).tolist(), strict=True
+    ):
+        sums[rank, iteration] = sums.get((rank, iteration), 0) + ns
+    return sums

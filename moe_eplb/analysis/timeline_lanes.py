@@ -147,7 +147,7 @@ def _thread_lanes(capture: Capture, last: int, notes: list[str]) -> list[Lane]:
 def _range_events(capture: Capture, ranges: Table, last: int) -> Table:
     events = np.zeros(len(ranges), EVENT)
     marked = (ranges["kind"] == c.MARK) | (ranges["end"] == ranges["start"])
-    not_closed = (ranges["end"] < ranges["start"]) & ~marked
+    not_closed = (ranges["end"] == c.UNKNOWN) & ~marked
     events["start"] = ranges["start"]
     events["end"] = np.where(marked, ranges["start"], np.where(not_closed, last, ranges["end"]))
     events["name"] = ranges["text"]

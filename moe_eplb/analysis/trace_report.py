@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLE_CODE, ROLES, Capture
 from moe_eplb.analysis.collective_rows import CollectiveRow, collective_rows
@@ -43,8 +45,9 @@ class PairReport:
         whole: The selected work, summed over ranks.
         ranks, iterations, layers: The same by rank, iteration and layer; -1 where the trace does not say.
         streams: By rank and number of the stream that B ran on.
-        updates, steady: In iterations in which experts moved, and in the others.
+        updates, steady: In iterations in which experts moved, and in the others; without work of no iteration.
         worst: The largest exposed ns of any rank in each iteration.
+        known: Whether all that may hide was seen: not where graph replays were traced as a whole. Then all else is 0.
     """
 
     name: str
@@ -56,6 +59,7 @@ class PairReport:
     updates: Hidden
     steady: Hidden
     worst: dict[int, int]
+    known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ class IdleRow:
 class PathRow:
     """Critical paths of the selected iterations together: ns of each role, the host, latency.
 
-    `steps` is the slowest rank's ns of each iteration. `waits_known` is false where waits between streams left no
-    record, so that the path may have missed them.
+    `steps` is the slowest rank's ns of each iteration. `waits_known` is false where not every wait between
+    streams left a record, so that the path may have missed them.
     """
 
     steps: dict[int, int]
@@ -102,7 +106,7 @@ class TraceReport:
         selection: What was asked for, empty for everything.
         unknown: GPU events that no rule knows, longest first.
         update_iterations: Iterations in which experts moved.
-        stall: None where the source does not record which stream waited for which.
+        stall: None where the source does not record every wait between streams.
         path: None where no event belongs to an iteration.
         checks: The order checks, empty when they were not asked for.
     """
@@ -196,10 +200,12 @@ def _by_gpu(gpu: c.Table) -> list[c.Table]:
 
 def _pairs(work: Work, selection: Selection, moved: tuple[int, ...]) -> dict[str, PairReport]:
     only = selection.mask(work.rank, work.iteration, work.layer)
-    return {name: _pair(name, measure(work, pair, only), moved) for name, pair in PAIRS.items()}
+    known = not any(selection.has_rank(rank) for rank in np.unique(work.rank[work.unseen]).tolist())
+    only &= known
+    return {name: _pair(name, measure(work, pair, only), moved, known) for name, pair in PAIRS.items()}
 
 
-def _pair(name: str, overlap: Overlap, moved: tuple[int, ...]) -> PairReport:
+def _pair(name: str, overlap: Overlap, moved: tuple[int, ...], known: bool) -> PairReport:
     iterations = overlap.by_iteration()
     worst: dict[int, int] = {}
     for (_, iteration), hidden in overlap.iterations.items():
@@ -208,8 +214,8 @@ def _pair(name: str, overlap: Overlap, moved: tuple[int, ...]) -> PairReport:
         name, overlap.whole, overlap.ranks, iterations, overlap.by_layer(),
         {(key[0], key[1]): hidden for key, hidden in overlap.streams.items()},
         updates=sum((h for i, h in iterations.items() if i in moved), Hidden()),
-        steady=sum((h for i, h in iterations.items() if i not in moved), Hidden()),
-        worst=dict(sorted(worst.items())),
+        steady=sum((h for i, h in iterations.items() if i >= 0 and i not in moved), Hidden()),
+        worst=dict(sorted(worst.items())), known=known,
     )  # fmt: skip
 
 
@@ -243,7 +249,7 @@ def _path(capture: Capture, selection: Selection) -> PathRow | None:
     total = sum(sums.values())
     balancer = sum(ns for what, ns in sums.items() if what.startswith("eplb_"))
     ordered = dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
-    known = all(path.waits_known for path in paths.values())
+    known = all(path.waits_known for path in paths.values()) and not (capture.gpu["kind"] == c.GRAPH).any()
     return PathRow(dict(sorted(steps.items())), total, ordered, balancer / total if total else None, known)
 
 

@@ -39,6 +39,8 @@ class Work:
     main: NDArray[np.bool_]
     updater: NDArray[np.bool_]
     """Work of the balancer's updater thread, which is no device work."""
+    unseen: NDArray[np.bool_]
+    """On a GPU of which graph replays were traced as a whole, so that any work may have run in them."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -84,7 +86,7 @@ def work_of_records(records: Records) -> Work:
     return Work(
         start=done.start, end=done.end, role=roles[inverse.reshape(-1)], stream=done.stream, rank=done.rank,
         place=done.rank, layer=done.layer, iteration=done.iteration, main=done.stream == MAIN,
-        updater=done.stream == UPDATER,
+        updater=done.stream == UPDATER, unseen=np.zeros(len(done.start), np.bool_),
     )  # fmt: skip
 
 
@@ -98,10 +100,11 @@ def work_of_capture(capture: Capture, main: dict[tuple[int, int], int] | None = 
     lasted = capture.gpu["end"] > capture.gpu["start"]
     gpu = capture.gpu[lasted]
     _, place = distinct_rows([gpu["rank"], gpu["device"]])
+    unseen = np.isin(place, place[gpu["kind"] == c.GRAPH])
     columns = {name: gpu[name].astype(np.int64) for name in ("start", "end", "stream", "rank", "layer", "iteration")}
     return Work(
         **columns, role=gpu["role"], place=place, updater=gpu["kind"] == c.UPDATER_WORK,
-        main=on_main(capture, main)[lasted],
+        main=on_main(capture, main)[lasted], unseen=unseen,
     )  # fmt: skip
 
 
@@ -125,13 +128,13 @@ def on_main(capture: Capture, main: dict[tuple[int, int], int] | None = None) ->
 
 
 def replayed(capture: Capture) -> NDArray[np.bool_]:
-    """Mask [N] of the events of graph replays: by their node, or by the call that launched them."""
+    """Mask [N] of the events of graph replays: by their kind or node, or by the call that launched them."""
     launching = np.array(["GraphLaunch" in name for name in capture.names], np.bool_)
     call = Launches(capture).call
     launched = np.zeros(len(capture.gpu), np.bool_)
     known = call >= 0
     launched[known] = launching[capture.calls["name"][call[known]]]
-    found: NDArray[np.bool_] = launched | (capture.gpu["graph_node"] >= 0)
+    found: NDArray[np.bool_] = launched | (capture.gpu["graph_node"] >= 0) | (capture.gpu["kind"] == c.GRAPH)
     return found
 
 

@@ -10,7 +10,7 @@ from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import ROLE_CODE, Capture, Names, Table
 from moe_eplb.core.events import Role
 
-__all__ = ["MakeCapture"]
+__all__ = ["MakeCapture", "stalled"]
 
 
 class MakeCapture:
@@ -39,13 +39,19 @@ class MakeCapture:
         self.gpu(role, start, end, stream, correlation=correlation, **more)
         return correlation
 
-    def wait(self, stream: int, on: int, at: int) -> None:
-        """From `at` on a stream waits for all that was launched on another one before."""
+    def wait(self, stream: int, on: int, at: int, record: int | None = None, device: int = 0) -> None:
+        """From `at` on a stream waits for all that was launched on another one before.
+
+        Args:
+            record: Correlation of the call that recorded the event; that call is then not in the capture.
+        """
         first = len(self._rows["calls"]) + 1
-        self.call(at, at + 1, first, "cudaEventRecord")
+        if record is None:
+            self.call(at, at + 1, first, "cudaEventRecord")
         self.call(at + 1, at + 2, first + 1, "cudaStreamWaitEvent")
-        more = {"stream": stream, "on_stream": on, "on_correlation": first, "correlation": first + 1}
-        self._add("syncs", at + 1, at + 2, kind=c.SYNC_WAIT, device=0, **more)
+        on_correlation = first if record is None else record
+        more = {"stream": stream, "on_stream": on, "on_correlation": on_correlation, "correlation": first + 1}
+        self._add("syncs", at + 1, at + 2, kind=c.SYNC_WAIT, device=device, **more)
 
     def range(self, text: str, start: int, end: int, domain: str = "", thread: int = 1, **more: Any) -> None:
         """A host range."""
@@ -69,6 +75,18 @@ class MakeCapture:
     def _add(self, table: str, start: int, end: int, **columns: Any) -> None:
         rank = columns.pop("rank", 0)
         self._rows[table].append({"start": start, "end": end, "rank": rank, "process": rank} | columns)
+
+
+def stalled(migrated_until: int) -> Capture:
+    """Main computes until 100; then what it launched at 50 waits for a migration, and runs from 150 at the earliest."""
+    main, balancer = 7, 20
+    made = MakeCapture()
+    made.stream(main, "Main")
+    made.launched(Role.COMPUTE, 0, 10, 100, iteration=2)
+    made.launched(Role.EPLB_MIGRATE, 20, 30, migrated_until, balancer, iteration=2)
+    made.wait(main, balancer, at=40)
+    made.launched(Role.COMPUTE, 50, max(150, migrated_until + 5), 200, iteration=2)
+    return made.done()
 
 
 def _table(dtype: np.dtype[Any], rows: list[dict[str, Any]]) -> Table:

@@ -26,6 +26,7 @@ _COLUMNS = {
     " shortName graphNodeId",
     "CUPTI_ACTIVITY_KIND_MEMCPY": "start end deviceId streamId correlationId globalPid bytes copyKind",
     "CUPTI_ACTIVITY_KIND_MEMSET": "start end deviceId streamId correlationId globalPid bytes",
+    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": "start end deviceId streamId correlationId globalPid graphId",
     "CUPTI_ACTIVITY_KIND_RUNTIME": "start end globalTid correlationId nameId",
     "CUPTI_ACTIVITY_KIND_SYNCHRONIZATION": "start end streamId correlationId globalPid syncType eventId eventSyncId",
     "CUPTI_ACTIVITY_KIND_CUDA_EVENT": "streamId correlationId globalPid eventId eventSyncId",

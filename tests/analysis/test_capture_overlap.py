@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_eplb.analysis import intervals
 from moe_eplb.analysis.capture import UPDATER_WORK, Capture
-from moe_eplb.analysis.exposed import largest_exposed
+from moe_eplb.analysis.exposed import exposed_times, largest_exposed
 from moe_eplb.analysis.overlap import PAIRS, Hidden, Pair, measure
 from moe_eplb.analysis.ranges import Launches
 from moe_eplb.analysis.readers.any import read_capture
@@ -118,14 +119,12 @@ def test_exposed_stretches_are_what_is_not_hidden(name: str, events: list[Event]
     assert [s.length for s in stretches] == sorted((s.length for s in stretches), reverse=True)
     covered = [(s.rank, s.device, t) for s in stretches for t in range(s.start, s.end)]
     assert len(covered) == len(set(covered))
-    expected: set[Point] = set()
-    for stream in np.unique(capture.gpu["stream"]):  # what is exposed on one stream may be hidden on another
-        total, hidden = _points(capture, pair, chosen & (capture.gpu["stream"] == stream))
-        expected |= total - hidden
-    if not pair.other_streams:
-        total, hidden = _points(capture, pair, chosen)
-        assert expected == total - hidden
-    assert set(covered) == expected
+    total, hidden = _points(capture, pair, chosen)
+    assert set(covered) == total - hidden
+    lasting = capture.gpu["end"] > capture.gpu["start"]
+    assert len(covered) == measure(work_of_capture(capture), pair, chosen[lasting]).whole.exposed
+    times = exposed_times(capture, pair, chosen)
+    assert sum(intervals.length(of_gpu) for of_gpu in times.values()) == len(covered)
     assert all(sum(ns for _, ns in stretch.work) >= stretch.length for stretch in stretches)
 
 

@@ -37,6 +37,19 @@ OPERATIONS = st.sampled_from(
 )
 
 
+def test_a_wait_on_one_gpu_orders_nothing_on_another_one_of_its_process() -> None:
+    made = MakeCapture()
+    for device in (0, 1):
+        made.launched(Role.EPLB_STATISTIC, 10 + device, 20, 30, 20, device=device)
+    made.wait(7, 20, at=20)
+    for device in (0, 1):
+        made.launched(Role.COMPUTE, 30 + device, 40, 50, 7, device=device)
+    capture = made.done()
+    first, then = (np.flatnonzero(capture.gpu["stream"] == stream) for stream in (20, 7))
+    devices = capture.gpu["device"][then]
+    assert HappensBefore(capture).before(first, then).tolist() == (devices == 0).tolist()
+
+
 class Program(MakeCapture):
     """Calls of one thread one after the other, and beside them what really comes after what, edge by edge.
 

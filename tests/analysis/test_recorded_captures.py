@@ -19,6 +19,7 @@ from eplbctl.cli import invoke
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.order_check import OrderReport, check_order
+from moe_eplb.analysis.ranges import Launches, RangeIndex
 from moe_eplb.analysis.readers.any import read_capture
 from moe_eplb.analysis.roles import prepare
 from moe_eplb.core.events import HOST, KINDS, UPDATER, Kind, Role
@@ -112,6 +113,18 @@ def test_experts_move_and_every_iteration_is_seen(path: Path, tmp_path: Path) ->
     roles = gpu["role"][np.isin(gpu["name"], all_reduces)].tolist()
     expected = 0 if _gpus(path) == 1 else 2 * 4 * _gpus(path)  # one for each layer and iteration of a rank
     assert roles == [c.ROLE_CODE[Role.EPLB_ALLREDUCE]] * expected
+
+
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
+def test_what_moves_experts_was_launched_by_a_thread_that_moves_them(path: Path) -> None:
+    capture = _capture(path)
+    names = [KINDS[kind].name for kind, info in KINDS.items() if info.role is Role.EPLB_MIGRATE]
+    texts = [number for number, name in enumerate(capture.names) if name.partition("/")[0] in names]
+    moves = capture.ranges[np.isin(capture.ranges["text"], texts)]
+    gpu, call = capture.gpu, Launches(capture).call
+    rows = np.flatnonzero((gpu["role"] == c.ROLE_CODE[Role.EPLB_MIGRATE]) & (call >= 0))
+    made = capture.calls[call[rows]]
+    assert (RangeIndex(moves).around(made["process"], made["start"], made["thread"]) >= 0).all()
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)

@@ -119,6 +119,18 @@ def test_a_librarys_range_does_not_say_what_a_collective_of_ours_is_for() -> Non
     assert _roles(made.done()) == ["eplb_allreduce", "comm", "compute", "comm", "eplb_allreduce"]
 
 
+def test_our_range_tells_only_of_what_its_own_thread_launches() -> None:
+    made = MakeCapture()
+    made.range("stage_weights/3", 0, 90, "moe_eplb", thread=2, payload=5)
+    made.range("send", 0, 90, "NVSHMEM", thread=3)
+    made.launched(None, 10, 100, 110, name="flash_attention_kernel", thread=1)
+    made.launched(None, 20, 110, 120, name="Memcpy DtoD", thread=2)
+    capture = prepare(made.done())
+    assert [ROLES[code].value for code in capture.gpu["role"]] == ["comm", "eplb_migrate"]
+    assert capture.gpu["layer"].tolist() == [c.UNKNOWN, 3]
+    assert capture.gpu["iteration"].tolist() == [5, 5]
+
+
 def test_unknown_time_is_listed_and_is_no_compute() -> None:
     made = MakeCapture()
     made.gpu(None, 0, 100, 20, "ncclDevKernel_AllReduce")

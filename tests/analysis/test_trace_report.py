@@ -54,6 +54,14 @@ def test_pairs_whole_and_in_parts() -> None:
     assert report.pairs["migration"].whole == Hidden(20, 0)
 
 
+def test_work_of_no_iteration_is_neither_where_experts_move_nor_elsewhere() -> None:
+    made = MakeCapture()
+    made.gpu(Role.COMPUTE, 0, 100, MAIN)
+    made.gpu(Role.EPLB_MIGRATE, 50, 70, BALANCER)
+    pair = make_trace_report(made.done()).pairs["balancer"]
+    assert (pair.whole, pair.updates, pair.steady) == (Hidden(20, 20), Hidden(), Hidden())
+
+
 def test_what_was_seen() -> None:
     report = make_trace_report(two_iterations())
     assert (report.ranks, report.gpus, report.events, report.span_ns) == ((0,), 1, 7, 1160)

@@ -1,4 +1,4 @@
-"""Idle GPUs, stalls of the main stream and the critical path: parts that sum to the whole, by the edges that hold."""
+"""Idle GPUs and the critical path: parts that sum to the whole, by the edges that hold."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_eplb.analysis import capture as c
-from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.critical_path import HOST, LATENCY, UNEXPLAINED, critical_path, iteration_paths
 from moe_eplb.analysis.dependencies import Dependencies
 from moe_eplb.analysis.idle import Cause, gpu_idle
 from moe_eplb.analysis.readers.any import read_capture
 from moe_eplb.analysis.roles import prepare
-from moe_eplb.analysis.stall import main_stall
 from moe_eplb.core.events import Role
-from tests.analysis.captures import MakeCapture
+from tests.analysis.captures import MakeCapture, stalled
 from tests.analysis.profiler_traces import expert_parallel
 
 MAIN, BALANCER = 7, 20
@@ -80,86 +78,18 @@ def test_idle_parts_are_disjoint_and_sum_to_the_idle_time(
     assert sum(sum(causes.values()) for causes in idle.iterations.values()) == idle.idle
 
 
-# -- stalls --------------------------------------------------------------------------------------------------------
-
-
-def _stalled(migrated_until: int) -> Capture:
-    """Main computes until 100; then what it launched at 50 waits for a migration, and runs from 150 at the earliest."""
-    made = MakeCapture()
-    made.stream(MAIN, "Main")
-    made.launched(Role.COMPUTE, 0, 10, 100, iteration=2)
-    made.launched(Role.EPLB_MIGRATE, 20, 30, migrated_until, BALANCER, iteration=2)
-    made.wait(MAIN, BALANCER, at=40)
-    made.launched(Role.COMPUTE, 50, max(150, migrated_until + 5), 200, iteration=2)
-    return made.done()
-
-
-def test_a_late_balancer_stalls_the_main_stream() -> None:
-    stall = main_stall(_stalled(migrated_until=145))
-    assert stall is not None
-    assert (stall.idle, stall.spin, stall.total) == ({(0, 2): 50}, {}, 50)
-
-
-def test_a_balancer_that_was_done_in_time_does_not() -> None:
-    stall = main_stall(_stalled(migrated_until=100))
-    assert stall is not None
-    assert stall.total == 0
-
-
-def test_what_the_host_launched_late_is_not_the_balancers_fault() -> None:
-    made = MakeCapture()
-    made.stream(MAIN, "Main")
-    made.launched(Role.COMPUTE, 0, 10, 20)
-    made.launched(Role.EPLB_MIGRATE, 20, 30, 90, BALANCER)
-    made.wait(MAIN, BALANCER, at=40)
-    made.launched(Role.COMPUTE, 78, 100, 110)
-    stall = main_stall(made.done())
-    assert stall is not None
-    assert stall.idle == {(0, -1): 20}
-
-
-def test_waiting_for_other_work_is_no_stall_of_the_balancer() -> None:
-    made = MakeCapture()
-    made.stream(MAIN, "Main")
-    made.launched(Role.COMM, 0, 10, 90, 21)
-    made.wait(MAIN, 21, at=12)
-    made.launched(Role.COMPUTE, 20, 95, 99)
-    stall = main_stall(made.done())
-    assert stall is not None
-    assert stall.total == 0
-
-
-def test_spinning_on_the_main_stream_is_stall_as_a_whole() -> None:
-    made = MakeCapture()
-    made.stream(MAIN, "Main")
-    made.launched(Role.EPLB_STATISTIC, 0, 5, 6, BALANCER)
-    made.wait(MAIN, BALANCER, at=8)
-    made.launched(Role.EPLB_WAIT, 15, 20, 45, iteration=1)
-    stall = main_stall(made.done())
-    assert stall is not None
-    assert (stall.idle, stall.spin) == ({}, {(0, 1): 25})
-
-
-def test_a_source_without_waits_leaves_the_stall_unknown() -> None:
-    made = MakeCapture()
-    made.launched(Role.COMPUTE, 0, 10, 100)
-    made.launched(Role.EPLB_MIGRATE, 20, 30, 140, BALANCER)
-    made.launched(Role.COMPUTE, 50, 150, 200)
-    assert main_stall(made.done()) is None
-
-
 # -- critical path -------------------------------------------------------------------------------------------------
 
 
 def test_a_path_leads_over_every_kind_of_edge() -> None:
-    capture = _stalled(migrated_until=145)
+    capture = stalled(migrated_until=145)
     path = critical_path(capture, last=len(capture.gpu) - 1, begin=0)
     assert [(p.start, p.end, p.what) for p in path.parts] == [
         (0, 22, HOST), (22, 30, LATENCY), (30, 145, "eplb_migrate"), (145, 150, LATENCY), (150, 200, "compute"),
     ]  # fmt: skip
     assert path.balancer_share == pytest.approx(115 / 200)
     assert path.waits_known
-    in_time = _stalled(migrated_until=100)
+    in_time = stalled(migrated_until=100)
     assert critical_path(in_time, len(in_time.gpu) - 1, 0).by_what().get("eplb_migrate", 0) <= 70
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from eplbctl.render import report as render
 from eplbctl.render.run_tables import balance_and_moves
+from eplbctl.render.tables import escaped
 from moe_eplb.analysis import stages
 from moe_eplb.analysis.measures import Measures
 from moe_eplb.analysis.moves import LayerMoves
@@ -46,7 +47,37 @@ def test_text_has_every_table_of_a_run() -> None:
 def test_markdown_has_the_same_cells() -> None:
     markdown = render.markdown(REPORT)
     assert markdown.startswith("# quickstart\n\n## Stages, all ranks\n\n| kind")
-    assert _cells(markdown.replace("|", " ")) >= _cells(render.text(REPORT)) - {"---"} - _rules(render.text(REPORT))
+    assert _cells(markdown.replace("\\", "").replace("|", " ")) >= _cells(render.text(REPORT)) - {"---"} - _rules(
+        render.text(REPORT)
+    )
+
+
+_HOSTILE = "<img src=x onerror=alert(1)>[a](javascript:b) `c` |d| &lt;"
+
+
+def _hostile_trace(folder: Path) -> Path:
+    """Names that would be elements, links and code of Markdown, in a kernel, a category, a file and what is missing."""
+    common = {"ph": "X", "pid": 0, "tid": 7, "ts": 1, "dur": 2}
+    kernel = common | {"cat": "kernel", "name": f"k {_HOSTILE}", "args": {"stream": 7, "device": 0}}
+    other = common | {"cat": _HOSTILE, "name": "o"}
+    path = folder / "a <b> [c](d).json"
+    path.write_text(json.dumps({"traceEvents": [kernel, other], "eplb_incomplete": f"# lost {_HOSTILE}"}))
+    return path
+
+
+@pytest.mark.parametrize("command", [("report",), ("trace", "info")], ids=" ".join)
+def test_markdown_shows_what_a_trace_says_as_it_is(command: tuple[str, ...], call: Call, tmp_path: Path) -> None:
+    answer = call(*command, str(_hostile_trace(tmp_path)), "--format", "markdown")
+    assert "img src=x" in answer.out
+    assert "a \\<b\\> \\[c\\](d).json" in answer.out
+    assert re.findall(r"(?<!\\)(?:\\\\)*[<>\[\]`&]", answer.out) == []
+
+
+def test_markdown_begins_no_heading_or_list_with_a_name() -> None:
+    lines = ["# a", "  - b", "1. c", "2) d", "+ e", "=== f", "plain 1. g"]
+    assert escaped("\n".join(lines)).split("\n") == [
+        "\\# a", "  \\- b", "1\\. c", "2\\) d", "\\+ e", "\\=== f", "plain 1. g",
+    ]  # fmt: skip
 
 
 def test_json_is_the_report() -> None:

@@ -23,14 +23,16 @@ from moe_eplb.analysis.readers.json_events import EventText
 from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits, too_large
 from moe_eplb.core.errors import TraceError
 
-__all__ = ["INCOMPLETE_KEY", "read_chrome"]
+__all__ = ["INCOMPLETE_KEY", "WHOLE_GRAPH", "read_chrome"]
 
 Event: TypeAlias = dict[str, Any]
 INCOMPLETE_KEY = "eplb_incomplete"
 """Where a converted trace says what is missing; the form itself has no place for it."""
 _EPOCH_NS = 10**18
 """A time beyond it, 32 years, is wall clock and no time since a start."""
-_GPU_KINDS = {"kernel": c.KERNEL, "gpu_memcpy": c.MEMCPY, "gpu_memset": c.MEMSET}
+WHOLE_GRAPH = "eplb_whole_graph"
+"""The category of graph replays that were traced as a whole, in converted traces."""
+_GPU_KINDS = {"kernel": c.KERNEL, "gpu_memcpy": c.MEMCPY, "gpu_memset": c.MEMSET, WHOLE_GRAPH: c.GRAPH}
 _CALLS = ("cuda_runtime", "cuda_driver")
 _RANGES = {"user_annotation": c.PUSH_POP, "cpu_op": c.OPERATOR}
 _SYNCS = {"Stream Wait Event": c.SYNC_WAIT, "Event Sync": c.SYNC_EVENT, "Stream Sync": c.SYNC_STREAM}

@@ -23,6 +23,7 @@ from moe_eplb.analysis.readers.nsys_ranges import TID_BITS, Columns, Strings, in
 from moe_eplb.analysis.readers.sound import require_sound
 from moe_eplb.analysis.readers.sqlite_tables import open_database
 from moe_eplb.core.errors import TraceError
+from moe_eplb.core.events import Role
 
 __all__ = ["COPIES", "NODE_TABLE", "NOTE_KEY", "RANK_KEY", "SAYS_LOSS", "TABLES", "read_columns", "read_nsys"]
 
@@ -59,6 +60,9 @@ _RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
 _FIRST_RANGES = 8
 """How many of a process's ranges may say its rank."""
 _WARNING, _VERBOSE = 2, 4
+_LONGEST_LOSS = 200
+_WHOLE_GRAPH = "CUDA graph, traced as a whole"
+_HOW = "record with nsys profile --cuda-graph-trace=node"
 SAYS_LOSS = re.compile(r"drop|lost|missing|incomplete|overflow|out of memory|not all|fail", re.IGNORECASE)
 
 
@@ -109,22 +113,19 @@ class _Export:
 
     def capture(self, form: str) -> Capture:
         """All tables."""
-        gpu = np.concatenate([self._kernels(), self._copies("MEMCPY"), self._copies("MEMSET")])
+        gpu = np.concatenate([self._kernels(), self._copies("MEMCPY"), self._copies("MEMSET"), self._graphs()])
         calls, ranges, syncs = self._calls(), read_ranges(self._database, self._strings), self._syncs()
         ranks, stated = self._ranks(gpu, ranges)
         for table in (gpu, calls, ranges, syncs):
             table["rank"] = _lookup(table["process"], ranks)
         spans = self._spans()
         spans["rank"] = _lookup(spans["process"], ranks)
-        graphs = self._database.integers(f"{_ACTIVITY}GRAPH_TRACE", ("start", "end"))
         notes = [] if stated or len(ranks) < 2 else [f"{len(ranks)} processes are counted as ranks, by process number"]
-        if count := len(graphs["start"]):
-            notes.append(f"{count} graph launches were traced as a whole, their kernels are not in the trace")
         notes = list(dict.fromkeys([*self._written_notes(), *notes]))
         return Capture(
             source=str(self._database.path), form=form, names=tuple(self._strings.pool), gpu=gpu, calls=calls,
             ranges=ranges, syncs=syncs, nodes=self._nodes(), spans=spans, streams=self._streams(gpu), utc=self._utc(),
-            incomplete=self._incomplete(), notes=tuple(notes), rank_source="stated" if stated else "counted",
+            incomplete=self._incomplete(gpu), notes=tuple(notes), rank_source="stated" if stated else "counted",
         ).in_order()  # fmt: skip
 
     # -- GPU events ------------------------------------------------------------------------------------------------
@@ -142,6 +143,17 @@ class _Export:
         kinds, inverse = np.unique(columns["copyKind"], return_inverse=True)
         numbers = [self._strings.pool[f"Memcpy {COPIES.get(kind, 'unknown')}"] for kind in kinds.tolist()]
         return self._events(columns, c.MEMCPY, np.array(numbers, np.int64)[inverse] if numbers else inverse)
+
+    def _graphs(self) -> Table:
+        """Replays that were traced as a whole: GPU time of which nobody knows what it was."""
+        table, optional = f"{_ACTIVITY}GRAPH_TRACE", {"deviceId": 0, "streamId": c.UNKNOWN, "correlationId": 0}
+        columns = self._database.integers(table, ("start", "end"), optional | {"globalPid": 0} | _OURS)
+        count = len(columns["start"])
+        columns |= {"graphNodeId": np.zeros(count, np.int64)}
+        name = self._strings.pool[_WHOLE_GRAPH] if count else 0
+        found = self._events(in_time(columns, table), c.GRAPH, np.full(count, name))
+        found["role"] = c.ROLE_CODE[Role.UNKNOWN]
+        return found
 
     def _activity(self, table: str, required: tuple[str, ...], optional: dict[str, int]) -> Columns:
         always = ("start", "end", "deviceId", "streamId", *required)
@@ -198,7 +210,7 @@ class _Export:
         waits = in_time(
             self._database.integers(table, ("start", "end", "syncType"), ids | {"deviceId": c.UNKNOWN}), table
         )
-        records = self._database.integers(f"{_ACTIVITY}CUDA_EVENT", (), ids)
+        records = self._database.integers(f"{_ACTIVITY}CUDA_EVENT", (), ids | {"deviceId": c.UNKNOWN})
         found = _match((waits["globalPid"], waits["eventSyncId"]), (records["globalPid"], records["eventSyncId"]))
         found[waits["eventSyncId"] == 0] = c.UNKNOWN
         known = np.flatnonzero(found >= 0)
@@ -209,6 +221,9 @@ class _Export:
         )  # fmt: skip
         table_of["on_stream"][known] = records["streamId"][found[known]]
         table_of["on_correlation"][known] = records["correlationId"][found[known]]
+        # An export says device 0 of waits whatever it was; the record knows, and few streams wait for another GPU's.
+        told = known[records["deviceId"][found[known]] >= 0]
+        table_of["device"][told] = records["deviceId"][found[told]]
         return table_of
 
     # -- about the capture -----------------------------------------------------------------------------------------
@@ -263,13 +278,17 @@ class _Export:
         keys = [f"{NOTE_KEY}{number}" for number in range(_NOTES)]
         return [pairs[key][:_NOTE] for key in keys if key in pairs]
 
-    def _incomplete(self) -> str:
+    def _incomplete(self, gpu: Table) -> str:
         table = "DIAGNOSTIC_EVENT"
         severities = self._database.integers(table, ("rowid",), {"severity": 0})
         texts = self._database.texts(table, "rowid", "text")
         serious = severities["rowid"][(severities["severity"] >= _WARNING) & (severities["severity"] < _VERBOSE)]
         said = (texts.get(row, "") for row in serious.tolist())
-        return "; ".join(dict.fromkeys(text[:200] for text in said if SAYS_LOSS.search(text)))
+        lost = [text[:_LONGEST_LOSS] for text in said if SAYS_LOSS.search(text)]
+        if count := int((gpu["kind"] == c.GRAPH).sum()):
+            what = f"kernels are missing, since graph replays were traced as a whole ({count}): {_HOW}"
+            lost += [] if any(what in text for text in lost) else [what]
+        return "; ".join(dict.fromkeys(lost))
 
 
 def _match(

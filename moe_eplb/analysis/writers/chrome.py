@@ -1,5 +1,7 @@
 """Writes one rank of a capture as Chrome JSON in the form of the PyTorch profiler, with every ns kept.
 
+The form has no domains, no names of streams and no nodes of graphs, so that what these tell of events is written beside
+them: their iteration, their layer, and their role where their name alone does not give it.
 The same capture gives the same bytes. Source of the form: Chrome's Trace Event Format and Kineto's output_json.cpp.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,14 @@ import numpy as np
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
-from moe_eplb.analysis.readers.chrome import INCOMPLETE_KEY
+from moe_eplb.analysis.readers.chrome import INCOMPLETE_KEY, WHOLE_GRAPH
+from moe_eplb.analysis.roles import classify, prepare
 from moe_eplb.analysis.writers.rows import rows_of
 from moe_eplb.core.errors import UsageError
 
 __all__ = ["chrome_losses", "write_chrome"]
 
-_GPU = {c.KERNEL: "kernel", c.MEMCPY: "gpu_memcpy", c.MEMSET: "gpu_memset"}
+_GPU = {c.KERNEL: "kernel", c.MEMCPY: "gpu_memcpy", c.MEMSET: "gpu_memset", c.GRAPH: WHOLE_GRAPH}
 _RANGES = {c.PUSH_POP: "user_annotation", c.START_END: "user_annotation", c.OPERATOR: "cpu_op"}
 _SYNCS = {c.SYNC_WAIT: "Stream Wait Event", c.SYNC_EVENT: "Event Sync", c.SYNC_STREAM: "Stream Sync"}
 _OTHER_SYNC = "Context Sync"
@@ -68,9 +72,19 @@ def write_chrome(capture: Capture, path: Path, *, packed: bool) -> None:
     with path.open("wb") as file:
         if packed:
             with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as zipped:
-                _write(capture, zipped)
+                _write(_told(capture), zipped)
         else:
-            _write(capture, file)
+            _write(_told(capture), file)
+
+
+def _told(capture: Capture) -> Capture:
+    """The capture with all that is known of its GPU events, but for roles that a reader knows by their names."""
+    prepared, gpu = prepare(capture).gpu, capture.gpu.copy()
+    gpu["role"] = c.UNSET_ROLE
+    by_name = classify(replace(capture, gpu=gpu, ranges=capture.ranges[:0], streams={}))
+    unsaid = (capture.gpu["role"] == c.UNSET_ROLE) & (prepared["role"] == by_name)
+    prepared["role"][unsaid] = c.UNSET_ROLE
+    return replace(capture, gpu=prepared)
 
 
 def _write(capture: Capture, file: Any) -> None:

@@ -98,6 +98,7 @@ class _Writer:
             "CUPTI_ACTIVITY_KIND_KERNEL": list(self._gpu(c.KERNEL)),
             "CUPTI_ACTIVITY_KIND_MEMCPY": list(self._gpu(c.MEMCPY)),
             "CUPTI_ACTIVITY_KIND_MEMSET": list(self._gpu(c.MEMSET)),
+            "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": list(self._gpu(c.GRAPH)),
             "CUPTI_ACTIVITY_KIND_RUNTIME": [self._call(r) for r in rows_of(capture.calls)],
             "CUPTI_ACTIVITY_KIND_SYNCHRONIZATION": syncs,
             "CUPTI_ACTIVITY_KIND_CUDA_EVENT": events,

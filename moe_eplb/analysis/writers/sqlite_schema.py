@@ -31,6 +31,7 @@ _COLUMNS = {
     f" gridY gridZ blockX blockY blockZ staticSharedMemory dynamicSharedMemory graphNodeId {_OURS}",
     "CUPTI_ACTIVITY_KIND_MEMCPY": f"{_ACTIVITY} bytes copyKind srcKind dstKind graphNodeId {_OURS}",
     "CUPTI_ACTIVITY_KIND_MEMSET": f"{_ACTIVITY} value bytes memKind graphNodeId {_OURS}",
+    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": f"{_ACTIVITY} graphId {_OURS}",
     "CUPTI_ACTIVITY_KIND_RUNTIME": "start end eventClass globalTid correlationId nameId returnValue callchainId",
     "CUPTI_ACTIVITY_KIND_SYNCHRONIZATION": f"{_ACTIVITY} syncType eventId eventSyncId",
     "CUPTI_ACTIVITY_KIND_CUDA_EVENT": "deviceId contextId streamId correlationId globalPid eventId eventSyncId",
