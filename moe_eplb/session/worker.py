@@ -6,6 +6,7 @@ import datetime
 import os
 import threading
 import traceback
+from collections.abc import Sequence
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +24,7 @@ from moe_eplb.session.groups import Groups, GroupsBySize
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
 from moe_eplb.session.rank import run_rank
 from moe_eplb.session.result import Progress
+from moe_eplb.session.samples import variant_path
 
 __all__ = ["main"]
 
@@ -50,11 +52,12 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
 
 def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Message:
     try:
-        scenario = scenarios.loads(job.scenario, "scenario.yaml")
+        variants = _variants(job)
+        scenario = variants[0]
         require_devices(scenario.device, scenario.ranks, shared=scenario.share_gpus)
         members: Groups = groups.of(scenario.ranks, scenario.fast_backend)
         if rank < scenario.ranks:
-            _do(job, scenario, rank, members, lambda done, total: pipe.send(Step(done, total)))
+            _do(job, variants, rank, members, lambda done, total: pipe.send(Step(done, total)))
     except EplbError as error:
         return Failed(error)
     except OSError as error:  # such as a full disk
@@ -64,13 +67,19 @@ def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Mess
     return Done()
 
 
-def _do(job: Job, scenario: Scenario, rank: int, groups: Groups, on_step: Progress) -> None:
+def _variants(job: Job) -> list[Scenario]:
+    """The scenarios of a job, one unless they are compared."""
+    folder = Path(job.folder)
+    paths = [variant_path(folder, number) for number in range(job.variants)] or [folder / "scenario.yaml"]
+    return [scenarios.loads(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+
+
+def _do(job: Job, variants: Sequence[Scenario], rank: int, groups: Groups, on_step: Progress) -> None:
     folder = Path(job.folder)
     if job.timing is None:
-        run_rank(scenario, folder, rank, groups, on_step)
+        run_rank(variants[0], folder, rank, groups, on_step)
     else:
-        others = [scenarios.loads(text, "scenario.yaml") for text in job.variants]
-        run_bench([scenario, *others], job.timing, folder, rank, groups, on_step)
+        run_bench(variants, job.timing, folder, rank, groups, on_step)
 
 
 def _next_job(pipe: Connection) -> Job | None:

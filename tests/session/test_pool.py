@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -77,6 +78,22 @@ def test_a_stopped_rank_ends_the_run_at_its_timeout(tmp_path: Path) -> None:
     assert "did not end within 12 s" in result.verdict.failure
     assert "last event of rank 1: " in result.verdict.failure
     assert seconds < 25
+
+
+def test_a_stopped_rank_ends_the_run_of_a_scenario_larger_than_a_pipe(tmp_path: Path) -> None:
+    large = scenario(timeout=6).model_copy(update={"description": "x" * 400_000})
+    with RankPool() as pool:
+        pool.run(scenario(), tmp_path / "before")
+        pids = pool.pids()
+        os.kill(pids[1], signal.SIGSTOP)
+        # Whatever waits for the rank goes on when it dies, so that a wait without a bound fails and does not hang.
+        killing = threading.Timer(25, os.kill, (pids[1], signal.SIGKILL))
+        killing.start()
+        result = pool.run(large, tmp_path / "run")
+        killing.cancel()
+        assert_nothing_left(pids)
+    assert "did not end within 6 s" in result.verdict.failure
+    assert result.seconds < 20
 
 
 def test_one_pool_serves_scenarios_of_several_sizes(tmp_path: Path) -> None:
