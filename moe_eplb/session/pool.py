@@ -121,8 +121,9 @@ class RankPool:
             thread.start()
             started.result(timeout_s)
         except BaseException as error:
+            late = isinstance(error, TimeoutError) and not started.done()  # afterwards the start has ended in any case
             self._abandon(thread)
-            if isinstance(error, TimeoutError) and not started.done():
+            if late:
                 what = f"the ranks did not start within {timeout_s:.3g} s"
                 raise RunFailed("E181", what, hint="raise timeout_s if they are slow") from error
             if isinstance(error, OSError | EOFError):

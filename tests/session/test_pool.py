@@ -17,7 +17,7 @@ from moe_eplb.analysis import run_folder
 from moe_eplb.analysis.reproduction import compare_placements
 from moe_eplb.balancer.host_memory import list_segments
 from moe_eplb.core import scenario as scenarios
-from moe_eplb.core.errors import ExitCode, UsageError
+from moe_eplb.core.errors import ExitCode, RunFailed, UsageError
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import Status
@@ -94,6 +94,13 @@ def test_a_stopped_rank_ends_the_run_of_a_scenario_larger_than_a_pipe(tmp_path: 
         assert_nothing_left(pids)
     assert "did not end within 6 s" in result.verdict.failure
     assert result.seconds < 20
+
+
+def test_a_start_that_is_too_slow_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_eplb.session.fork_server.start", lambda: time.sleep(1))
+    with RankPool() as pool, pytest.raises(RunFailed, match=r"E181.* not start within 0.2 s\n  hint: raise timeout_s"):
+        pool.reserve(2, timeout_s=0.2)
+    assert multiprocessing.active_children() == []
 
 
 def test_one_pool_serves_scenarios_of_several_sizes(tmp_path: Path) -> None:
