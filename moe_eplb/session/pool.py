@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from moe_eplb.session.messages import Job, Timing
 from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
 from moe_eplb.session.samples import write_variants
+from moe_eplb.session.unnamed_file import UnnamedFile
 from moe_eplb.session.watch import STOP_S, Rank, Watch
 
 __all__ = ["RankPool", "run_scenario"]
@@ -42,7 +41,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._ranks: list[Rank] = []
-        self._store = ""
+        self._store: UnnamedFile | None = None
         self._abandoned = False
         # The server that forks the ranks imports torch once for all of them; on two cores that saves seconds a rank.
         # Under Nsight Systems each rank is a program of its own: what is forked without exec is not seen, or hangs.
@@ -149,14 +148,14 @@ class RankPool:
             started.set_result(None)
 
     def _start_each(self, size: int) -> None:
-        self._store = tempfile.mkdtemp(prefix="moe_eplb-store-")
+        self._store = UnnamedFile()
         fork_server.start()
         for number in range(size):
             if self._abandoned:
                 return
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=rank_main, args=(number, size, f"{self._store}/store", theirs), name=f"rank{number}", daemon=True
+                target=rank_main, args=(number, size, self._store, theirs), name=f"rank{number}", daemon=True
             )
             process.start()
             theirs.close()
@@ -181,10 +180,9 @@ class RankPool:
             rank.pipe.close()
         self._ranks.clear()
         clean_segments()
-        if self._store:
-            with contextlib.suppress(FileNotFoundError):  # a removal that was interrupted just before its end
-                shutil.rmtree(self._store)
-            self._store = ""
+        if (store := self._store) is not None:
+            self._store = None
+            store.close()
 
     def __enter__(self) -> RankPool:
         return self

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import threading
 import traceback
 from collections.abc import Sequence
-from multiprocessing import parent_process
+from multiprocessing import parent_process, util
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,24 +26,21 @@ from moe_eplb.session.messages import Done, Failed, Job, Message, Step
 from moe_eplb.session.rank import run_rank
 from moe_eplb.session.result import Progress
 from moe_eplb.session.samples import variant_path
+from moe_eplb.session.unnamed_file import UnnamedFile
 
 __all__ = ["main"]
 
 _STORE_TIMEOUT = datetime.timedelta(seconds=120)
 
 
-def main(rank: int, size: int, store: str, pipe: Connection) -> None:
+def main(rank: int, size: int, store: UnnamedFile, pipe: Connection) -> None:
     """Serve jobs until the parent says stop or is gone."""
     threading.Thread(target=_end_with_parent, name="moe_eplb-parent-watch", daemon=True).start()
     torch.set_num_threads(1)
     prepare_process()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        # By descriptor: where the path is gone, torch looks for it for minutes and lets no other thread run meanwhile.
-        opened = os.open(store, os.O_RDWR | os.O_CREAT, 0o600)
-    except FileNotFoundError:
-        return  # the parent has given up already
-    method = f"file:///proc/self/fd/{opened}"
+    # A path that is always there: torch looks minutes for one that is not, and lets no other thread run meanwhile.
+    method = f"file://{store.path}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=_STORE_TIMEOUT)
     groups = GroupsBySize()
     while (job := _next_job(pipe)) is not None:
@@ -91,8 +89,12 @@ def _next_job(pipe: Connection) -> Job | None:
 
 
 def _end_with_parent() -> None:
-    """Leave at once when the parent is gone: nobody would end a rank that hangs in a collective."""
+    """Leave at once when the parent is gone: nobody would end a rank that hangs in a collective.
+
+    A parent that was killed has left the folder of the server's socket, which is the ranks' too.
+    """
     parent = parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
         os._exit(1)
