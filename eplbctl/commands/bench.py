@@ -105,6 +105,8 @@ def _variants(path: Path, compare: str, overrides: Sequence[str]) -> tuple[list[
 
 
 def _for_gain(path: Path, overrides: Sequence[str]) -> tuple[list[str], list[Scenario]]:
+    from moe_eplb.core import scenario as scenarios
+
     target = _one(path)
     moving = load_all(target, list(overrides))[0]
     if moving.balancer_off_reason() is not None or moving.balancer is None:
@@ -115,10 +117,12 @@ def _for_gain(path: Path, overrides: Sequence[str]) -> tuple[list[str], list[Sce
             "E069", f"workload kind {moving.workload.kind!r} cannot be held against uniform routing",
             why=_NOT_UNIFORM[moving.workload.kind], hint="use zipf, hot, hot_rank, rotating, ...",
         )  # fmt: skip
-    static = [*overrides, "balancer.layer_updates_per_iter=0", "checks.thresholds={}"]
+    static = ["balancer.layer_updates_per_iter=0", "checks.thresholds={}"]
     kept = {name: getattr(moving.workload, name) for name in _TOKENS if name in moving.workload.model_fields_set}
     uniform = [*static, f"workload={json.dumps({'kind': 'uniform', **kept})}"]
-    variants = [load_all(target, changes)[0] for changes in (static, list(overrides), uniform)]
+    # Changes of the loaded scenario and not of the file, in which a balancer file stands for what they change.
+    text, name = scenarios.dump(moving), str(target[0].path)
+    variants = [scenarios.loads(text, name, static), moving, scenarios.loads(text, name, uniform)]
     _require_comparable(variants)
     return ["static", "dynamic", "balanced"], variants
 

@@ -33,7 +33,7 @@ def problems(s: Scenario) -> tuple[Problem, ...]:
     ]
     found = [problem for rule in rules for problem in rule(s)]
     if s.balancer is not None:
-        of_balancer = (_slots, _updates, _weights_from, _reduction, _policy, _assignments)
+        of_balancer = (_slots, _experts, _updates, _weights_from, _reduction, _policy, _assignments)
         found += [problem for rule in of_balancer for problem in rule(s, s.balancer)]
     return tuple(found)
 
@@ -156,6 +156,14 @@ def _slots(s: Scenario, b: Balancer) -> Iterator[Problem]:
         yield Problem(loc, f"{slots} slots cannot hold {s.model.experts} experts", hint)
     elif slots % s.ranks:
         yield Problem(loc, f"{slots} slots cannot be shared out evenly over {s.ranks} ranks", hint)
+
+
+def _experts(s: Scenario, b: Balancer) -> Iterator[Problem]:
+    """Each rank keeps the host copies of its share of the experts, where any can move."""
+    if s.model.experts < s.ranks and s.balancer_off_reason() is None:
+        what = f"{s.model.experts} experts are too few for a balancer of {s.ranks} ranks: each shares one or more"
+        hint = f"experts: {s.ranks} or more, or balancer.layer_updates_per_iter: 0"
+        yield Problem(("model", "experts"), what, hint)
 
 
 def _updates(s: Scenario, b: Balancer) -> Iterator[Problem]:

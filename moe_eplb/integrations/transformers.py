@@ -70,14 +70,30 @@ def load_model(folder: Path, *, seed: int, dtype: torch.dtype) -> PreTrainedMode
             drawn.train(False)
             return drawn
     try:
-        read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        with _no_progress_bars():
+            read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
         read.train(False)
         return read
     except Exception as error:  # transformers raises whatever its parts do; the cause is in the file
         raise ScenarioError("E046", "the model's weights cannot be loaded", why=str(error), where=str(folder)) \
             from error  # fmt: skip
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Each rank would show its own, and the first starts a thread that watches all bars until the process ends."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def replace_moe_blocks(model: PreTrainedModel, device: Device, **options: Any) -> list[Replaced]:

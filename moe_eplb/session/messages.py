@@ -23,11 +23,13 @@ class Timing(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Run this scenario into this folder; with a timing, compare it with the variants instead."""
+    """Run the scenario of a run folder; with a timing, compare so many variants that the folder holds instead.
 
-    scenario: str
+    Scenarios travel as files: what is larger than a pipe's buffer waits for its reader, however long that takes.
+    """
+
     folder: str
-    variants: tuple[str, ...] = ()
+    variants: int = 0
     timing: Timing | None = None
 
 

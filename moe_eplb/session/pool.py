@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 
 from moe_eplb.balancer.host_memory import clean_segments
-from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.errors import RunFailed
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.planning.online import prepare_for
@@ -26,6 +23,8 @@ from moe_eplb.session.folder import close_folder, open_folder
 from moe_eplb.session.messages import Job, Timing
 from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
+from moe_eplb.session.samples import write_variants
+from moe_eplb.session.unnamed_file import UnnamedFile
 from moe_eplb.session.watch import STOP_S, Rank, Watch
 
 __all__ = ["RankPool", "run_scenario"]
@@ -42,7 +41,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._ranks: list[Rank] = []
-        self._store = ""
+        self._store: UnnamedFile | None = None
         self._abandoned = False
         # The server that forks the ranks imports torch once for all of them; on two cores that saves seconds a rank.
         # Under Nsight Systems each rank is a program of its own: what is forked without exec is not seen, or hangs.
@@ -62,7 +61,7 @@ class RankPool:
         failure = ""
         try:
             prepare_for([scenario])
-            self._drive(scenario, folder, time.monotonic() + scenario.timeout_s, progress)
+            self._drive([scenario], Job(str(folder)), time.monotonic() + scenario.timeout_s, progress)
         except RunFailed as error:
             failure = f"{error}\n{last_events(folder, scenario.ranks)}"
             self.kill()
@@ -77,15 +76,17 @@ class RankPool:
     def compare(
         self, variants: Sequence[Scenario], timing: Timing, folder: Path, *, progress: Progress | None = None
     ) -> None:
-        """Time variants of one scenario in turns; each rank leaves its samples in `folder`.
+        """Time variants of one scenario in turns; each rank leaves its samples in `folder`, beside the variants.
 
         Raises:
             RunFailed: When a rank failed, or they took longer than the first one's timeout allows for.
         """
         clean_segments()
+        job = Job(str(folder), len(variants), timing)
         try:
             prepare_for(variants)
-            self._drive(variants[0], folder, time.monotonic() + variants[0].timeout_s, progress, variants[1:], timing)
+            write_variants(folder, variants)
+            self._drive(variants, job, time.monotonic() + variants[0].timeout_s, progress)
         except BaseException:
             self.kill()
             raise
@@ -100,20 +101,11 @@ class RankPool:
         """Process ids of the ranks."""
         return [rank.process.pid or 0 for rank in self._ranks]
 
-    def _drive(
-        self,
-        scenario: Scenario,
-        folder: Path,
-        deadline: float,
-        progress: Progress | None,
-        variants: Sequence[Scenario] = (),
-        timing: Timing | None = None,
-    ) -> None:
-        if len(self._ranks) > scenario.ranks and any(s.needs_all_ranks for s in (scenario, *variants)):
+    def _drive(self, variants: Sequence[Scenario], job: Job, deadline: float, progress: Progress | None) -> None:
+        scenario = variants[0]
+        if len(self._ranks) > scenario.ranks and any(variant.needs_all_ranks for variant in variants):
             self.close()
         self.reserve(scenario.ranks, timeout_s=min(_START_S, max(0.0, deadline - time.monotonic())))
-        others = tuple(scenarios.dump(variant) for variant in variants)
-        job = Job(scenarios.dump(scenario), str(folder), others, timing)
         for rank in self._ranks:  # those beyond the scenario's ranks only help to make its process groups
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the sentinel tells how the rank ended
                 rank.pipe.send(job)
@@ -128,8 +120,9 @@ class RankPool:
             thread.start()
             started.result(timeout_s)
         except BaseException as error:
+            late = isinstance(error, TimeoutError) and not started.done()  # afterwards the start has ended in any case
             self._abandon(thread)
-            if isinstance(error, TimeoutError) and not started.done():
+            if late:
                 what = f"the ranks did not start within {timeout_s:.3g} s"
                 raise RunFailed("E181", what, hint="raise timeout_s if they are slow") from error
             if isinstance(error, OSError | EOFError):
@@ -155,14 +148,14 @@ class RankPool:
             started.set_result(None)
 
     def _start_each(self, size: int) -> None:
-        self._store = tempfile.mkdtemp(prefix="moe_eplb-store-")
+        self._store = UnnamedFile()
         fork_server.start()
         for number in range(size):
             if self._abandoned:
                 return
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=rank_main, args=(number, size, f"{self._store}/store", theirs), name=f"rank{number}", daemon=True
+                target=rank_main, args=(number, size, self._store, theirs), name=f"rank{number}", daemon=True
             )
             process.start()
             theirs.close()
@@ -187,10 +180,9 @@ class RankPool:
             rank.pipe.close()
         self._ranks.clear()
         clean_segments()
-        if self._store:
-            with contextlib.suppress(FileNotFoundError):  # a removal that was interrupted just before its end
-                shutil.rmtree(self._store)
-            self._store = ""
+        if (store := self._store) is not None:
+            self._store = None
+            store.close()
 
     def __enter__(self) -> RankPool:
         return self

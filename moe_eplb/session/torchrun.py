@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_eplb.balancer.host_memory import clean_segments
 from moe_eplb.core.errors import EplbError, ExitCode, RunFailed, UsageError
@@ -17,9 +20,13 @@ from moe_eplb.session.folder import close_folder, open_folder
 from moe_eplb.session.postmortem import last_events
 from moe_eplb.session.result import Progress, RunResult
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
 __all__ = ["joined", "run_joined"]
 
 _LOG = logging.getLogger(__name__)
+_NUMBERS = itertools.count()
 
 
 def joined() -> bool:
@@ -30,9 +37,10 @@ def joined() -> bool:
 def run_joined(
     scenario: Scenario, folder: Path, *, progress: Progress | None = None, argv: Sequence[str] = ()
 ) -> RunResult | ExitCode:
-    """Run as one of torchrun's ranks. Rank 0 judges and gets the result, the others get its exit code."""
-    import datetime
+    """Run as one of torchrun's ranks. Rank 0 judges and gets the result, the others get its exit code.
 
+    All ranks call this equally often, with the same scenarios.
+    """
     import torch
     import torch.distributed as dist
 
@@ -51,10 +59,10 @@ def run_joined(
         )  # fmt: skip
     torch.set_num_threads(1)
     prepare_process()
-    timeout = datetime.timedelta(seconds=scenario.timeout_s)
-    dist.init_process_group("gloo", timeout=timeout)
+    timeout = timedelta(seconds=scenario.timeout_s)
+    dist.init_process_group("gloo", store=_next_store(timeout), rank=rank, world_size=size, timeout=timeout)
     try:
-        opened = partial(open_folder, folder, scenario, launcher="torchrun", argv=argv)
+        opened = functools.partial(open_folder, folder, scenario, launcher="torchrun", argv=argv)
         if (code := _on_rank_0(opened, rank)) is not ExitCode.VALID:
             return code
         shared = [str(folder)]
@@ -72,6 +80,24 @@ def run_joined(
     finally:
         dist.destroy_process_group()
     return RunResult(folder, verdicts[0], time.monotonic() - started) if verdicts else code
+
+
+def _next_store(timeout: timedelta) -> Store:
+    """Keys of this run alone: it must not meet the addresses that the ranks had in the run before."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store = _store()
+    store.set_timeout(timeout)
+    return PrefixStore(f"run{next(_NUMBERS)}", store)
+
+
+@functools.cache
+def _store() -> Store:
+    """Torchrun's store, or one that rank 0 serves; kept, since its end would end those of later runs too."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://"))[0]
+    return store
 
 
 def _failed(scenario: Scenario, folder: Path, rank: int, error: Exception, started: float) -> RunResult | ExitCode:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import threading
 import traceback
-from multiprocessing import parent_process
+from collections.abc import Sequence
+from multiprocessing import parent_process, util
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,24 +25,22 @@ from moe_eplb.session.groups import Groups, GroupsBySize
 from moe_eplb.session.messages import Done, Failed, Job, Message, Step
 from moe_eplb.session.rank import run_rank
 from moe_eplb.session.result import Progress
+from moe_eplb.session.samples import variant_path
+from moe_eplb.session.unnamed_file import UnnamedFile
 
 __all__ = ["main"]
 
 _STORE_TIMEOUT = datetime.timedelta(seconds=120)
 
 
-def main(rank: int, size: int, store: str, pipe: Connection) -> None:
+def main(rank: int, size: int, store: UnnamedFile, pipe: Connection) -> None:
     """Serve jobs until the parent says stop or is gone."""
     threading.Thread(target=_end_with_parent, name="moe_eplb-parent-watch", daemon=True).start()
     torch.set_num_threads(1)
     prepare_process()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        # By descriptor: where the path is gone, torch looks for it for minutes and lets no other thread run meanwhile.
-        opened = os.open(store, os.O_RDWR | os.O_CREAT, 0o600)
-    except FileNotFoundError:
-        return  # the parent has given up already
-    method = f"file:///proc/self/fd/{opened}"
+    # A path that is always there: torch looks minutes for one that is not, and lets no other thread run meanwhile.
+    method = f"file://{store.path}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=_STORE_TIMEOUT)
     groups = GroupsBySize()
     while (job := _next_job(pipe)) is not None:
@@ -50,11 +50,12 @@ def main(rank: int, size: int, store: str, pipe: Connection) -> None:
 
 def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Message:
     try:
-        scenario = scenarios.loads(job.scenario, "scenario.yaml")
+        variants = _variants(job)
+        scenario = variants[0]
         require_devices(scenario.device, scenario.ranks, shared=scenario.share_gpus)
         members: Groups = groups.of(scenario.ranks, scenario.fast_backend)
         if rank < scenario.ranks:
-            _do(job, scenario, rank, members, lambda done, total: pipe.send(Step(done, total)))
+            _do(job, variants, rank, members, lambda done, total: pipe.send(Step(done, total)))
     except EplbError as error:
         return Failed(error)
     except OSError as error:  # such as a full disk
@@ -64,13 +65,19 @@ def _answer(job: Job, rank: int, groups: GroupsBySize, pipe: Connection) -> Mess
     return Done()
 
 
-def _do(job: Job, scenario: Scenario, rank: int, groups: Groups, on_step: Progress) -> None:
+def _variants(job: Job) -> list[Scenario]:
+    """The scenarios of a job, one unless they are compared."""
+    folder = Path(job.folder)
+    paths = [variant_path(folder, number) for number in range(job.variants)] or [folder / "scenario.yaml"]
+    return [scenarios.loads(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+
+
+def _do(job: Job, variants: Sequence[Scenario], rank: int, groups: Groups, on_step: Progress) -> None:
     folder = Path(job.folder)
     if job.timing is None:
-        run_rank(scenario, folder, rank, groups, on_step)
+        run_rank(variants[0], folder, rank, groups, on_step)
     else:
-        others = [scenarios.loads(text, "scenario.yaml") for text in job.variants]
-        run_bench([scenario, *others], job.timing, folder, rank, groups, on_step)
+        run_bench(variants, job.timing, folder, rank, groups, on_step)
 
 
 def _next_job(pipe: Connection) -> Job | None:
@@ -82,8 +89,12 @@ def _next_job(pipe: Connection) -> Job | None:
 
 
 def _end_with_parent() -> None:
-    """Leave at once when the parent is gone: nobody would end a rank that hangs in a collective."""
+    """Leave at once when the parent is gone: nobody would end a rank that hangs in a collective.
+
+    A parent that was killed has left the folder of the server's socket, which is the ranks' too.
+    """
     parent = parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
         os._exit(1)

@@ -12,6 +12,7 @@ from moe_eplb.session.samples import read_samples, samples_path
 
 from .conftest import Call, Write
 
+ROOT = Path(__file__).parents[2]
 FEW = ("--rounds", "3", "--steps", "4", "--warm-up", "1")
 
 
@@ -111,6 +112,15 @@ def test_the_gain_of_a_hot_rank_is_told_with_its_parts(call: Call, write: Write)
     assert (found["warm_up"], found["rehearsal"]) == (0, 3), "the clock begins with the first iteration"
     assert gain["tells"] == (gain["cost"] >= 1.3)
     assert done.code == (0 if gain["tells"] else 3)
+
+
+def test_the_gain_of_a_balancer_file_is_measured_too(call: Call) -> None:
+    path = ROOT / "scenarios" / "tensorrt_llm_config.yaml"
+    done = call("bench", path, "--gain", "--rounds", "2", "--steps", "3", "--format", "json")
+    assert done.err.count("error") == 0
+    found = json.loads(done.out)
+    assert [v["variant"] for v in found["variants"]] == ["static", "dynamic", "balanced"]
+    assert done.code == (0 if found["gain"]["tells"] else 3)
 
 
 def test_no_gain_is_told_where_imbalance_costs_nothing(

@@ -108,6 +108,10 @@ def test_a_balancer_that_is_on_has_no_reason_to_be_off(overrides: list[str]) -> 
     assert load(BASE, *overrides).balancer_off_reason() is None
 
 
+def test_experts_that_stay_may_be_fewer_than_ranks() -> None:
+    assert load(BASE, "ranks=20", "balancer.layer_updates_per_iter=0").ranks == 20
+
+
 ONE_LAYER = ["model.layers=1", "balancer.layer_updates_per_iter=1"]
 ASSIGNED = "balancer.initial_global_assignments="
 ONE_REDUCTION = ["balancer.reduction=iteration", "balancer.commit_delay=2", "statistics=local_ids"]
@@ -120,6 +124,9 @@ RULES = [
     (["balancer.num_slots=14"], "x.yaml", "14 slots cannot hold 16 experts"),
     (["balancer.num_slots=null"], "x.yaml", "slots_per_rank: 8 is the fewest"),
     (["balancer.slots_per_rank=10"], "x.yaml", "not both"),
+    (["ranks=20"], "x.yaml", "16 experts are too few for a balancer of 20 ranks"),
+    (["ranks=20", "calls=[start_iter]"], "x.yaml", "experts: 20 or more"),
+    (["ranks=20", "balancer.state=device", "balancer.weights_from=peer"], "x.yaml", "experts: 20 or more"),
     (ONE_LAYER, "x.yaml", "commit_delay: 2"),
     (ONE_REDUCTION, "x.yaml", "state: device"),
     ([*ONE_REDUCTION, "balancer.state=device", "statistics=auto"], "x.yaml", "statistics 'gathered'"),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from moe_eplb.core.probe import NullProbe
 from moe_eplb.device import get_device
 from moe_eplb.integrations.transformers import ModuleWeights, iterations, load_model, replace_moe_blocks
 from tests.support.ranks import run_ranks
+from tests.support.tiny_models import save
 
 ROOT = Path(__file__).parents[2]
 MODELS = {name: ROOT / "scenarios" / "data" / f"tiny_{name}" for name in
@@ -157,3 +159,18 @@ def test_the_example_runs_as_documented() -> None:
     lines = re.findall(r"^rank (\d): \[([\d, ]+)\], (\d+) slots changed$", done.stdout, re.MULTILINE)
     assert sorted(rank for rank, _, _ in lines) == ["0", "1"]
     assert all(len(tokens.split(",")) == 24 and int(slots) > 0 for _, tokens, slots in lines)
+
+
+def _load(rank: int, size: int, folder: Path) -> tuple[list[str], bool]:
+    """Threads that loading a model leaves, and whether progress bars are shown afterwards as before."""
+    from transformers.utils import logging
+
+    before, shown = set(threading.enumerate()), logging.is_progress_bar_enabled()
+    load_model(folder, seed=0, dtype=torch.float32)
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    return left, logging.is_progress_bar_enabled() == shown
+
+
+def test_loading_weights_leaves_no_thread(tmp_path: Path) -> None:
+    save("qwen2_moe", tmp_path)
+    assert run_ranks(_load, 1, tmp_path) == [([], True)]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moe_eplb.analysis import run_folder
 from moe_eplb.analysis.reproduction import compare_placements
 from moe_eplb.balancer.host_memory import list_segments
 from moe_eplb.core import scenario as scenarios
-from moe_eplb.core.errors import ExitCode, UsageError
+from moe_eplb.core.errors import ExitCode, RunFailed, UsageError
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.scenario import Scenario
 from moe_eplb.core.verdict import Status
@@ -79,6 +80,29 @@ def test_a_stopped_rank_ends_the_run_at_its_timeout(tmp_path: Path) -> None:
     assert seconds < 25
 
 
+def test_a_stopped_rank_ends_the_run_of_a_scenario_larger_than_a_pipe(tmp_path: Path) -> None:
+    large = scenario(timeout=6).model_copy(update={"description": "x" * 400_000})
+    with RankPool() as pool:
+        pool.run(scenario(), tmp_path / "before")
+        pids = pool.pids()
+        os.kill(pids[1], signal.SIGSTOP)
+        # Whatever waits for the rank goes on when it dies, so that a wait without a bound fails and does not hang.
+        killing = threading.Timer(25, os.kill, (pids[1], signal.SIGKILL))
+        killing.start()
+        result = pool.run(large, tmp_path / "run")
+        killing.cancel()
+        assert_nothing_left(pids)
+    assert "did not end within 6 s" in result.verdict.failure
+    assert result.seconds < 20
+
+
+def test_a_start_that_is_too_slow_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_eplb.session.fork_server.start", lambda: time.sleep(1))
+    with RankPool() as pool, pytest.raises(RunFailed, match=r"E181.* not start within 0.2 s\n  hint: raise timeout_s"):
+        pool.reserve(2, timeout_s=0.2)
+    assert multiprocessing.active_children() == []
+
+
 def test_one_pool_serves_scenarios_of_several_sizes(tmp_path: Path) -> None:
     with RankPool() as pool:
         pool.reserve(4)
@@ -119,25 +143,21 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 ORPHAN = """
-import multiprocessing, os, shutil, sys, tempfile, time
+import multiprocessing, os, sys, time
 from moe_eplb.session.entry import rank_main
+from moe_eplb.session.unnamed_file import UnnamedFile
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["moe_eplb.session.worker"])
-folder = tempfile.mkdtemp()
 _, theirs = context.Pipe()
-rank = context.Process(target=rank_main, args=(0, 2, f"{folder}/store", theirs), daemon=True)
+rank = context.Process(target=rank_main, args=(0, 2, UnnamedFile(), theirs), daemon=True)
 rank.start()
 time.sleep(float(sys.argv[1]))
-shutil.rmtree(folder)
-time.sleep(float(sys.argv[2]))
 os._exit(0)  # without a word to the rank, which waits for the other one
 """
 
 
-@pytest.mark.parametrize(("before", "after"), [(0.0, 0.0), (0.0, 2.0), (1.0, 0.0)])
-def test_a_rank_whose_parent_has_gone_ends_wherever_it_is(before: float, after: float) -> None:
+@pytest.mark.parametrize("after", [0.0, 1.0, 2.0])
+def test_a_rank_whose_parent_has_gone_ends_wherever_it_is(after: float) -> None:
     # The rank holds the other end of stdout too: reading it ends when the rank does.
-    subprocess.run(
-        [sys.executable, "-c", ORPHAN, str(before), str(after)], capture_output=True, timeout=30, check=True, cwd=ROOT
-    )
+    subprocess.run([sys.executable, "-c", ORPHAN, str(after)], capture_output=True, timeout=30, check=True, cwd=ROOT)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_eplb.balancer.host_memory import clean_segments
 from tests.support.as_a_terminal import restore_defaults
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,14 @@ def test_verify_may_be_ended_between_two_scenarios(tmp_path: Path) -> None:
     told = tell(["-c", PROGRAM, "verify", *paths, "-o", "out.json"], signal.SIGTERM, "judging", tmp_path)
     assert_clean(told, signal.SIGTERM)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_run_that_is_killed_leaves_at_most_segments_which_the_next_removes(tmp_path: Path) -> None:
+    told = tell(["-c", PROGRAM, "run", scenario(tmp_path), "--out", "run"], signal.SIGKILL, "iterating", tmp_path)
+    assert [name for name in told.left if not name.startswith("moe_eplb-")] == []
+    assert os.listdir(tmp_path / "tmp") == []
+    clean_segments()
+    assert set(told.left).isdisjoint(os.listdir("/dev/shm"))
 
 
 def test_torchruns_ranks_leave_nothing_either(tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def ended(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def torchrun(ranks: int, scenario: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(ranks: int, scenario: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     # --standalone finds a free port, so that runs side by side do not meet.
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return ended([*launcher, "-m", "eplbctl", "run", str(scenario), "--out", str(folder)])
+    return ended([*launcher, "-m", "eplbctl", "run", str(scenario), "--out", str(folder), *options])
 
 
 def slots_by_place(folder: RunFolder) -> dict[tuple[int, int], list[list[int]]]:
@@ -85,6 +85,12 @@ def test_torchruns_ranks_do_what_spawned_ranks_do(scenario: Path, tmp_path: Path
     assert len(placements) == 6 * 3
     assert placements[0, 0] != placements[5, 0], "experts moved, so placements had a chance to differ"
     assert placements == slots_by_place(second)
+
+
+def test_the_same_ranks_run_one_scenario_after_another(scenario: Path, tmp_path: Path) -> None:
+    done = torchrun(2, scenario, tmp_path / "runs", "--ranks", "2", "--repeat", "3")
+    assert done.returncode == ExitCode.VALID, done.stderr
+    assert [judged(folder).status for folder in (tmp_path / "runs").iterdir()] == [Status.VALID] * 3
 
 
 def test_a_wrong_number_of_ranks_is_refused_before_anything_is_written(scenario: Path, tmp_path: Path) -> None:
