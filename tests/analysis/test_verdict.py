@@ -17,6 +17,7 @@ from moe_eplb.core import scenario as scenarios
 from moe_eplb.core import workload
 from moe_eplb.core.errors import ExitCode, TraceError
 from moe_eplb.core.events import HOST, Kind
+from moe_eplb.core.evidence import Row
 from moe_eplb.core.verdict import Status, Verdict
 from tests.support.run_folders import (
     EXPERTS,
@@ -129,7 +130,7 @@ INVALID: dict[str, tuple[str, Damage]] = {
     "a scheduled update has no plan": ("effect", lambda run: run.remove("plan", layer=1, rank=0)),
     "a plan names another placement than its commit": ("effect", _set("plan", digest=5)({"layer": 1})),
     "a plan is not in the schedule": ("effect", lambda run: run.add(
-        "plan", 0, 1, 1, taken=0, due=1, digest=1, changed=[], bytes=0, predicted=[1.0, 1.0])),
+        "plan", 0, 1, 0, taken=0, due=1, digest=1, changed=[], bytes=0, predicted=[1.0, 1.0])),
     "a plan is made from a load that has decayed otherwise": ("effect", lambda run: run.scenario["balancer"].update(
         decay=0.1)),
     "a plan predicts other loads": ("effect", _set("plan", predicted=[1.0, 1.0])({"rank": 1, "layer": 1})),
@@ -168,6 +169,23 @@ def test_one_damage_makes_one_check_invalid(what: str, tmp_path: Path) -> None:
     (bad,) = [check for check in verdict.checks if check.name == name]
     assert bad.detail
     assert verdict.exit_code is ExitCode.INVALID
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in Row if good_run().find(kind.value) and kind is not Row.ATTEST])
+def test_a_second_row_of_one_place_does_not_hide_the_first(kind: str, tmp_path: Path) -> None:
+    run = good_run()
+    row = run.find(kind, rank=1)[-1]
+    run.rows.insert(run.rows.index(row), dict(row))
+    verdict = judge(run.write(tmp_path))
+    checks = ["run_complete", "effect"] if kind == "placement" else ["run_complete"]
+    assert [name for name, status in _bad(verdict).items() if status == "invalid"] == checks
+    assert f"rank 1 left more than one {kind} row" in verdict.checks[0].detail
+
+
+def test_a_second_row_of_one_call_does_not_hide_the_first(tmp_path: Path) -> None:
+    run = scripted_run(CALLS, [None] * 3, KINDS)
+    run.rows.insert(0, run.find("call", index=1)[0] | {"error": ERROR})
+    assert _bad(judge(run.write(tmp_path))) == {"run_complete": "invalid"}
 
 
 def test_a_drawn_workload_must_be_the_one_that_was_routed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def run_complete(folder: RunFolder) -> CheckResult:
     ends = {row["rank"]: row for row in folder.evidence.rows(Row.END)}
     findings.need_ranks("begin", folder, began)
     findings.need_ranks("end", folder, ends)
+    _one_row_each(folder, findings)
     if not folder.scripted:
         _all_iterations(folder, ends, findings)
         routed = folder.evidence.by_place(Row.ROUTED)
@@ -30,6 +31,13 @@ def run_complete(folder: RunFolder) -> CheckResult:
                 _routes_workload(folder, place, rank, row, findings)
     iterations = sorted({row["iterations"] for row in ends.values()})
     return findings.result(f"{len(ends)} ranks ended, iterations {', '.join(map(str, iterations)) or 'none'}")
+
+
+def _one_row_each(folder: RunFolder, findings: Findings) -> None:
+    """Of two rows of one place the judges would see one, and the other could say anything."""
+    for kind in Row:
+        for place, rank in folder.evidence.repeated(kind):
+            findings.wrong(f"rank {rank} left more than one {kind.value} row", place if place.layer >= 0 else "")
 
 
 def _routes_workload(folder: RunFolder, place: Place, rank: int, row: EvidenceRow, findings: Findings) -> None:

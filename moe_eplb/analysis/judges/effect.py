@@ -133,6 +133,8 @@ def _judge_tables(folder: RunFolder, findings: Findings) -> None:
     commits = folder.evidence.by_place(Row.COMMIT)
     known: dict[tuple[int, ...], int] = {}
     last: dict[int, EvidenceRow] = {}
+    for place, rank in folder.evidence.repeated(Row.PLACEMENT):
+        findings.wrong(f"rank {rank}: the tables changed between two forwards of the layer", place)
     for place in folder.places:
         rows = folder.placements.get(place)
         if not rows:
