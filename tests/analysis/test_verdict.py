@@ -226,6 +226,27 @@ def test_a_dropped_plan_is_invalid_and_says_why(tmp_path: Path) -> None:
     assert "rank 1 was late" in effect.detail
 
 
+SHARED = {"shared_ratio": 1e-7, "shared_tokens": TOKENS, "block_ratio": 1e-7, "block_tokens": TOKENS}
+
+
+@pytest.mark.parametrize(
+    ("fields", "bad"),
+    [
+        (SHARED, {}),
+        (SHARED | {"shared_ratio": 1e-3}, {"equality": "invalid"}),
+        (SHARED | {"block_ratio": 1e-3}, {"equality": "invalid"}),
+        (SHARED | {"shared_tokens": 0}, {"equality": "unknown"}),
+        (SHARED | {"block_tokens": 0}, {"equality": "unknown"}),
+        ({"shared_ratio": 1e-7, "shared_tokens": TOKENS}, {"equality": "unknown"}),
+    ],
+)
+def test_a_shared_expert_is_compared_alone_and_in_the_sum(fields: RowDict, bad: dict[str, str], tmp_path: Path) -> None:
+    run = good_run()
+    run.scenario["model"]["shared_intermediate"] = 4
+    for_all(run.find("equality"), lambda row: row.update(fields))
+    assert _bad(judge(run.write(tmp_path))) == bad
+
+
 UNKNOWN: dict[str, tuple[set[str], Damage]] = {
     "a rank did not end": ({"run_complete"}, lambda run: run.remove("end", rank=1)),
     "a rank did not begin": ({"run_complete", "balancer"}, lambda run: run.remove("begin", rank=1)),

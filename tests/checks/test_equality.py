@@ -53,6 +53,12 @@ def test_ratio_is_relative_to_the_largest_element() -> None:
     assert compare(reference, reference).ratio == 0.0
 
 
+def test_a_sum_is_as_exact_as_its_parts_are() -> None:
+    parts = torch.tensor([[4.0, -1.0]]), torch.tensor([[-3.0, 1.0]])
+    assert compare(sum(parts) + torch.tensor([[0.07, 0.0]]), *parts).ratio == pytest.approx(0.01)
+    assert compare(parts[0], *parts).ratio == pytest.approx(3 / 7)
+
+
 def test_nan_and_zero_references_never_pass() -> None:
     reference = torch.tensor([[1.0, 2.0]])
     assert compare(torch.tensor([[1.0, float("nan")]]), reference).ratio == math.inf

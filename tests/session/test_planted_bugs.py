@@ -75,6 +75,7 @@ MEANT_FOR = {
     "empty_chunk_counted_again": ("statistics", "chunked"),
     "padding_counted": ("statistics", "chunked_global_ids"),
     "shared_expert_of_other_tokens": ("equality", "chunked_local_ids"),
+    "shared_expert_not_added": ("equality", "chunked_local_ids"),
     "scales_in_other_order": ("equality", "gathered"),
     "second_best_expert": ("equality", "routed"),
     "tables_without_cells": ("attestation", "state_on_device"),

@@ -254,6 +254,17 @@ def shared_expert_of_other_tokens(module: ModuleType) -> None:
     module.SharedExpert.forward = lambda self, x: forward(self, x).flip(0)
 
 
+def shared_expert_not_added(module: ModuleType) -> None:
+    """The shared expert computes, and nothing of it comes into the block's output."""
+    start = module.SharedStream.start
+
+    def lose(self: Any, work: Any, x: Any) -> Any:
+        join = start(self, work, x)
+        return lambda: join() * 0
+
+    module.SharedStream.start = lose
+
+
 def tables_without_cells(module: ModuleType) -> None:
     """On rank 1 a commit on the device changes the tables, but not the cells that the slots live in."""
     take_over = module.take_over
@@ -403,6 +414,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "empty_chunk_counted_again": ("moe_eplb.moe.statistics_path", empty_chunk_counted_again),
     "padding_counted": ("moe_eplb.moe.dispatch.allgather", padding_counted),
     "shared_expert_of_other_tokens": ("moe_eplb.models.shared_expert", shared_expert_of_other_tokens),
+    "shared_expert_not_added": ("moe_eplb.models.shared_expert", shared_expert_not_added),
     "scales_in_other_order": ("moe_eplb.moe.routing", scales_in_other_order),
     "second_best_expert": ("moe_eplb.moe.routing", second_best_expert),
     "tables_without_cells": ("moe_eplb.device.control.plain", tables_without_cells),
