@@ -20,6 +20,7 @@ from moe_eplb.core.events import HOST, Kind
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.verdict import Status, Verdict
 from tests.support.run_folders import (
+    DECAY,
     EXPERTS,
     PER_RANK,
     TOKENS,
@@ -208,6 +209,40 @@ def test_a_balancer_that_moves_nothing_is_invalid(tmp_path: Path) -> None:
     effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
     assert effect.status is Status.INVALID
     assert effect.detail.startswith("not a single slot was moved in the whole run")
+
+
+def test_a_balancer_that_had_nothing_to_move_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    _nothing_moves(run)
+    slots = np.array(run.find("placement", layer=0, iteration=0)[0]["slots"])
+    counts = np.bincount(slots, minlength=EXPERTS)  # as many entries as replicas: every slot has the same load
+    for_all(run.find("reduced"), lambda row: row.update(counts=counts.tolist()))
+    run.scenario["balancer"]["policy"] = "incremental"
+    predicted = [PER_RANK * 1.0] * 2
+    for_all(run.find("plan", taken=0), lambda row: row.update(predicted=predicted))
+    for_all(run.find("plan", taken=1), lambda row: row.update(predicted=[load * (1 + DECAY) for load in predicted]))
+    for_all(run.find("plan", taken=2), lambda row: row.update(predicted=[load * (1 + DECAY) for load in predicted]))
+    for_all(run.find("commit"), lambda row: row.update(bytes=0, sources={}))
+    effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
+    assert effect.status is Status.UNKNOWN
+    assert effect.detail.startswith("nothing had to move: none of 3 plans changes a slot")
+
+
+def test_a_balancer_that_moved_nothing_for_unknown_loads_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    _nothing_moves(run)
+    for_all(run.find("commit"), lambda row: row.update(bytes=0, sources={}))
+    run.remove("reduced")
+    effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
+    assert effect.status is Status.UNKNOWN
+
+
+def test_a_run_that_died_before_its_first_move_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    run.rows = run.find("begin")
+    run.meta |= {"state": "failed", "failure": "rank 1 was killed by SIGKILL"}
+    effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
+    assert effect.status is Status.UNKNOWN
 
 
 def test_a_commit_on_one_rank_alone_is_invalid(tmp_path: Path) -> None:
