@@ -96,6 +96,8 @@ def _other_slots(run: RunBuilder, since: int = 2) -> None:
 
 INVALID: dict[str, tuple[str, Damage]] = {
     "too few iterations": ("run_complete", _set("end", iterations=3)({"rank": 1})),
+    **{f"a rank began with other {name}": ("run_complete", _set("begin", **{name: 99})({"rank": 1}))
+       for name in ("ranks", "layers", "experts", "slots", "top_k")},
     "the balancer is off on one rank": ("balancer", _set("begin", dynamic=False)({"rank": 1})),
     "a call is left out": ("call_order", _drop_call(Kind.DONE_WAIT_GPU_STAGE)),
     "an iteration is not ended": ("call_order", lambda run: run.records.remove(
@@ -116,6 +118,7 @@ INVALID: dict[str, tuple[str, Damage]] = {
     "an output differs within what its own row allows": ("equality", _set("equality", ratio=1e-3, tolerance=1e-2)(
         {"rank": 1, "iteration": 3, "layer": 0})),
     "an output is not a number": ("equality", _set("equality", ratio=math.nan)({"rank": 1, "iteration": 3})),
+    "a ratio is below nothing": ("equality", _set("equality", ratio=-1.0)({"rank": 1, "iteration": 3})),
     "a token is counted for another expert": ("statistics", lambda run: _move_count(
         run.find("routed", rank=0, layer=1, iteration=2)[0], "counts")),
     "a rank reduced fewer experts": ("statistics", lambda run: (
@@ -126,6 +129,8 @@ INVALID: dict[str, tuple[str, Damage]] = {
             digest=1, slots=run.find("placement", rank=1, layer=0, iteration=1)[0]["slots"]))),
     "the ranks planned differently": ("agreement", lambda run: run.add(
         "dropped", 1, 0, 3, due=9, ready=2, ranks=2, digests_differ=True, reason="digests")),
+    "a committed plan was dropped": ("effect", lambda run: run.add(
+        "dropped", 1, 0, 2, due=3, ready=1, ranks=2, digests_differ=False, reason="late")),
     "a slot gets other entries than the rule gives": ("effect", lambda run: _move_count(
         run.find("received", rank=1, layer=0, iteration=1)[0], "slots")),
     "a scheduled update has no plan": ("effect", lambda run: run.remove("plan", layer=1, rank=0)),

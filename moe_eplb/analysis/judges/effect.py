@@ -29,6 +29,7 @@ def effect(folder: RunFolder) -> CheckResult:
         if not any(row["changed"] for row in folder.evidence.rows(Row.COMMIT)):
             _judge_standstill(folder, plans, findings)
         _judge_plans(folder, updates, findings)
+        _judge_drops(folder, findings)
         judge_plan_contents(folder, plans, findings)
         _judge_commits(folder, findings)
         _judge_tables(folder, findings)
@@ -91,6 +92,15 @@ def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> N
             findings.wrong(
                 f"rank {rank}: a plan taken in iteration {plan['taken']} that the schedule does not know", update
             )
+
+
+def _judge_drops(folder: RunFolder, findings: Findings) -> None:
+    """What a rank gave up it did not commit."""
+    commits = folder.evidence.by_place(Row.COMMIT)
+    for row in folder.evidence.rows(Row.DROPPED):
+        where = Place(row["layer"], row["due"])
+        if row["rank"] in commits.get(where, {}):
+            findings.wrong(f"rank {row['rank']} committed the update that it dropped: {row['reason']}", where)
 
 
 def _judge_commits(folder: RunFolder, findings: Findings) -> None:
