@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,9 @@ from moe_eplb.core.scenario import Scenario
 __all__ = ["Evidence", "EvidenceRow", "Place", "RunFolder", "load"]
 
 EvidenceRow = dict[str, Any]
+
+_SEVERAL = frozenset({Row.ATTEST})
+"""Kinds of which a rank leaves several rows at one place: slots are read after a commit and, at the end, once more."""
 
 
 class Place(NamedTuple):
@@ -49,13 +52,25 @@ class Evidence:
         return self._rows.get(kind.value, [])
 
     def by_place(self, kind: Row) -> dict[Place, dict[int, EvidenceRow]]:
-        """Rows of a kind by layer and iteration, then by rank; a later row of the same rank replaces an earlier one."""
+        """Rows of a kind by layer and iteration, then by rank; a later row of the same rank replaces an earlier one.
+
+        That there was an earlier one, `repeated` says.
+        """
         if kind not in self._places:
             places: dict[Place, dict[int, EvidenceRow]] = defaultdict(dict)
             for row in self.rows(kind):
                 places[Place(row["layer"], row["iteration"])][row["rank"]] = row
             self._places[kind] = dict(sorted(places.items(), key=lambda item: (item[0].iteration, item[0].layer)))
         return self._places[kind]
+
+    def repeated(self, kind: Row) -> list[tuple[Place, int]]:
+        """Places and ranks where a rank left more rows of a kind than one; each scripted call is a place of its own."""
+        if kind in _SEVERAL:
+            return []
+        seen = Counter(
+            (Place(row["layer"], row["iteration"]), row["rank"], row.get("index")) for row in self.rows(kind)
+        )
+        return [(place, rank) for (place, rank, _), rows in seen.items() if rows > 1]
 
 
 @dataclass(frozen=True)

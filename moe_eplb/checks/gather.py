@@ -113,13 +113,21 @@ class EvidenceGatherer:
             logits, ids = router_logits.to(torch.float64).cpu().numpy(), expert_ids.cpu().numpy()
             # Not the layer's own scales: a routing method that swaps them must not be compared with itself.
             exact = torch.from_numpy(scales_of(watched.rule, logits, ids))
-            difference = compare(y.cpu(), reference_output(x.cpu(), expert_ids.cpu(), exact, watched.master))
-            self._of(layer).routed_output.add(difference, x.shape[0], misrouted(watched.rule, logits, ids))
+            reference = reference_output(x.cpu(), expert_ids.cpu(), exact, watched.master)
+            seen = self._of(layer)
+            seen.routed_output.add(compare(y.cpu(), reference), x.shape[0], misrouted(watched.rule, logits, ids))
+            seen.routed_reference = reference
 
     def shared_output(self, layer: int, x: Tensor, y: Tensor) -> None:
         shared = self._layers[layer].shared
         if "equality" in self._checks and shared is not None:
             self._of(layer).shared_output.add(compare(y.cpu(), shared_reference(x.cpu(), shared)), x.shape[0])
+
+    def block_output(self, layer: int, x: Tensor, y: Tensor) -> None:
+        shared, seen = self._layers[layer].shared, self._of(layer)
+        routed, seen.routed_reference = seen.routed_reference, None
+        if "equality" in self._checks and shared is not None and routed is not None:
+            seen.block_output.add(compare(y.cpu(), routed, shared_reference(x.cpu(), shared)), x.shape[0])
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         self._write(Row.REDUCED, layer, counts=counts.tolist())
@@ -197,6 +205,7 @@ class EvidenceGatherer:
             self._write(Row.DISPATCH, layer, **asdict(seen.dispatch(arrived, slots=placement.slots)))
         if "equality" in self._checks:
             shared = {"shared_ratio": seen.shared_output.worst.ratio, "shared_tokens": seen.shared_output.tokens}
+            shared |= {"block_ratio": seen.block_output.worst.ratio, "block_tokens": seen.block_output.tokens}
             routed = asdict(seen.routed_output.worst)
             routed |= {"tokens": seen.routed_output.tokens, "misrouted": seen.routed_output.misrouted}
             tolerance = TOLERANCE[self._layers[layer].dtype]

@@ -35,6 +35,7 @@ class LayerEvidence:
     """Collected while the layer runs, written down when the iteration ends.
 
     `ids`: expert ids [T, K] of each chunk. `processed`: rows int64 (source rank, chunk, token, k, slot, found expert).
+    `routed_reference`: what the routed experts of the last forward should have given [T, D].
     """
 
     ids: list[Tensor] = field(default_factory=list)
@@ -42,6 +43,8 @@ class LayerEvidence:
     processed: list[Tensor] = field(default_factory=list)
     routed_output: OutputEvidence = field(default_factory=OutputEvidence)
     shared_output: OutputEvidence = field(default_factory=OutputEvidence)
+    block_output: OutputEvidence = field(default_factory=OutputEvidence)
+    routed_reference: Tensor | None = None
 
     def add_routed(self, ids: Tensor, expected: np.ndarray) -> None:
         """A chunk was routed; `expected` [P] entries by slot follow from the replica rule."""

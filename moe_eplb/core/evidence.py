@@ -40,7 +40,8 @@ class Row(enum.StrEnum):
                  slots have another digest than at the previous attestation); the first one is made in iteration -1
     EQUALITY     max_abs, max_ref, ratio, tolerance, tokens, misrouted (tokens sent to other experts than the twin of
                  the routing method chooses): the worst of the layer's forwards in the iteration, tokens
-                 in sum; shared_ratio, shared_tokens: the same of its shared expert, 0 where it has none
+                 in sum; shared_ratio, shared_tokens: the same of its shared expert, and block_ratio, block_tokens: of
+                 the sum of both, which the block returns; 0 where it has none
     GENERATED    tokens, expected [[ids of a sequence]]: what this rank's whole model generated, and what the same model
                  generates with its own MoE blocks
     MEMORY       slots_bytes, host_bytes: measured; staging_bytes: the most that updates under way can hold

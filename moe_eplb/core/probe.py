@@ -31,6 +31,9 @@ class Probe(Protocol):
     def shared_output(self, layer: int, x: Any, y: Any) -> None:
         """A layer's shared expert finished: x and y [T, D]."""
 
+    def block_output(self, layer: int, x: Any, y: Any) -> None:
+        """A forward of a block with a shared expert finished, after `output` and `shared_output`: x and y [T, D]."""
+
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         """Statistics int64 [E] were reduced and folded; the balancer reports this balancedness for them."""
 
@@ -66,6 +69,9 @@ class NullProbe:
         return None
 
     def shared_output(self, layer: int, x: Any, y: Any) -> None:
+        return None
+
+    def block_output(self, layer: int, x: Any, y: Any) -> None:
         return None
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
@@ -111,6 +117,10 @@ class Probes:
     def shared_output(self, layer: int, x: Any, y: Any) -> None:
         for probe in self._probes:
             probe.shared_output(layer, x, y)
+
+    def block_output(self, layer: int, x: Any, y: Any) -> None:
+        for probe in self._probes:
+            probe.block_output(layer, x, y)
 
     def reduced(self, layer: int, counts: np.ndarray, balancedness: float) -> None:
         for probe in self._probes:

@@ -73,6 +73,8 @@ class MoeBlock(nn.Module):
         y: Tensor = self.moe(x, self.router_logits(x), all_rank_num_tokens)
         if join is not None:
             y = y + join()
+            if self.moe.probe is not None:
+                self.moe.device.observe(partial(self.moe.probe.block_output, self.moe.layer_idx, x, y))
         return y.view(hidden.shape)
 
     def _start_shared(self, x: Tensor) -> Callable[[], Tensor] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from moe_eplb.device import ops
 from moe_eplb.moe.experts import Grouping, group_by_slot, sum_over_k
 from moe_eplb.moe.local_moe import LocalMoE
 
@@ -20,8 +20,9 @@ class FusedMoE(LocalMoE):
         place, capacity = _places(grouping)
         batch = x.new_zeros(self.shape.num_experts, capacity, x.shape[1])
         batch[grouping.slot, place] = x[grouping.row]
-        up, gate = torch.bmm(batch, self.experts.weight("w3_w1").transpose(1, 2)).chunk(2, dim=-1)
-        output = torch.bmm(functional.silu(gate) * up, self.experts.weight("w2").transpose(1, 2))
+        product = torch.bmm(batch, self.experts.weight("w3_w1").transpose(1, 2))
+        activated = ops.swiglu(product.flatten(0, 1)).view(*product.shape[:2], product.shape[2] // 2)
+        output = torch.bmm(activated, self.experts.weight("w2").transpose(1, 2))
         return sum_over_k(output[grouping.slot, place], grouping.position, scales, x.dtype)
 
 

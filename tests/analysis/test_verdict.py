@@ -17,8 +17,10 @@ from moe_eplb.core import scenario as scenarios
 from moe_eplb.core import workload
 from moe_eplb.core.errors import ExitCode, TraceError
 from moe_eplb.core.events import HOST, Kind
+from moe_eplb.core.evidence import Row
 from moe_eplb.core.verdict import Status, Verdict
 from tests.support.run_folders import (
+    DECAY,
     EXPERTS,
     PER_RANK,
     TOKENS,
@@ -94,6 +96,8 @@ def _other_slots(run: RunBuilder, since: int = 2) -> None:
 
 INVALID: dict[str, tuple[str, Damage]] = {
     "too few iterations": ("run_complete", _set("end", iterations=3)({"rank": 1})),
+    **{f"a rank began with other {name}": ("run_complete", _set("begin", **{name: 99})({"rank": 1}))
+       for name in ("ranks", "layers", "experts", "slots", "top_k")},
     "the balancer is off on one rank": ("balancer", _set("begin", dynamic=False)({"rank": 1})),
     "a call is left out": ("call_order", _drop_call(Kind.DONE_WAIT_GPU_STAGE)),
     "an iteration is not ended": ("call_order", lambda run: run.records.remove(
@@ -114,6 +118,7 @@ INVALID: dict[str, tuple[str, Damage]] = {
     "an output differs within what its own row allows": ("equality", _set("equality", ratio=1e-3, tolerance=1e-2)(
         {"rank": 1, "iteration": 3, "layer": 0})),
     "an output is not a number": ("equality", _set("equality", ratio=math.nan)({"rank": 1, "iteration": 3})),
+    "a ratio is below nothing": ("equality", _set("equality", ratio=-1.0)({"rank": 1, "iteration": 3})),
     "a token is counted for another expert": ("statistics", lambda run: _move_count(
         run.find("routed", rank=0, layer=1, iteration=2)[0], "counts")),
     "a rank reduced fewer experts": ("statistics", lambda run: (
@@ -124,12 +129,14 @@ INVALID: dict[str, tuple[str, Damage]] = {
             digest=1, slots=run.find("placement", rank=1, layer=0, iteration=1)[0]["slots"]))),
     "the ranks planned differently": ("agreement", lambda run: run.add(
         "dropped", 1, 0, 3, due=9, ready=2, ranks=2, digests_differ=True, reason="digests")),
+    "a committed plan was dropped": ("effect", lambda run: run.add(
+        "dropped", 1, 0, 2, due=3, ready=1, ranks=2, digests_differ=False, reason="late")),
     "a slot gets other entries than the rule gives": ("effect", lambda run: _move_count(
         run.find("received", rank=1, layer=0, iteration=1)[0], "slots")),
     "a scheduled update has no plan": ("effect", lambda run: run.remove("plan", layer=1, rank=0)),
     "a plan names another placement than its commit": ("effect", _set("plan", digest=5)({"layer": 1})),
     "a plan is not in the schedule": ("effect", lambda run: run.add(
-        "plan", 0, 1, 1, taken=0, due=1, digest=1, changed=[], bytes=0, predicted=[1.0, 1.0])),
+        "plan", 0, 1, 0, taken=0, due=1, digest=1, changed=[], bytes=0, predicted=[1.0, 1.0])),
     "a plan is made from a load that has decayed otherwise": ("effect", lambda run: run.scenario["balancer"].update(
         decay=0.1)),
     "a plan predicts other loads": ("effect", _set("plan", predicted=[1.0, 1.0])({"rank": 1, "layer": 1})),
@@ -170,6 +177,23 @@ def test_one_damage_makes_one_check_invalid(what: str, tmp_path: Path) -> None:
     assert verdict.exit_code is ExitCode.INVALID
 
 
+@pytest.mark.parametrize("kind", [kind.value for kind in Row if good_run().find(kind.value) and kind is not Row.ATTEST])
+def test_a_second_row_of_one_place_does_not_hide_the_first(kind: str, tmp_path: Path) -> None:
+    run = good_run()
+    row = run.find(kind, rank=1)[-1]
+    run.rows.insert(run.rows.index(row), dict(row))
+    verdict = judge(run.write(tmp_path))
+    checks = ["run_complete", "effect"] if kind == "placement" else ["run_complete"]
+    assert [name for name, status in _bad(verdict).items() if status == "invalid"] == checks
+    assert f"rank 1 left more than one {kind} row" in verdict.checks[0].detail
+
+
+def test_a_second_row_of_one_call_does_not_hide_the_first(tmp_path: Path) -> None:
+    run = scripted_run(CALLS, [None] * 3, KINDS)
+    run.rows.insert(0, run.find("call", index=1)[0] | {"error": ERROR})
+    assert _bad(judge(run.write(tmp_path))) == {"run_complete": "invalid"}
+
+
 def test_a_drawn_workload_must_be_the_one_that_was_routed(tmp_path: Path) -> None:
     run = good_run(workload={"kind": "zipf", "tokens_per_rank": TOKENS})
     scenario = scenarios.loads(yaml.safe_dump(run.scenario), "miniature")
@@ -192,6 +216,40 @@ def test_a_balancer_that_moves_nothing_is_invalid(tmp_path: Path) -> None:
     assert effect.detail.startswith("not a single slot was moved in the whole run")
 
 
+def test_a_balancer_that_had_nothing_to_move_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    _nothing_moves(run)
+    slots = np.array(run.find("placement", layer=0, iteration=0)[0]["slots"])
+    counts = np.bincount(slots, minlength=EXPERTS)  # as many entries as replicas: every slot has the same load
+    for_all(run.find("reduced"), lambda row: row.update(counts=counts.tolist()))
+    run.scenario["balancer"]["policy"] = "incremental"
+    predicted = [PER_RANK * 1.0] * 2
+    for_all(run.find("plan", taken=0), lambda row: row.update(predicted=predicted))
+    for_all(run.find("plan", taken=1), lambda row: row.update(predicted=[load * (1 + DECAY) for load in predicted]))
+    for_all(run.find("plan", taken=2), lambda row: row.update(predicted=[load * (1 + DECAY) for load in predicted]))
+    for_all(run.find("commit"), lambda row: row.update(bytes=0, sources={}))
+    effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
+    assert effect.status is Status.UNKNOWN
+    assert effect.detail.startswith("nothing had to move: none of 3 plans changes a slot")
+
+
+def test_a_balancer_that_moved_nothing_for_unknown_loads_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    _nothing_moves(run)
+    for_all(run.find("commit"), lambda row: row.update(bytes=0, sources={}))
+    run.remove("reduced")
+    effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
+    assert effect.status is Status.UNKNOWN
+
+
+def test_a_run_that_died_before_its_first_move_is_unknown(tmp_path: Path) -> None:
+    run = good_run()
+    run.rows = run.find("begin")
+    run.meta |= {"state": "failed", "failure": "rank 1 was killed by SIGKILL"}
+    effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
+    assert effect.status is Status.UNKNOWN
+
+
 def test_a_commit_on_one_rank_alone_is_invalid(tmp_path: Path) -> None:
     run = good_run()
     run.remove("commit", rank=1, layer=0, iteration=3)
@@ -206,6 +264,27 @@ def test_a_dropped_plan_is_invalid_and_says_why(tmp_path: Path) -> None:
     effect = next(check for check in judge(run.write(tmp_path)).checks if check.name == "effect")
     assert effect.status is Status.INVALID
     assert "rank 1 was late" in effect.detail
+
+
+SHARED = {"shared_ratio": 1e-7, "shared_tokens": TOKENS, "block_ratio": 1e-7, "block_tokens": TOKENS}
+
+
+@pytest.mark.parametrize(
+    ("fields", "bad"),
+    [
+        (SHARED, {}),
+        (SHARED | {"shared_ratio": 1e-3}, {"equality": "invalid"}),
+        (SHARED | {"block_ratio": 1e-3}, {"equality": "invalid"}),
+        (SHARED | {"shared_tokens": 0}, {"equality": "unknown"}),
+        (SHARED | {"block_tokens": 0}, {"equality": "unknown"}),
+        ({"shared_ratio": 1e-7, "shared_tokens": TOKENS}, {"equality": "unknown"}),
+    ],
+)
+def test_a_shared_expert_is_compared_alone_and_in_the_sum(fields: RowDict, bad: dict[str, str], tmp_path: Path) -> None:
+    run = good_run()
+    run.scenario["model"]["shared_intermediate"] = 4
+    for_all(run.find("equality"), lambda row: row.update(fields))
+    assert _bad(judge(run.write(tmp_path))) == bad
 
 
 UNKNOWN: dict[str, tuple[set[str], Damage]] = {

@@ -89,21 +89,28 @@ def test_the_router_computes_in_the_dtype_it_is_given() -> None:
 
 
 class SharedOutputs(NullProbe):
-    """Keeps what the probe sees of the shared expert."""
+    """Keeps what the probe sees of the shared expert and of the whole block."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.blocks: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def shared_output(self, layer: int, x: Any, y: Any) -> None:
         self.seen.append((layer, x, y))
+
+    def block_output(self, layer: int, x: Any, y: Any) -> None:
+        assert len(self.seen) == len(self.blocks) + 1
+        self.blocks.append((layer, x, y))
 
 
 def test_a_probe_sees_the_shared_experts_output() -> None:
     device, x, shared = get_device("cpu", ListSink()), torch.randn(4, HIDDEN), _shared()
     block, probe = _block(device, shared), SharedOutputs()
     block.moe.probe = probe
-    block(x)
+    y = block(x)
     [(layer, seen_x, seen_y)] = probe.seen
     assert layer == 0
     assert torch.equal(seen_x, x)
     assert torch.equal(seen_y, shared(x))
+    [(layer, seen_x, seen_y)] = probe.blocks
+    assert (layer, torch.equal(seen_x, x), torch.equal(seen_y, y)) == (0, True, True)

@@ -36,6 +36,7 @@ moe_max_num_tokens: 6
 )
 # An odd number of chunks: the last one is not on the caller's stream, which would imply a join of the others.
 FP8 = SKEWED + SIZES.replace("}", ", dtype: float8_e4m3fn}") + "dispatch: alltoall\n"
+TWICE = SKEWED + SIZES.replace("}", ", repeated_layers: {0: 2, 1: 2, 2: 2}}") + "dispatch: alltoall\n"
 ROUTED = SIZES + "workload: {kind: model, tokens_per_rank: [32, 5]}\n"
 PATHS = {
     "gathered": PLAIN + "dispatch: alltoall\n",
@@ -48,6 +49,7 @@ PATHS = {
     "before": PLAIN + "dispatch: allgather\noverlap: before\n",
     "chunked_before": LARGE + "dispatch: allgather\noverlap: before\n",
     "routed": ROUTED + "dispatch: alltoall\n",
+    "twice": TWICE,
     "chunked": LARGE + "dispatch: alltoall\n",
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
     "local_ids_state_on_device": PLAIN + "dispatch: allgather\n",
@@ -73,6 +75,7 @@ MEANT_FOR = {
     "empty_chunk_counted_again": ("statistics", "chunked"),
     "padding_counted": ("statistics", "chunked_global_ids"),
     "shared_expert_of_other_tokens": ("equality", "chunked_local_ids"),
+    "shared_expert_not_added": ("equality", "chunked_local_ids"),
     "scales_in_other_order": ("equality", "gathered"),
     "second_best_expert": ("equality", "routed"),
     "tables_without_cells": ("attestation", "state_on_device"),
@@ -87,6 +90,7 @@ MEANT_FOR = {
     "vote_without_the_route_that_counts": ("stream_join", "local_ids_state_on_device"),
     "one_layer_left_out_of_the_sum": ("statistics", "one_reduction_state_on_device"),
     "loads_from_before_the_sum": ("effect", "one_reduction_state_on_device"),
+    "tables_change_between_forwards": ("effect", "twice"),
     "leaked_segment": ("leaks", "gathered"),
 }
 

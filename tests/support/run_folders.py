@@ -159,7 +159,8 @@ def scripted_run(
     """A run of scripted calls on one rank: what each call raised, and the host's records of them."""
     balancer = {"slots_per_rank": EXPERTS, "layer_updates_per_iter": 1}
     run = RunBuilder(scenario(ranks=1, iterations=1, calls=calls, balancer=balancer, **changes))
-    run.add("begin", 0, pid=1, ranks=1, layers=LAYERS, experts=EXPERTS, slots=SLOTS, top_k=TOP_K, dynamic=True, off="")
+    run.add("begin", 0, pid=1, ranks=1, layers=LAYERS, experts=EXPERTS, slots=EXPERTS, top_k=TOP_K)
+    run.rows[-1] |= {"dynamic": True, "off": ""}
     for index, error in enumerate(errors):
         name = calls[index] if isinstance(calls[index], str) else next(iter(calls[index]))
         run.add("call", 0, 0, 0, index=index, call=name, error=error)

@@ -17,10 +17,12 @@ __all__ = ["balancer", "expected_error", "leaks", "run_complete"]
 def run_complete(folder: RunFolder) -> CheckResult:
     """Every rank began and ended, did all iterations, and left evidence of every layer in each."""
     findings = Findings("run_complete", f"{len(folder.ranks)} ranks, {folder.scenario.iterations} iterations")
-    began = {row["rank"] for row in folder.evidence.rows(Row.BEGIN)}
+    began = {row["rank"]: row for row in folder.evidence.rows(Row.BEGIN)}
     ends = {row["rank"]: row for row in folder.evidence.rows(Row.END)}
     findings.need_ranks("begin", folder, began)
     findings.need_ranks("end", folder, ends)
+    _one_row_each(folder, findings)
+    _began_as_asked(folder.scenario, began, findings)
     if not folder.scripted:
         _all_iterations(folder, ends, findings)
         routed = folder.evidence.by_place(Row.ROUTED)
@@ -30,6 +32,24 @@ def run_complete(folder: RunFolder) -> CheckResult:
                 _routes_workload(folder, place, rank, row, findings)
     iterations = sorted({row["iterations"] for row in ends.values()})
     return findings.result(f"{len(ends)} ranks ended, iterations {', '.join(map(str, iterations)) or 'none'}")
+
+
+def _one_row_each(folder: RunFolder, findings: Findings) -> None:
+    """Of two rows of one place the judges would see one, and the other could say anything."""
+    for kind in Row:
+        for place, rank in folder.evidence.repeated(kind):
+            findings.wrong(f"rank {rank} left more than one {kind.value} row", place if place.layer >= 0 else "")
+
+
+def _began_as_asked(scenario: Scenario, began: dict[int, EvidenceRow], findings: Findings) -> None:
+    """The sizes that ranks began with are the scenario's."""
+    model = scenario.model
+    asked = {"ranks": scenario.ranks, "layers": model.layers, "experts": model.experts}
+    asked |= {"slots": scenario.slots, "top_k": model.top_k}
+    for rank, row in began.items():
+        for name, size in asked.items():
+            if row[name] != size:
+                findings.wrong(f"rank {rank} began with {name} {row[name]}, the scenario says {size}")
 
 
 def _routes_workload(folder: RunFolder, place: Place, rank: int, row: EvidenceRow, findings: Findings) -> None:

@@ -97,9 +97,7 @@ def equality(folder: RunFolder) -> CheckResult:
 def _judge_output(folder: RunFolder, row: EvidenceRow, findings: Findings) -> None:
     where = f"rank {row['rank']}, {_place(row)}"
     tolerance, tokens = TOLERANCE[folder.scenario.model.dtype], _tokens(folder, row)
-    # A ratio that is not a number compares false and must not pass.
-    if not row["ratio"] <= tolerance:
-        findings.wrong(f"ratio {row['ratio']:.3g} > {tolerance:.3g}", where)
+    _judge_ratio("ratio", row["ratio"], tolerance, where, findings)
     if row["tokens"] != tokens:
         findings.missing(f"{row['tokens']} of {tokens} tokens were compared", where)
     if "misrouted" not in row:
@@ -108,13 +106,24 @@ def _judge_output(folder: RunFolder, row: EvidenceRow, findings: Findings) -> No
         findings.wrong(
             f"{row['misrouted']} of {tokens} tokens went to other experts than the router's rule says", where
         )
-    if not folder.scenario.model.shared_intermediate:
-        return
-    tolerance = TOLERANCE[state_dtype(folder.scenario.model.dtype)]
-    if not row["shared_ratio"] <= tolerance:
-        findings.wrong(f"the shared expert's ratio {row['shared_ratio']:.3g} > {tolerance:.3g}", where)
-    if row["shared_tokens"] != tokens:
-        findings.missing(f"{row['shared_tokens']} of {tokens} tokens of the shared expert were compared", where)
+    if folder.scenario.model.shared_intermediate:
+        shared = TOLERANCE[state_dtype(folder.scenario.model.dtype)]
+        _judge_part("shared", "the shared expert", shared, row, tokens, findings)
+        _judge_part("block", "the block's sum", max(tolerance, shared), row, tokens, findings)
+
+
+def _judge_part(part: str, what: str, tolerance: float, row: EvidenceRow, tokens: int, findings: Findings) -> None:
+    where = f"rank {row['rank']}, {_place(row)}"
+    ratio, compared = row.get(f"{part}_ratio", 0.0), row.get(f"{part}_tokens", 0)
+    _judge_ratio(f"{what}: ratio", ratio, tolerance, where, findings)
+    if compared != tokens:
+        findings.missing(f"{what}: {compared} of {tokens} tokens were compared", where)
+
+
+def _judge_ratio(what: str, ratio: float, tolerance: float, where: str, findings: Findings) -> None:
+    # A ratio that is not a number compares false and must not pass.
+    if not 0 <= ratio <= tolerance:
+        findings.wrong(f"{what} {ratio:.3g} {'< 0' if ratio < 0 else f'> {tolerance:.3g}'}", where)
 
 
 def _tokens(folder: RunFolder, row: EvidenceRow) -> int:

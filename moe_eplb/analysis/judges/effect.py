@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from moe_eplb.analysis.judges.findings import Findings
 from moe_eplb.analysis.judges.measured import judge_received
-from moe_eplb.analysis.judges.planning import Due, judge_plan_contents
+from moe_eplb.analysis.judges.planning import Due, judge_plan_contents, planned_anew
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core.dtypes import expert_tensor_bytes
 from moe_eplb.core.evidence import Row
 from moe_eplb.core.placement import Placement
+from moe_eplb.core.planner import Plan
 from moe_eplb.core.schedule import UpdateSchedule
 from moe_eplb.core.verdict import CheckResult
 
@@ -22,10 +25,12 @@ def effect(folder: RunFolder) -> CheckResult:
     findings = Findings("effect", "each scheduled update is planned, committed when due, and seen in weights and loads")
     updates = scheduled_updates(folder) if folder.moving else []
     if folder.moving:
+        plans = planned_anew(folder, updates, findings)
         if not any(row["changed"] for row in folder.evidence.rows(Row.COMMIT)):
-            findings.wrong("not a single slot was moved in the whole run")
+            _judge_standstill(folder, plans, findings)
         _judge_plans(folder, updates, findings)
-        judge_plan_contents(folder, updates, findings)
+        _judge_drops(folder, findings)
+        judge_plan_contents(folder, plans, findings)
         _judge_commits(folder, findings)
         _judge_tables(folder, findings)
     judge_received(folder, findings)
@@ -48,6 +53,20 @@ def scheduled_updates(folder: RunFolder) -> list[Due]:
                 pending_until[layer] = iteration + options.commit_delay
                 updates.append(Due(layer, iteration, pending_until[layer]))
     return [update for update in updates if update.due < scenario.iterations]
+
+
+def _judge_standstill(folder: RunFolder, plans: Mapping[Due, Plan], findings: Findings) -> None:
+    """Where nothing moved, something had to, or nothing is known of a balancer that had nothing to do."""
+    if any(len(plan.changed) for plan in plans.values()):
+        note = findings.missing if folder.failed else findings.wrong
+        note("not a single slot was moved in the whole run")
+    elif plans:
+        findings.missing(
+            f"nothing had to move: none of {len(plans)} plans changes a slot; loads that are skewed or drift, or more "
+            "slots than experts, would make it move some"
+        )
+    else:
+        findings.missing("not a single slot was moved, and what had to move is not known")
 
 
 def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> None:
@@ -73,6 +92,15 @@ def _judge_plans(folder: RunFolder, updates: list[Due], findings: Findings) -> N
             findings.wrong(
                 f"rank {rank}: a plan taken in iteration {plan['taken']} that the schedule does not know", update
             )
+
+
+def _judge_drops(folder: RunFolder, findings: Findings) -> None:
+    """What a rank gave up it did not commit."""
+    commits = folder.evidence.by_place(Row.COMMIT)
+    for row in folder.evidence.rows(Row.DROPPED):
+        where = Place(row["layer"], row["due"])
+        if row["rank"] in commits.get(where, {}):
+            findings.wrong(f"rank {row['rank']} committed the update that it dropped: {row['reason']}", where)
 
 
 def _judge_commits(folder: RunFolder, findings: Findings) -> None:
@@ -133,6 +161,8 @@ def _judge_tables(folder: RunFolder, findings: Findings) -> None:
     commits = folder.evidence.by_place(Row.COMMIT)
     known: dict[tuple[int, ...], int] = {}
     last: dict[int, EvidenceRow] = {}
+    for place, rank in folder.evidence.repeated(Row.PLACEMENT):
+        findings.wrong(f"rank {rank}: the tables changed between two forwards of the layer", place)
     for place in folder.places:
         rows = folder.placements.get(place)
         if not rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from moe_eplb.core.planner import Plan
 from moe_eplb.core.scenario_parts import Balancer
 from moe_eplb.planning.online import Planning
 
-__all__ = ["Due", "judge_plan_contents"]
+__all__ = ["Due", "judge_plan_contents", "planned_anew"]
 
 
 class Due(NamedTuple):
@@ -47,16 +47,23 @@ class _Load:
         return taken
 
 
-def judge_plan_contents(folder: RunFolder, updates: Collection[Due], findings: Findings) -> None:
-    """Every rank's plans are what the planner makes of the counts since the layer's plan before."""
+def planned_anew(folder: RunFolder, updates: Collection[Due], findings: Findings) -> dict[Due, Plan]:
+    """What the planner makes of the counts since the layer's plan before, for each update whose counts are known."""
+    plans: dict[Due, Plan] = {}
+    for layer in range(folder.scenario.model.layers):
+        of_layer = {update.taken: update for update in updates if update.layer == layer}
+        plans.update(_replanned(folder, layer, of_layer, findings))
+    return plans
+
+
+def judge_plan_contents(folder: RunFolder, plans: Mapping[Due, Plan], findings: Findings) -> None:
+    """Every rank's plans are those that are made `planned_anew`."""
     rows: dict[Due, dict[int, EvidenceRow]] = {}
     for row in folder.evidence.rows(Row.PLAN):
         rows.setdefault(Due(row["layer"], row["taken"], row["due"]), {})[row["rank"]] = row
-    for layer in range(folder.scenario.model.layers):
-        of_layer = {update.taken: update for update in updates if update.layer == layer}
-        for update, expected in _replanned(folder, layer, of_layer, findings):
-            for rank, row in sorted(rows.get(update, {}).items()):
-                _compare(expected, rank, row, Place(layer, update.taken), findings)
+    for update, expected in plans.items():
+        for rank, row in sorted(rows.get(update, {}).items()):
+            _compare(expected, rank, row, Place(update.layer, update.taken), findings)
 
 
 def _replanned(

@@ -254,6 +254,17 @@ def shared_expert_of_other_tokens(module: ModuleType) -> None:
     module.SharedExpert.forward = lambda self, x: forward(self, x).flip(0)
 
 
+def shared_expert_not_added(module: ModuleType) -> None:
+    """The shared expert computes, and nothing of it comes into the block's output."""
+    start = module.SharedStream.start
+
+    def lose(self: Any, work: Any, x: Any) -> Any:
+        join = start(self, work, x)
+        return lambda: join() * 0
+
+    module.SharedStream.start = lose
+
+
 def tables_without_cells(module: ModuleType) -> None:
     """On rank 1 a commit on the device changes the tables, but not the cells that the slots live in."""
     take_over = module.take_over
@@ -363,6 +374,26 @@ def vote_without_the_route_that_counts(module: ModuleType) -> None:
     module.LayerStream.follow = lambda self: None
 
 
+def tables_change_between_forwards(module: ModuleType) -> None:
+    """A commit waits for the second forward of a layer that runs twice in the iteration."""
+    layer = module.SingleLayerMoeLoadBalancer
+    take_over, route = layer._take_over, layer.route
+
+    def nothing_due(self: Any) -> None:
+        self.forwards = 0
+        self.updates.commit_due = lambda iteration: False
+        take_over(self)
+        del self.updates.commit_due
+
+    def commit_late(self: Any, ids: Any, offset_by_ep_rank: bool = False) -> Any:
+        self.forwards += 1
+        if self.forwards == 2 and self.updates.commit_due(self._device.iteration):
+            self._tables.set(self.placement)
+        return route(self, ids, offset_by_ep_rank)
+
+    layer._take_over, layer.route = nothing_due, commit_late
+
+
 BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "stale_weight": ("moe_eplb.balancer.migrate", stale_weight),
     "slot_table_off_by_one": ("moe_eplb.balancer.replica_choice", slot_table_off_by_one),
@@ -383,6 +414,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "empty_chunk_counted_again": ("moe_eplb.moe.statistics_path", empty_chunk_counted_again),
     "padding_counted": ("moe_eplb.moe.dispatch.allgather", padding_counted),
     "shared_expert_of_other_tokens": ("moe_eplb.models.shared_expert", shared_expert_of_other_tokens),
+    "shared_expert_not_added": ("moe_eplb.models.shared_expert", shared_expert_not_added),
     "scales_in_other_order": ("moe_eplb.moe.routing", scales_in_other_order),
     "second_best_expert": ("moe_eplb.moe.routing", second_best_expert),
     "tables_without_cells": ("moe_eplb.device.control.plain", tables_without_cells),
@@ -395,5 +427,6 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "older_wait_not_joined": ("moe_eplb.balancer.older_choreography", older_wait_not_joined),
     "older_statistics_not_joined": ("moe_eplb.balancer.older_choreography", older_statistics_not_joined),
     "vote_without_the_route_that_counts": ("moe_eplb.balancer.layer_stream", vote_without_the_route_that_counts),
+    "tables_change_between_forwards": ("moe_eplb.balancer.single_layer", tables_change_between_forwards),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
