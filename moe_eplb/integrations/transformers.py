@@ -70,14 +70,29 @@ def load_model(folder: Path, *, seed: int, dtype: torch.dtype) -> PreTrainedMode
             drawn.train(False)
             return drawn
     try:
-        read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        with _no_progress_bar():
+            read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
         read.train(False)
         return read
     except Exception as error:  # transformers raises whatever its parts do; the cause is in the file
         raise ScenarioError("E046", "the model's weights cannot be loaded", why=str(error), where=str(folder)) \
             from error  # fmt: skip
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A bar for each rank tells nobody anything, and the first one leaves a thread that watches bars behind."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def replace_moe_blocks(model: PreTrainedModel, device: Device, **options: Any) -> list[Replaced]:
