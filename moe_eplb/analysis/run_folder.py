@@ -64,13 +64,17 @@ class Evidence:
         return self._places[kind]
 
     def repeated(self, kind: Row) -> list[tuple[Place, int]]:
-        """Places and ranks where a rank left more rows of a kind than one; each scripted call is a place of its own."""
+        """Places and ranks where a rank left more rows of a kind than one.
+
+        Each scripted call is a place of its own, and so is each update: several may be given up in one iteration.
+        """
         if kind in _SEVERAL:
             return []
         seen = Counter(
-            (Place(row["layer"], row["iteration"]), row["rank"], row.get("index")) for row in self.rows(kind)
+            (Place(row["layer"], row["iteration"]), row["rank"], row.get("index"), row.get("due"))
+            for row in self.rows(kind)
         )
-        return [(place, rank) for (place, rank, _), rows in seen.items() if rows > 1]
+        return [(place, rank) for (place, rank, *_), rows in seen.items() if rows > 1]
 
 
 @dataclass(frozen=True)

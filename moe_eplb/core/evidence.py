@@ -42,8 +42,10 @@ class Row(enum.StrEnum):
                  the routing method chooses): the worst of the layer's forwards in the iteration, tokens
                  in sum; shared_ratio, shared_tokens: the same of its shared expert, and block_ratio, block_tokens: of
                  the sum of both, which the block returns; 0 where it has none
-    GENERATED    tokens, expected [[ids of a sequence]]: what this rank's whole model generated, and what the same model
-                 generates with its own MoE blocks
+    GENERATED    tokens, expected [[ids of a sequence]]: what this rank's whole model says next after each token of the
+                 text that the same model generates with its own MoE blocks, and that text; gaps [[number or null]]: by
+                 how much of its largest logit the other model likes a token of ours less than its own, null where it
+                 is not among its best
     MEMORY       slots_bytes, host_bytes: measured; staging_bytes: the most that updates under way can hold
     CALL         index, call, error {code, what} or null, expected (bool)
     LEAK         threads [names], segments [names], pending (thunks left on streams), balancer (bool)

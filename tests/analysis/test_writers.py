@@ -46,7 +46,8 @@ def captures(draw: st.DrawFn, *, ranks: int = 2) -> Capture:
 
     def times() -> dict[str, int]:
         start = draw(TIMES)
-        return {"start": start, "end": start + draw(LENGTHS)}
+        end = start + draw(LENGTHS)
+        return {"start": start, "end": 0 if end == c.UNKNOWN else end}  # which says that a range was never closed
 
     def rows(most: int, make: Any) -> list[dict[str, int]]:
         found = []
