@@ -27,8 +27,8 @@ STEPS = {"static": 3, "dynamic": 15}
 TOKENS = {1: [24], 2: [17, 7], 4: [11, 0, 9, 4]}
 CHUNKS = 3
 # Of all ranks together; allgather pads every rank to the fullest one.
-LIMITS = {("alltoall", 1): 8, ("alltoall", 2): 8, ("alltoall", 4): 8}
-LIMITS |= {("allgather", 1): 8, ("allgather", 2): 12, ("allgather", 4): 15}
+LIMITS = {("alltoall", 1): 8, ("alltoall", 2): 9, ("alltoall", 4): 9}
+LIMITS |= {("allgather", 1): 8, ("allgather", 2): 12, ("allgather", 4): 16}
 
 
 class Case(NamedTuple):
