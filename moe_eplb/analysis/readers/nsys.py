@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture, Table, filled
 from moe_eplb.analysis.grouping import distinct_rows, members
+from moe_eplb.analysis.readers import written_by_us
 from moe_eplb.analysis.readers.columns import ColumnTables, InMemory, Tables
 from moe_eplb.analysis.readers.limits import DEFAULT_LIMITS, Limits
 from moe_eplb.analysis.readers.nsys_ranges import TID_BITS, Columns, Strings, in_time, process_of, read_ranges
@@ -25,7 +26,7 @@ from moe_eplb.analysis.readers.sqlite_tables import open_database
 from moe_eplb.core.errors import TraceError
 from moe_eplb.core.events import Role
 
-__all__ = ["COPIES", "NODE_TABLE", "NOTE_KEY", "RANK_KEY", "SAYS_LOSS", "TABLES", "read_columns", "read_nsys"]
+__all__ = ["COPIES", "NODE_TABLE", "SAYS_LOSS", "TABLES", "read_columns", "read_nsys"]
 
 NODE_TABLE = "CUDA_GRAPH_NODE_EVENTS"
 _ACTIVITY = "CUPTI_ACTIVITY_KIND_"
@@ -50,12 +51,6 @@ TABLES = (
 """All that is read; of these only `StringIds` is in every export."""
 _OURS = {"eplbRole": c.UNSET_ROLE, "eplbLayer": c.UNKNOWN, "eplbIteration": c.UNKNOWN}
 """Columns of exports that were converted from a format in which the source says these itself."""
-RANK_KEY = "EPLB_RANK_OF_PROCESS_"
-"""What `META_DATA_CAPTURE` of a converted export calls the rank of a process, by its global number."""
-NOTE_KEY = "EPLB_NOTE_"
-"""What it calls a note on the traces that a converted or merged export was made of, by its place."""
-_NOTES, _NOTE = 100, 500
-_RANK_KEY = re.compile(RANK_KEY + r"(\d{1,19})")
 _RANK_TEXT = re.compile(r"rank\s*[=:]\s*(\d{1,6})(?!\d)")
 _FIRST_RANGES = 8
 """How many of a process's ranges may say its rank."""
@@ -121,7 +116,8 @@ class _Export:
         spans = self._spans()
         spans["rank"] = _lookup(spans["process"], ranks)
         notes = [] if stated or len(ranks) < 2 else [f"{len(ranks)} processes are counted as ranks, by process number"]
-        notes = list(dict.fromkeys([*self._written_notes(), *notes]))
+        written = written_by_us.notes(self._database.pairs("META_DATA_CAPTURE"))
+        notes = list(dict.fromkeys([*written, *notes]))
         return Capture(
             source=str(self._database.path), form=form, names=tuple(self._strings.pool), gpu=gpu, calls=calls,
             ranges=ranges, syncs=syncs, nodes=self._nodes(), spans=spans, streams=self._streams(gpu), utc=self._utc(),
@@ -231,17 +227,12 @@ class _Export:
     def _ranks(self, gpu: Table, ranges: Table) -> tuple[dict[int, int], bool]:
         """The rank of each process that used a GPU, or of every process if none did; whether all of them state it."""
         used = np.unique(gpu["process"] if len(gpu) else ranges["process"]).tolist()
-        written = self._written_ranks()
+        written = written_by_us.ranks(self._database.pairs("META_DATA_CAPTURE"))
         said = self._stated_ranks(ranges) | written
         stated = {process: said[process] for process in used if process in said}
         if len(set(stated.values())) == len(used):
             return written | stated, bool(used)
         return {process: rank for rank, process in enumerate(used)}, False
-
-    def _written_ranks(self) -> dict[int, int]:
-        pairs = self._database.pairs("META_DATA_CAPTURE")
-        found = ((_RANK_KEY.fullmatch(name), value) for name, value in pairs.items())
-        return {int(match[1]): int(value) for match, value in found if match and re.fullmatch(r"[0-9]{1,6}", value)}
 
     def _stated_ranks(self, ranges: Table) -> dict[int, int]:
         """The rank that one of the first ranges of a process says, for those in which one does."""
@@ -272,11 +263,6 @@ class _Export:
     def _utc(self) -> int | None:
         begun = self._database.integers("TARGET_INFO_SESSION_START_TIME", (), {"utcEpochNs": 0})["utcEpochNs"]
         return int(begun[0]) if len(begun) and begun[0] > 0 else None
-
-    def _written_notes(self) -> list[str]:
-        pairs = self._database.pairs("META_DATA_CAPTURE")
-        keys = [f"{NOTE_KEY}{number}" for number in range(_NOTES)]
-        return [pairs[key][:_NOTE] for key in keys if key in pairs]
 
     def _incomplete(self, gpu: Table) -> str:
         table = "DIAGNOSTIC_EVENT"

@@ -17,8 +17,9 @@ import numpy as np
 
 from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
-from moe_eplb.analysis.readers.nsys import NOTE_KEY, RANK_KEY, SAYS_LOSS
+from moe_eplb.analysis.readers.nsys import SAYS_LOSS
 from moe_eplb.analysis.readers.nsys_ranges import TID_BITS
+from moe_eplb.analysis.readers.written_by_us import NOTE_KEY, RANK_KEY
 from moe_eplb.analysis.writers.rows import rows_of
 from moe_eplb.analysis.writers.sqlite_schema import COPY_KINDS, TABLES, VERSION
 
