@@ -26,8 +26,7 @@ def text(names: tuple[str, str], compared: Sequence[Compared]) -> str:
 
 def markdown(names: tuple[str, str], compared: Sequence[Compared]) -> str:
     """The same for a pull request."""
-    parts = [f"# {tables.escaped(_heading(names))}", *tables.markdown(_tables(compared))]
-    return "\n\n".join([*parts, *map(tables.escaped, _remarks(compared))])
+    return tables.markdown_page(_heading(names), (), _tables(compared), _remarks(compared))
 
 
 def json_text(names: tuple[str, str], compared: Sequence[Compared], checks: Sequence[CheckResult]) -> str:

@@ -25,8 +25,7 @@ def text(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The same for a pull request or a log book."""
     heading = [capture.heading(report.trace)] if report.trace is not None else []
-    above = [f"# {tables.escaped(report.name)}", *map(tables.escaped, heading)]
-    return "\n\n".join([*above, *tables.markdown(_tables(report)), *map(tables.escaped, _remarks(report))])
+    return tables.markdown_page(report.name, heading, _tables(report), _remarks(report))
 
 
 def json_text(report: Report) -> str:

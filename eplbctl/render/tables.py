@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from eplbctl.render.text import table
 
-__all__ = ["Table", "escaped", "markdown", "text"]
+__all__ = ["Table", "escaped", "markdown", "markdown_page", "text"]
 
 _AT_START = re.compile(r"^(\s*(?:[0-9]{1,9}(?=[.)]))?)([-+=#~.)])")
 """What begins a heading, a list or a rule at the start of a line."""
@@ -39,6 +39,12 @@ def markdown(tables: Iterable[Table]) -> list[str]:
         for t in tables
         if t.rows
     ]
+
+
+def markdown_page(title: str, above: Iterable[str], tables: Iterable[Table], below: Iterable[str]) -> str:
+    """Tables under a heading of the first level, between texts; names in any of them may come from a trace."""
+    parts = [f"# {escaped(title)}", *map(escaped, above), *markdown(tables), *map(escaped, below)]
+    return "\n\n".join(parts)
 
 
 def escaped(lines: str) -> str:

@@ -30,15 +30,7 @@ def text(infos: Sequence[TraceInfo]) -> str:
 
 def markdown(infos: Sequence[TraceInfo]) -> str:
     """The same under a heading for each trace."""
-    return "\n\n".join(
-        part
-        for info in infos
-        for part in (
-            f"# {tables.escaped(_heading(info))}",
-            *tables.markdown(_tables(info)),
-            *map(tables.escaped, _remarks(info)),
-        )
-    )
+    return "\n\n".join(tables.markdown_page(_heading(info), (), _tables(info), _remarks(info)) for info in infos)
 
 
 def json_text(infos: Sequence[TraceInfo]) -> str:

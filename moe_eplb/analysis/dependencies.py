@@ -78,8 +78,8 @@ class Dependencies:
         syncs = self._stream_waits
         if not len(syncs):
             return np.empty((0, 2), np.int64)
-        asked = self._call_start(syncs["process"], syncs["correlation"], syncs["start"])
-        recorded = self._call_start(syncs["process"], syncs["on_correlation"], np.zeros(len(syncs), np.int64))
+        asked = self._call_start(self._call_row(syncs["process"], syncs["correlation"]), syncs["start"])
+        recorded = self._call_start(self._record_call, np.zeros(len(syncs), np.int64))
         device, on_device = self._devices
         held = self._next_launched([syncs["process"], device, syncs["stream"]], asked)
         on = self._last_launched([syncs["process"], on_device, syncs["on_stream"]], recorded)
@@ -151,8 +151,8 @@ class Dependencies:
             found[asked[known]] = rows[at[known]]
         return found
 
-    def _call_start(self, process: Indices, correlation: Indices, otherwise: Indices) -> Indices:
-        calls, row = self.capture.calls, self._call_row(process, correlation)
+    def _call_start(self, row: Indices, otherwise: Indices) -> Indices:
+        calls = self.capture.calls
         return np.where(row >= 0, calls["start"][row] if len(calls) else row, otherwise)
 
     def _call_row(self, process: Indices, correlation: Indices) -> Indices:

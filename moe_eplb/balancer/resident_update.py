@@ -177,30 +177,27 @@ class ResidentUpdate(Update):
     Attributes:
         publisher: The layer's.
         ring: How often the bell will have been rung when the load is there.
-        taken_up: Whether the device did hand a load over.
-        unheard: Whether the bell was not heard in time; the device may hand the load over later.
+        awaited: Whether the device waits for a plan, or may come to: it has handed the load over, or may yet do so.
     """
 
     publisher: Publisher = field(kw_only=True)
     owner: ResidentPlans = field(kw_only=True)
     ring: int = field(kw_only=True)
-    taken_up: bool = field(default=False, kw_only=True)
-    unheard: bool = field(default=False, kw_only=True)
+    awaited: bool = field(default=False, kw_only=True)
 
     def begin(self) -> bool:
         """Wait for the load; there is none when the layer's plan before was still under way."""
         resident, seen = self.owner.resident, self.publisher.seen
         if not resident.bell.wait(self.ring, resident.timeout_ns / 1e9):
-            self.unheard = True
+            self.awaited = True
             raise BalancerError(
                 "E173", f"layer {self.layer}: the device did not hand over the load of iteration {self.taken}",
-                why=f"the bell was rung {int(resident.bell.word)} times, not {self.ring}, within "
-                f"{resident.timeout_ns / 1e9:g} s",
+                why=f"the bell was rung {int(resident.bell.word)} times, not {self.ring}",
                 hint="the layer's iteration was not run, or the device hangs",
             )  # fmt: skip
         if seen.handed != self.taken:
             return False
-        self.taken_up = True
+        self.awaited = True
         self.publisher.due = self.due
         self.load = seen.load()
         self.current = self.publisher.current()
@@ -215,7 +212,7 @@ class ResidentUpdate(Update):
 
     def finish(self) -> None:
         """The device is told in any case."""
-        if self.staged is None and (self.taken_up or self.unheard):
+        if self.staged is None and self.awaited:
             self.give_up()
         else:
             self.done.set()

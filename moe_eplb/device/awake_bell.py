@@ -16,8 +16,6 @@ __all__ = ["AwakeBell"]
 
 _MONOTONIC = 1
 """CLOCK_MONOTONIC."""
-
-
 _LONGEST_S = 600.0
 """What is waited for are kernels that have been enqueued, behind whatever else the device has to do."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-__all__ = ["SENSITIVE_KEYS", "is_secret", "names_someone", "sensitive"]
+__all__ = ["is_secret", "names_someone", "sensitive"]
 
-SENSITIVE_KEYS = frozenset(
+_SENSITIVE = frozenset(
     (
         *("argv", "arguments", "cmd", "cmdline", "command", "commandline", "cwd", "directory", "env", "environ"),
         *("environment", "exe", "file", "filename", "fqdn", "guid", "host", "hostname", "ip", "login", "mac"),
@@ -42,7 +42,7 @@ def sensitive(name: str, *, number: bool = False) -> bool:
         number: The value is a number or holds nothing but numbers; then a plural, a token and a node are counts.
     """
     words = _words(name, number=number)
-    return not SENSITIVE_KEYS.isdisjoint(words) or words >= _SHOWN_NAME or _secret(words)
+    return not _SENSITIVE.isdisjoint(words) or words >= _SHOWN_NAME or _secret(words)
 
 
 def is_secret(name: str, *, number: bool = False) -> bool:

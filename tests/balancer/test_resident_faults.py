@@ -74,8 +74,9 @@ def test_an_exception_behind_a_launch_costs_the_plans_under_way_and_no_others(ri
     assert len(made.journal.drops) <= 4
 
 
-def test_a_device_far_behind_loses_no_plan(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for the bell waits for work that is enqueued, however long it is in coming."""
+def test_a_load_that_comes_too_late_makes_no_device_wait(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = rig(layers=2, updates=2, commit_delay=2)
     layer = residents(made)[0]
     bell = layer.resident.bell

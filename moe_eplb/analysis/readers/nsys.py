@@ -110,14 +110,14 @@ class _Export:
         """All tables."""
         gpu = np.concatenate([self._kernels(), self._copies("MEMCPY"), self._copies("MEMSET"), self._graphs()])
         calls, ranges, syncs = self._calls(), read_ranges(self._database, self._strings), self._syncs()
-        ranks, stated = self._ranks(gpu, ranges)
+        ours = self._database.pairs("META_DATA_CAPTURE")
+        ranks, stated = self._ranks(gpu, ranges, written_by_us.ranks(ours))
         for table in (gpu, calls, ranges, syncs):
             table["rank"] = _lookup(table["process"], ranks)
         spans = self._spans()
         spans["rank"] = _lookup(spans["process"], ranks)
         notes = [] if stated or len(ranks) < 2 else [f"{len(ranks)} processes are counted as ranks, by process number"]
-        written = written_by_us.notes(self._database.pairs("META_DATA_CAPTURE"))
-        notes = list(dict.fromkeys([*written, *notes]))
+        notes = list(dict.fromkeys([*written_by_us.notes(ours), *notes]))
         return Capture(
             source=str(self._database.path), form=form, names=tuple(self._strings.pool), gpu=gpu, calls=calls,
             ranges=ranges, syncs=syncs, nodes=self._nodes(), spans=spans, streams=self._streams(gpu), utc=self._utc(),
@@ -224,10 +224,9 @@ class _Export:
 
     # -- about the capture -----------------------------------------------------------------------------------------
 
-    def _ranks(self, gpu: Table, ranges: Table) -> tuple[dict[int, int], bool]:
+    def _ranks(self, gpu: Table, ranges: Table, written: dict[int, int]) -> tuple[dict[int, int], bool]:
         """The rank of each process that used a GPU, or of every process if none did; whether all of them state it."""
         used = np.unique(gpu["process"] if len(gpu) else ranges["process"]).tolist()
-        written = written_by_us.ranks(self._database.pairs("META_DATA_CAPTURE"))
         said = self._stated_ranks(ranges) | written
         stated = {process: said[process] for process in used if process in said}
         if len(set(stated.values())) == len(used):

@@ -18,7 +18,7 @@ from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 from moe_eplb.device.control.triton_load import _add_to_load, block_of, fold, hand_over
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["begin", "block_of", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["begin", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)

@@ -54,7 +54,7 @@ def _fold(
     )
 
 
-@triton.jit(do_not_specialize=["stride", "decay", "layer", "experts"])
+@triton.jit
 def _add_to_load(
     turn, stages, counts, stride, load, recent, folded, reduced, decay, layer, experts, rows: tl.constexpr,
     window: tl.constexpr, block: tl.constexpr,
