@@ -57,7 +57,8 @@ def main(folder: Path) -> None:
             )  # fmt: skip
     finally:
         balancer.shutdown()
-    print(f"rank {rank}: {output[0, prompt.shape[1] :].tolist()}, {moves.slots} slots changed", flush=True)
+    said = f"rank {rank}: {output[0, prompt.shape[1] :].tolist()}, {moves.slots} slots changed"
+    print(f"{said}\n", end="", flush=True)  # in one write: under torchrun the other rank's would go between two
     dist.destroy_process_group()
 
 
