@@ -61,16 +61,21 @@ class MoeStack:
         return partial(self.forward, self.inputs(iteration))
 
     def prefetch(self, iterations: Iterable[int]) -> None:
-        """See `Model`."""
-        self._ahead = {iteration: self._drawn(iteration) for iteration in iterations}
+        """See `Model`. Where experts are supplied, no time depends on hidden states: steps of as many share them."""
+        drawn: dict[int, Tensor] = {}
+        self._ahead = {iteration: self._drawn(iteration, drawn) for iteration in iterations}
 
     def inputs(self, iteration: int) -> Inputs:
         """This rank's inputs of an iteration; for those that were drawn ahead, once."""
-        return self._ahead.pop(iteration, None) or self._drawn(iteration)
+        return self._ahead.pop(iteration, None) or self._drawn(iteration, {})
 
-    def _drawn(self, iteration: int) -> Inputs:
+    def _drawn(self, iteration: int, drawn: dict[int, Tensor]) -> Inputs:
+        """Inputs of an iteration, the hidden states taken from `drawn` by their number where experts are supplied."""
         tokens = tuple(workload.tokens(self._scenario, iteration, rank) for rank in range(self._scenario.ranks))
-        return Inputs(self._input(iteration, tokens[self._rank]), tokens, self._ids(iteration))
+        ids, mine = self._ids(iteration), tokens[self._rank]
+        if not ids or mine not in drawn:
+            drawn[mine] = self._input(iteration, mine)
+        return Inputs(drawn[mine], tokens, ids)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Hidden states [T, D] after all blocks."""
