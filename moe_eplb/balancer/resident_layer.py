@@ -24,7 +24,10 @@ from moe_eplb.device.control import LayerState
 __all__ = ["ResidentLayer"]
 
 _FEW = 4096
-"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides."""
+"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides.
+
+More of them are counted, and summed over the ranks, beside what groups the rows that were dispatched: it takes longer
+than they do, and no gap between two kernels of the model's lets them be seen."""
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class ResidentLayer(ResidentPlans):
 
     cells: CellWeights
     _late: _LateCount | None = None
+    _held: list[Callable[[], None]] | None = None
     _following: ResidentLayer
 
     # -- set-up ----------------------------------------------------------------------------------------------------
@@ -101,9 +105,21 @@ class ResidentLayer(ResidentPlans):
         """The older choreography has no such thing."""
         return isinstance(self._stream, LayerStream)
 
+    def hold_statistics(self, most_ids: int) -> None:
+        """See the base class."""
+        if self._counts_in_route and most_ids > _FEW:
+            self._held = []
+
+    def release_statistics(self) -> None:
+        """See the base class."""
+        held, self._held = self._held or (), None
+        for submit in held:
+            submit()
+
     def start_set_cpu_stage(self) -> None:
         """See the base class."""
         self._count_late()
+        self.release_statistics()
         super().start_set_cpu_stage()
 
     def _take_over(self) -> None:
@@ -114,14 +130,20 @@ class ResidentLayer(ResidentPlans):
     def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         by_route = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS and self._counts_in_route
         # Chunks route on streams of their own, of which none may write what another writes, too.
-        if by_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
+        if self._held is None and by_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
             self._late = _LateCount(ids)
         else:
-            self._stream.submit(kind, partial(ops.histogram, ids, self.state.counts))
+            self._now_or_held(partial(self._stream.submit, kind, partial(ops.histogram, ids, self.state.counts)))
+
+    def _now_or_held(self, submit: Callable[[], None]) -> None:
+        if self._held is None:
+            submit()
+        else:
+            self._held.append(submit)
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
         if self._late is None:
-            self._reduce(allreduce)
+            self._now_or_held(partial(self._reduce, allreduce))
         else:
             self._late.reduce = partial(self._reduce, allreduce)
 
@@ -201,7 +223,7 @@ class ResidentLayer(ResidentPlans):
     def restart(self) -> None:
         """See the base class."""
         super().restart()
-        self._late = None
+        self._late = self._held = None
 
     def report_counts(self) -> None:
         """Show the probe what was folded in; waits for the device where that works later."""

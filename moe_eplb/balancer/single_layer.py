@@ -136,6 +136,16 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
                 if is_last_stage:
                     self._submit_reduction(allreduce)
 
+    def hold_statistics(self, most_ids: int) -> None:
+        """Statistics by local ids may be submitted as late as `release_statistics`, or the hand-over, calls for it.
+
+        Collectives of the model may come in between, so that every rank has to hold them or none: `most_ids` is the
+        largest number of expert ids that a rank has. Here nothing is held.
+        """
+
+    def release_statistics(self) -> None:
+        """Submit what is held, beside what the current stream does next."""
+
     def update_statistic_with_global_ids(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path C: count the expert ids of all ranks, int32 [sum of T, K]."""
         require_ids_shape(ids, self.layer_idx, top_k=self.top_k)

@@ -35,6 +35,10 @@ class LayerStages(Protocol):
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
     ) -> None: ...
 
+    def hold_statistics(self, most_ids: int) -> None: ...
+
+    def release_statistics(self) -> None: ...
+
     def update_statistic_with_global_ids(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None: ...
 
     def route(self, ids: Tensor, offset_by_ep_rank: bool = False) -> Tensor: ...
@@ -85,6 +89,12 @@ class UnbalancedStages:
     def update_statistic_with_local_ids(
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
     ) -> None:
+        return None
+
+    def hold_statistics(self, most_ids: int) -> None:
+        return None
+
+    def release_statistics(self) -> None:
         return None
 
     def update_statistic_with_global_ids(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:

@@ -89,7 +89,9 @@ class LocalIdsPath:
         self._allreduce = allreduce
 
     def after_top_k(self, ids: Tensor, chunk: Chunk) -> None:
-        """Count, and reduce with the last chunk, on the balancer stream."""
+        """Count, and reduce with the last chunk, on the balancer stream; a whole forward's may wait for its rows."""
+        if chunk.first and chunk.last and chunk.tokens is not None:
+            self._stages.hold_statistics(max(chunk.tokens) * ids.shape[1])
         self._stages.update_statistic_with_local_ids(
             ids, is_first_stage=chunk.first, is_last_stage=chunk.last, allreduce=self._allreduce
         )
@@ -98,7 +100,8 @@ class LocalIdsPath:
         return None
 
     def after_dispatch(self, received: Received, chunk: Chunk) -> None:
-        return None
+        """Submit what has waited."""
+        self._stages.release_statistics()
 
 
 class GlobalIdsPath:

@@ -176,6 +176,95 @@ def test_a_vote_that_does_not_wait_for_the_route_is_seen(monkeypatch: pytest.Mon
         rig.balancer.shutdown()
 
 
+# -- statistics that wait for the dispatch ---------------------------------------------------------------------------
+
+
+class Submitted(NullSink):
+    """Keeps what began on the host and on streams, in order."""
+
+    def __init__(self) -> None:
+        self.kinds: list[Kind] = []
+
+    def begin(self, kind: Kind, layer: int, iteration: int, stream: int, a: int = 0, b: int = 0) -> int:
+        self.kinds.append(kind)
+        return 0
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_many_ids_are_counted_and_summed_where_they_are_released(holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+    sink = Submitted()
+    rig = resident(layers=1, ranks=2, commit_delay=2, sink=sink, holds=holds)
+    try:
+        rig.iterate(2)
+        sink.kinds.clear()
+        rig.iterate()
+        work = (Kind.VOTE, Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE)
+        assert [kind for kind in sink.kinds if kind in work] == list(work)
+        assert (sink.kinds.index(Kind.VOTE) > len(sink.kinds) - 1 - sink.kinds[::-1].index(Kind.ROUTE)) == holds
+        assert counted(rig) == [
+            mine + others for mine, others in zip(
+                histogram(rig.ids(0, 2), experts=rig.experts), rig.others(0, 2).tolist(), strict=True
+            )
+        ]  # fmt: skip
+    finally:
+        rig.balancer.shutdown()
+
+
+@pytest.mark.parametrize("reduction", ["layer", "iteration"])
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_held_statistics_change_no_placement(
+    rigs: Any, reduction: str, seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+    delay = 2 if reduction == "iteration" else 1
+    host, device = rigs(layers=3, updates=3, commit_delay=delay, seed=seed)
+    held = resident(layers=3, updates=3, commit_delay=delay, reduction=reduction, seed=seed, holds=True)
+    try:
+        for _ in range(10):
+            assert held.iterate() == device.iterate() == host.iterate()
+            held.assert_weights_match()
+        assert held.placements() == host.placements()
+        assert len(held.journal.commits) > 10
+    finally:
+        held.balancer.shutdown()
+
+
+def test_held_statistics_that_nobody_releases_go_with_the_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+    rig = resident(layers=1, commit_delay=2, holds=True, check_order=True, sink=(marks := Marks()))
+    monkeypatch.setattr(ResidentLayer, "release_statistics", lambda self: None)
+    try:
+        rig.balancer.start_iter()
+        rig.run_layer(0, on_held=monkeypatch.undo)
+        rig.balancer.end_iter()
+        assert counted(rig) == histogram(rig.ids(0, 0), experts=rig.experts)
+        assert marks.unordered == []
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_held_statistics_of_an_aborted_iteration_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+    rig = resident(layers=1, commit_delay=2, holds=True)
+    layer = rig.layers[0]
+    try:
+        rig.balancer.start_iter()
+        layer.start_wait_gpu_stage()
+        layer.done_wait_gpu_stage()
+        layer.hold_statistics(1)
+        layer.update_statistic_with_local_ids(rig.ids(0, 0), True, True)
+        rig.balancer.abort_iter()
+        layer.release_statistics()
+        rig.iterate()
+        assert counted(rig) == histogram(rig.ids(0, rig.balancer.iter_id - 1), experts=rig.experts)
+    finally:
+        rig.balancer.shutdown()
+
+
+# -- ids that are not routed, or not to the end ----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("routed", ["none", "copies", "first", "last", "both"])
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_ids_that_are_not_routed_are_counted_all_the_same(routed: str, seed: int | None) -> None:

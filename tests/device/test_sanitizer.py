@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moe_eplb.analysis.role_table import load_role_table
+from moe_eplb.balancer import resident_layer
 from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.core.events import EventSink, Role
 from moe_eplb.device import control, ops, sanitizer
@@ -264,6 +265,19 @@ def test_the_choreography_has_no_race(world: World) -> None:
     world.rig.assert_weights_match()
     assert world.handler.seq_num == 5 * (2 * 5 + 1), "five kernels a layer and one of all were followed"
     assert len(world.rig.journal.commits) > 2
+
+
+@pytest.fixture
+def holding(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(resident_layer, "_FEW", 0)
+    yield from followed(monkeypatch, holds=True)
+
+
+def test_held_statistics_have_no_race(holding: World) -> None:
+    holding.rig.iterate(5)
+    holding.rig.assert_weights_match()
+    assert holding.handler.seq_num == 5 * (2 * 6 + 1), "six kernels a layer and one of all were followed"
+    assert len(holding.rig.journal.commits) > 2
 
 
 @pytest.fixture

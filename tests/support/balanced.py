@@ -109,6 +109,7 @@ class Rig:
         seed: Seed of the reordering, None runs everything at once.
         tokens: T.
         check_order: Record work that did not wait for what it must come after.
+        holds: Hold statistics until the ids are routed.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class Rig:
         tokens: int = 24,
         check_order: bool = False,
         sink: EventSink | None = None,
+        holds: bool = False,
         **options: Any,
     ) -> None:
+        self.holds = holds
         self.experts, self.top_k, self.rank, self.ranks, self.tokens = experts, top_k, rank, ranks, tokens
         self.journal = Journal()
         self.balancer = MoeLoadBalancer(
@@ -183,8 +186,12 @@ class Rig:
         ids = self.ids(index, iteration)
         layer.start_wait_gpu_stage()
         layer.done_wait_gpu_stage()
+        if self.holds:
+            layer.hold_statistics(ids.numel())
         layer.update_statistic_with_local_ids(ids, True, True, allreduce or self._stand_in(index, iteration))
         slots = layer.route(ids)
+        if self.holds:
+            layer.release_statistics()
         on_held()
         layer.start_set_cpu_stage()
         layer.done_set_cpu_stage()
