@@ -10,11 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
 from moe_eplb.balancer.updater import Update
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.device import Device, control
+from moe_eplb.device import Device
 from moe_eplb.device.bell import CpuBell
 from moe_eplb.device.control import LayerStack, ModelState
 
@@ -46,24 +44,32 @@ class Resident:
         self.run_ahead_waits = self.plan_waits = 0
         self.expected = 0
         self.stack: LayerStack | None = None
-        self._turns = device.host_visible((run_ahead, 2 + layers), torch.int64)
         self._read: list[Callable[[], bool] | None] = [None] * run_ahead
         self._device = device
         self._late: Update | None = None
 
     def begin(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
-        """Enqueue the row of an iteration; waits while the host is too far ahead of the device."""
+        """Write down the row of an iteration; waits while the host is too far ahead of the device."""
         place = iteration % len(self._read)
         waited = self._read[place]
         if waited is not None and waited():
             self.run_ahead_waits += 1
-        row = self._turns[place]
+        self._write(iteration, counts, group)
+        self._read[place] = self._device.submitted()
+
+    def skip(self, iteration: int) -> None:
+        """The iteration was aborted, perhaps before its first layer: the next one comes after it. The device idles."""
+        if int(self.model.row(iteration)[0]) != iteration:
+            self._write(iteration, False, ())
+        self.model.turn.copy_(self.model.row(iteration))
+        self._device.synchronize()
+
+    def _write(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
+        row = self.model.row(iteration)
         row.zero_()
         row[0], row[1] = iteration, int(counts)
         for layer in group:
             row[2 + layer] = 1
-        control.begin(self.model, row)
-        self._read[place] = self._device.submitted()
 
     def await_plan(self, update: Update) -> None:
         """Return when the copies of a plan are enqueued, before what waits for them is; at most the timeout.

@@ -175,6 +175,7 @@ class ResidentCalls:
         """An iteration was aborted, and the device is idle."""
         if self._resident is None:
             return
+        self._resident.skip(self.device.iteration)
         if not self.device.immediate:
             self._take_note(self._resident)
         # Behind a launch an exception may have come before the host noted which hand-overs were in it.

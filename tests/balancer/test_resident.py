@@ -176,6 +176,27 @@ def test_a_vote_that_does_not_wait_for_the_route_is_seen(monkeypatch: pytest.Mon
         rig.balancer.shutdown()
 
 
+def test_an_iteration_that_was_aborted_before_its_first_layer_is_over_for_the_device_too() -> None:
+    host, device = Rig(layers=2, updates=2, commit_delay=2), resident(layers=2, updates=2, commit_delay=2)
+    try:
+        for rig in (host, device):
+            rig.iterate(3)
+            rig.balancer.start_iter()
+            rig.balancer.abort_iter()
+            rig.balancer.start_iter()
+            rig.run_layer(0)
+            rig.balancer.abort_iter()
+            rig.iterate(4)
+            rig.assert_weights_match()
+        assert int(resident_layer(device, 0).resident.model.turn[0]) == 8
+        assert device.placements() == host.placements()
+        assert [commit[2] for commit in device.journal.commits] == [commit[2] for commit in host.journal.commits]
+        assert max(commit[2] for commit in device.journal.commits) > 6
+    finally:
+        host.balancer.shutdown()
+        device.balancer.shutdown()
+
+
 # -- statistics that wait for the dispatch ---------------------------------------------------------------------------
 
 

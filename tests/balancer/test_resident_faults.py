@@ -86,7 +86,7 @@ def test_a_load_that_comes_too_late_makes_no_device_wait(
     assert update.done.wait(5)
     assert isinstance(update.error, BalancerError)
     # The load comes after all: nobody will plan for it, and the device must not wait for a plan.
-    layer.resident.model.turn[2] = 1
+    layer.resident.model.turn[0], layer.resident.model.turn[2] = 0, 1
     control.hand_over(layer.resident.model, layer.state, delay=2)
     assert int(layer.resident.model.due[0]) == 2
     assert int(layer.resident.model.ready[0]) == 2

@@ -35,6 +35,7 @@ class World:
     @staticmethod
     def make(layers: int, experts: int, slots: int, per_rank: int, window: int = 1) -> World:
         model = ModelState.make(layers, DEVICE, visible)
+        model.turn[0] = 0
         tables = [torch.arange(2 * experts + slots, dtype=torch.int32, device=DEVICE) for _ in range(layers)]
         cells = [torch.arange(per_rank, dtype=torch.int32, device=DEVICE) for _ in range(layers)]
         if layers == 1:
@@ -74,6 +75,8 @@ def _drawn(seed: int, layers: int, experts: int, slots: int, window: int) -> Wor
     world = World.make(layers, experts, slots, slots // 2, window)
     model = world.model
     model.turn.copy_(torch.tensor([5, seed % 3 > 0, *torch.randint(0, 2, (layers,), generator=draw).tolist()]))
+    if seed % 4 > 1:
+        model.row(6).copy_(torch.tensor([6, seed % 2, *torch.randint(0, 2, (layers,), generator=draw).tolist()]))
     model.due.copy_(torch.randint(-1, 8, (layers,), generator=draw))
     model.due[seed % layers] = 5 + (seed % layers == 0)  # so that each call meets what is due
     model.decision.copy_(torch.randint(-1, 2, (layers,), generator=draw))
@@ -109,15 +112,40 @@ def test_kernels_equal_their_twins(seed: int, layer: int) -> None:
     assert_equal(fast, slow)
 
 
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("last", [-1, 5, 6, 7, 1000])
 @pytest.mark.parametrize("layers", [1, 3, 61])
-def test_an_iteration_takes_its_row(layers: int) -> None:
+def test_the_first_layer_takes_the_next_iterations_row_where_it_is_there(layers: int, last: int, written: bool) -> None:
     fast, slow = twins(0, layers=layers, experts=3, slots=4)
-    row = visible((2 + layers,), torch.int64)
-    row.copy_(torch.arange(7, 9 + layers))
-    triton_control.begin(fast.model, row)
-    plain.begin(slow.model, row)
+    row = torch.arange(last + written, last + written + 2 + layers)
+    for world, ops in ((fast, triton_control), (slow, plain)):
+        model = world.model
+        model.turn[0] = last
+        before = model.turn.tolist()
+        model.row(last + 1).copy_(row)
+        for layer in world.layers[1:]:
+            ops.take_over(model, layer)
+        assert model.turn.tolist() == before
+        ops.take_over(model, world.layers[0])
+        assert model.turn.tolist() == (row.tolist() if written else before)
+        assert int(model.stages[0, Stage.TAKE_OVER]) == last + written
     assert_equal(fast, slow)
-    assert fast.model.turn.tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("kept", [2, 3, 8])
+def test_rows_are_taken_one_after_the_other(kept: int) -> None:
+    fast, slow = twins(0)
+    for world, ops in ((fast, triton_control), (slow, plain)):
+        model = world.model
+        model.turn[0], model.due[:] = -1, -1
+        model.turns, model.reports = visible((kept, 5), torch.int64), model.reports[:kept]
+        model.turns.fill_(-1)
+        for iteration in range(7):
+            model.row(iteration).copy_(torch.tensor([iteration, iteration % 2, 1, 0, iteration]))
+            ops.take_over(model, world.layers[0])
+            assert model.turn.tolist() == [iteration, iteration % 2, 1, 0, iteration]
+        ops.take_over(model, world.layers[0])
+        assert int(model.turn[0]) == 6, "nobody has written the next row"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

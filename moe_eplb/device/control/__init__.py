@@ -19,7 +19,6 @@ __all__ = [
     "Outcome",
     "Report",
     "Stage",
-    "begin",
     "fold",
     "hand_over",
     "hand_over_all",
@@ -46,11 +45,6 @@ def _for_all(model: ModelState) -> ModuleType:
     from moe_eplb.device.control import triton_all
 
     return triton_all
-
-
-def begin(model: ModelState, row: Tensor) -> None:
-    """See `plain.begin`."""
-    _for(model).begin(model, row)
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:

@@ -9,17 +9,19 @@ from torch import Tensor
 
 from moe_eplb.device.control.state import LayerState, ModelState, Outcome, Report, Stage
 
-__all__ = ["begin", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
-
-
-def begin(model: ModelState, row: Tensor) -> None:
-    """An iteration begins: take its row, host-visible int64 [2 + L]; see `ModelState.turn`."""
-    model.turn.copy_(row)
+__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
-    """A layer begins: commit the plan that is due and agreed on, drop one that is due and not; nothing is counted."""
+    """A layer begins: commit the plan that is due and agreed on, drop one that is due and not; nothing is counted.
+
+    With the first layer the next iteration begins, where the host has written its row.
+    """
     layer.counts.zero_()
+    if layer.layer == 0:
+        row = model.row(int(model.turn[0]) + 1)
+        if int(row[0]) == int(model.turn[0]) + 1:
+            model.turn.copy_(row)
     at, iteration = layer.layer, int(model.turn[0])
     due = int(model.due[at])
     if 0 <= due <= iteration:

@@ -65,7 +65,10 @@ class ModelState:
     """State of all L layers. Tensors are on the device, except those that the host reads while the device works.
 
     Attributes:
-        turn: int64 [2 + L]: the iteration, whether it counts, and for each layer whether it hands its load over.
+        turns: int64 [N, 2 + L], host-visible: the rows of the iterations to come and of the last ones, by iteration
+            modulo N. A row is the iteration, whether it counts, and for each layer whether it hands its load over.
+        turn: int64 [2 + L], the row of the iteration under way, which the first layer takes; before, its iteration
+            is -1.
         due: int64 [L], the iteration in which a layer's plan is to be committed, -1 without one.
         decision: int64 [L], the vote on that plan: -1 not yet, 0 no, 1 agreed.
         ready: int64 [L], `due` of the newest plan of a layer that is prepared, written by whoever prepares it.
@@ -78,6 +81,7 @@ class ModelState:
         overflow: int64 [L], host-visible: one more than the iteration in which a count went beyond int32, 0 for none.
     """
 
+    turns: Tensor
     turn: Tensor
     due: Tensor
     decision: Tensor
@@ -91,19 +95,21 @@ class ModelState:
     overflow: Tensor
 
     @staticmethod
-    def make(layers: int, device: torch.device, host_visible: HostVisible, reports: int = 8) -> ModelState:
-        """State of a model that has not begun, with reports on that many iterations."""
+    def make(layers: int, device: torch.device, host_visible: HostVisible, kept: int = 8) -> ModelState:
+        """State of a model that has not begun, with rows of and reports on that many iterations."""
         long = torch.int64
         none = [torch.full((layers,), -1, dtype=long, device=device) for _ in range(3)]
+        turn = torch.zeros(2 + layers, dtype=long, device=device)
+        turn[0] = -1
         return ModelState(
-            turn=torch.zeros(2 + layers, dtype=long, device=device),
+            turns=host_visible((kept, 2 + layers), long).fill_(-1), turn=turn,
             due=none[0], decision=none[1], ready=none[2],
             overdue=torch.zeros(1, dtype=long, device=device),
             rung=torch.zeros(1, dtype=torch.int32, device=device),
             stages=torch.full((layers, len(Stage)), -1, dtype=long, device=device),
             bell=host_visible((1,), torch.int32).zero_(),
             committed=host_visible((layers,), long).fill_(-1),
-            reports=host_visible((reports, layers, REPORT), long).fill_(-1),
+            reports=host_visible((kept, layers, REPORT), long).fill_(-1),
             overflow=host_visible((layers,), long).zero_(),
         )  # fmt: skip
 
@@ -111,6 +117,10 @@ class ModelState:
     def layers(self) -> int:
         """L."""
         return self.due.numel()
+
+    def row(self, iteration: int) -> Tensor:
+        """int64 [2 + L], where the row of an iteration is."""
+        return self.turns[iteration % self.turns.shape[0]]
 
     def report(self, layer: int, due: int) -> Tensor:
         """int64 [REPORT], the report on the plan of a layer that is due in that iteration."""

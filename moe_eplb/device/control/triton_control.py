@@ -18,25 +18,21 @@ from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 from moe_eplb.device.control.triton_load import _add_to_load, block_of, fold, hand_over
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["begin", "fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
 _LANES_BLOCK = tl.constexpr(triton.next_power_of_2(LANES))
 
 
-def begin(model: ModelState, row: Tensor) -> None:
-    """See `plain.begin`. Not by a copy, which waits in the copy engine for weights that are in front of it."""
-    _begin[(1,)](model.turn, row, row.numel(), block=block_of(row.numel()), num_warps=1)
-
-
 def take_over(model: ModelState, layer: LayerState) -> None:
     """See `plain.take_over`."""
     tables, cells = layer.tables.numel(), layer.cells.numel()
+    sizes = (layer.experts, tables + cells, *([2 + model.layers] if layer.layer == 0 else []))
     _take_over[(1,)](
-        model.turn, model.due, model.decision, model.stages, model.reports, model.committed, layer.pending,
+        model.turns, model.turn, model.due, model.decision, model.stages, model.reports, model.committed, layer.pending,
         layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0], tables, cells,
-        layer.experts, block=block_of(max(layer.experts, tables + cells)), num_warps=4,
+        layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0, num_warps=4,
     )  # fmt: skip
 
 
@@ -74,20 +70,17 @@ def settle_and_fold(
     )  # fmt: skip
 
 
-@declares(writes=["turn"])
-@triton.jit(do_not_specialize=["count"])
-def _begin(turn, row, count, block: tl.constexpr):
-    at = tl.arange(0, block)
-    tl.store(turn + at, tl.load(row + at, mask=at < count, volatile=True), mask=at < count)
-
-
-@declares(writes=["due", "decision", "stages", "reports", "committed", "tables", "cells", "counts"], words=["pending"])
+@declares(
+    writes=["turn", "due", "decision", "stages", "reports", "committed", "tables", "cells", "counts"], words=["pending"]
+)
 @triton.jit(do_not_specialize=["layer", "layers", "kept", "tables_size", "cells_size", "experts"])
 def _take_over(
-    turn, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept, tables_size,
-    cells_size, experts, block: tl.constexpr,
+    turns, turn, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept,
+    tables_size, cells_size, experts, block: tl.constexpr, begins: tl.constexpr,
 ):  # fmt: skip
     iteration = tl.load(turn)
+    if begins:
+        iteration = _begin(turns, turn, iteration, 2 + layers, kept, block)
     at_due = tl.load(due + layer)
     ends = (at_due >= 0) & (at_due <= iteration)
     commits = ends & (at_due == iteration) & (tl.load(decision + layer) == 1)
@@ -105,6 +98,17 @@ def _take_over(
     tl.debug_barrier()  # every thread has read these before one of them changes them
     tl.store(due + layer, -1, mask=ends)
     tl.store(decision + layer, -1, mask=ends)
+
+
+@triton.jit
+def _begin(turns, turn, last, width, kept, block: tl.constexpr):
+    """Take the row of the iteration behind `last` where it is there; the iteration under way."""
+    at = tl.arange(0, block)
+    row = tl.load(turns + (last + 1) % kept * width + at, mask=at < width, other=0, volatile=True)
+    begun = tl.sum(tl.where(at == 0, row, 0), axis=0) == last + 1
+    tl.debug_barrier()  # every thread has read the last iteration before one of them changes it
+    tl.store(turn + at, row, mask=(at < width) & begun)
+    return tl.where(begun, last + 1, last)
 
 
 @declares(writes=["overdue", "stages", "reports", "overflow", "message"], words=["ready", "overdue", "lanes"])
