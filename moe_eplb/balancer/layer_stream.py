@@ -39,6 +39,8 @@ class LayerStream:
         self._aux = aux_stream or device.stream(AuxStreamType.MoeBalancer)
         self._main = device.new_event(EventType.Main.name)
         self._done = device.new_event(EventType.MoeBalancer.name)
+        self._within = device.new_event(EventType.Main.name)
+        self._marked = False
         self._readers: list[Stream] = []
 
     def submit(self, kind: Kind, work: Callable[[], None]) -> None:
@@ -49,6 +51,19 @@ class LayerStream:
     def follow(self) -> None:
         """Later work on the balancer stream comes after what the current stream has submitted so far."""
         self._follow(self._device.current)
+
+    def mark_within(self) -> None:
+        """`follow_mark` follows the current stream up to here, in the middle of a piece of its work."""
+        self._device.record(self._within, self._device.current, within=True)
+        self._marked = True
+
+    def follow_mark(self) -> None:
+        """Later work on the balancer stream comes after what was marked; where nothing was, see `follow`."""
+        if self._marked:
+            self._device.wait(self._aux, self._within)
+        else:
+            self.follow()
+        self._marked = False
 
     def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False, a: int = 0) -> None:
         """Put work right behind the latest on the balancer stream; `a` is its record's payload."""

@@ -24,10 +24,7 @@ from moe_eplb.device.control import LayerState
 __all__ = ["ResidentLayer"]
 
 _FEW = 4096
-"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides.
-
-More of them are counted, and summed over the ranks, beside what groups the rows that were dispatched: it takes longer
-than they do, and no gap between two kernels of the model's lets them be seen."""
+"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides."""
 
 
 @dataclass(slots=True)
@@ -105,16 +102,23 @@ class ResidentLayer(ResidentPlans):
         """The older choreography has no such thing."""
         return isinstance(self._stream, LayerStream)
 
-    def hold_statistics(self, most_ids: int) -> None:
+    def hold_statistics(self) -> None:
         """See the base class."""
-        if self._counts_in_route and most_ids > _FEW:
+        if isinstance(self._stream, LayerStream):
             self._held = []
+
+    def mark_statistics(self) -> None:
+        """See the base class."""
+        if self._held and isinstance(self._stream, LayerStream):
+            self._stream.mark_within()
 
     def release_statistics(self) -> None:
         """See the base class."""
-        held, self._held = self._held or (), None
-        for submit in held:
-            submit()
+        held, self._held = self._held, None
+        if held and isinstance(self._stream, LayerStream):
+            self._stream.follow_mark()
+            for submit in held:
+                submit()
 
     def start_set_cpu_stage(self) -> None:
         """See the base class."""
@@ -130,22 +134,22 @@ class ResidentLayer(ResidentPlans):
     def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         by_route = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS and self._counts_in_route
         # Chunks route on streams of their own, of which none may write what another writes, too.
-        if self._held is None and by_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
+        count = partial(ops.histogram, ids, self.state.counts)
+        if by_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
             self._late = _LateCount(ids)
+        elif self._held is None:
+            self._stream.submit(kind, count)
         else:
-            self._now_or_held(partial(self._stream.submit, kind, partial(ops.histogram, ids, self.state.counts)))
-
-    def _now_or_held(self, submit: Callable[[], None]) -> None:
-        if self._held is None:
-            submit()
-        else:
-            self._held.append(submit)
+            self._held.append(partial(self._stream.submit_next, kind, count))
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
-        if self._late is None:
-            self._now_or_held(partial(self._reduce, allreduce))
+        reduce = partial(self._reduce, allreduce)
+        if self._held is not None:
+            self._held.append(reduce)
+        elif self._late is None:
+            reduce()
         else:
-            self._late.reduce = partial(self._reduce, allreduce)
+            self._late.reduce = reduce
 
     def _route(self, choose: Callable[..., Tensor], ids: Tensor, flags: int = 0) -> Tensor:
         late, stream = self._late, self._stream

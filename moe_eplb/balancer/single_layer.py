@@ -136,15 +136,17 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
                 if is_last_stage:
                     self._submit_reduction(allreduce)
 
-    def hold_statistics(self, most_ids: int) -> None:
+    def hold_statistics(self) -> None:
         """Statistics by local ids may be submitted as late as `release_statistics`, or the hand-over, calls for it.
 
-        Collectives of the model may come in between, so that every rank has to hold them or none: `most_ids` is the
-        largest number of expert ids that a rank has. Here nothing is held.
+        Collectives of the model may come in between, so that every rank has to hold them or none. Here nothing is held.
         """
 
+    def mark_statistics(self) -> None:
+        """What is held may begin where the current stream is now, in the middle of a piece of its work."""
+
     def release_statistics(self) -> None:
-        """Submit what is held, beside what the current stream does next."""
+        """Submit what is held, beside what the current stream does from the mark on, or from now on without one."""
 
     def update_statistic_with_global_ids(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path C: count the expert ids of all ranks, int32 [sum of T, K]."""

@@ -98,8 +98,8 @@ class Device(abc.ABC):
         """A reusable event."""
 
     @abc.abstractmethod
-    def record(self, event: Event, stream: Stream) -> None:
-        """Mark the work submitted to `stream` so far."""
+    def record(self, event: Event, stream: Stream, *, within: bool = False) -> None:
+        """Mark the work submitted to `stream` so far. `within`: the latest is not done by then."""
 
     @abc.abstractmethod
     def wait(self, stream: Stream, event: Event) -> None:

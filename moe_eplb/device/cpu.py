@@ -81,12 +81,12 @@ class CpuDevice(Device):
     def new_event(self, name: str = "") -> Event:
         return _CpuEvent(name)
 
-    def record(self, event: Event, stream: Stream) -> None:
+    def record(self, event: Event, stream: Stream, *, within: bool = False) -> None:
         assert isinstance(event, _CpuEvent)
         assert isinstance(stream, _CpuStream)
         event.stream, event.position = stream, stream.submitted
         if self._order is not None:
-            event.mark = self._order.mark(stream)
+            event.mark = self._order.mark(stream, within=within)
 
     def wait(self, stream: Stream, event: Event) -> None:
         assert isinstance(event, _CpuEvent)

@@ -80,13 +80,13 @@ class CudaDevice(Device):
         with super().use(stream), torch.cuda.stream(stream.queue):
             yield
 
-    def record(self, event: Event, stream: Stream) -> None:
+    def record(self, event: Event, stream: Stream, *, within: bool = False) -> None:
         assert isinstance(event, CudaEvent)
         assert isinstance(stream, CudaStream)
         event.cuda.record(stream.queue)
         event.stream, event.position = stream, stream.submitted
         if self._order is not None:
-            event.mark = self._order.mark(stream)
+            event.mark = self._order.mark(stream, within=within)
 
     def wait(self, stream: Stream, event: Event) -> None:
         assert isinstance(event, CudaEvent)

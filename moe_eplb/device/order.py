@@ -65,9 +65,12 @@ class StreamOrder:
         self._counts: defaultdict[int, list[_Work]] = defaultdict(list)
         self._layer, self._input = -1, list[_Work]()
 
-    def mark(self, stream: Stream) -> Clock:
-        """What comes before an event that is recorded on `stream` now."""
-        return self._clocks[stream].copy()
+    def mark(self, stream: Stream, *, within: bool = False) -> Clock:
+        """What comes before an event that is recorded on `stream` now, `within` its latest work or behind that."""
+        clock = self._clocks[stream].copy()
+        if within:
+            clock[stream] -= 1
+        return clock
 
     def wait(self, stream: Stream, mark: Clock) -> None:
         """Later work of `stream` comes after the mark."""

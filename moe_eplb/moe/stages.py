@@ -35,7 +35,9 @@ class LayerStages(Protocol):
         self, ids: Tensor, is_first_stage: bool, is_last_stage: bool, allreduce: AllReduce | None = None
     ) -> None: ...
 
-    def hold_statistics(self, most_ids: int) -> None: ...
+    def hold_statistics(self) -> None: ...
+
+    def mark_statistics(self) -> None: ...
 
     def release_statistics(self) -> None: ...
 
@@ -91,7 +93,10 @@ class UnbalancedStages:
     ) -> None:
         return None
 
-    def hold_statistics(self, most_ids: int) -> None:
+    def hold_statistics(self) -> None:
+        return None
+
+    def mark_statistics(self) -> None:
         return None
 
     def release_statistics(self) -> None:

@@ -89,9 +89,12 @@ class LocalIdsPath:
         self._allreduce = allreduce
 
     def after_top_k(self, ids: Tensor, chunk: Chunk) -> None:
-        """Count, and reduce with the last chunk, on the balancer stream; a whole forward's may wait for its rows."""
+        """Count, and reduce with the last chunk, on the balancer stream; a whole forward's may wait for the experts.
+
+        Other ranks know then, too, that it is whole.
+        """
         if chunk.first and chunk.last and chunk.tokens is not None:
-            self._stages.hold_statistics(max(chunk.tokens) * ids.shape[1])
+            self._stages.hold_statistics()
         self._stages.update_statistic_with_local_ids(
             ids, is_first_stage=chunk.first, is_last_stage=chunk.last, allreduce=self._allreduce
         )
@@ -100,8 +103,7 @@ class LocalIdsPath:
         return None
 
     def after_dispatch(self, received: Received, chunk: Chunk) -> None:
-        """Submit what has waited."""
-        self._stages.release_statistics()
+        return None
 
 
 class GlobalIdsPath:

@@ -262,10 +262,12 @@ class WideEPMoE(nn.Module):
     def _compute(self, received: Received) -> _Computed:
         def compute() -> _Computed:
             rows, position, offs, scale = self.experts.group(received.hidden, received.slots, received.entries)
+            self._stages.mark_statistics()  # the products take longer than they do
             return _Computed(self.experts.grouped_ffn(rows, offs, scale), position, offs)
 
         most = received.slots.numel() if received.entries is None else received.entries
         computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
+        self._stages.release_statistics()
         if self.probe is not None:
             processed = partial(self._report_processed, self.probe, received, computed.position, computed.offs)
             self.device.observe(processed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[state_dtype(name)]
 
 
+_DRAWN_TOGETHER = 16
+"""torch draws so many normal values at a time, and what is left over from others."""
+
+
 class MasterWeights:
     """Weights of the E experts of one layer, the same on every rank: ``w3_w1`` [2I, D] and ``w2`` [D, I] by expert.
 
@@ -42,13 +46,15 @@ class MasterWeights:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         generator = seeded_generator("weights", seed, layer)
-        up, down = _drawn(generator, experts, hidden, intermediate)
-        self._experts = in_expert_dtype({"w3_w1": up, "w2": down}, dtype)
+        self._experts: dict[str, Tensor] = {}
+        for name, shape in (("w3_w1", (2 * intermediate, hidden)), ("w2", (hidden, intermediate))):
+            self._experts |= _stacked([in_expert_dtype({name: w}, dtype) for w in _drawn(generator, experts, *shape)])
         self.shared: dict[str, Tensor] | None = None
         if shared:
-            up, down = _drawn(seeded_generator("shared", seed, layer), 1, hidden, shared)
+            generator = seeded_generator("shared", seed, layer)
             shared_dtype = torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
-            self.shared = {"w3_w1": up[0].to(shared_dtype), "w2": down[0].to(shared_dtype)}
+            (up,), (down,) = _drawn(generator, 1, 2 * shared, hidden), _drawn(generator, 1, hidden, shared)
+            self.shared = {"w3_w1": up.to(shared_dtype), "w2": down.to(shared_dtype)}
 
     @classmethod
     def of(cls, scenario: Scenario, layer: int) -> MasterWeights:
@@ -75,7 +81,14 @@ _ALIVE: weakref.WeakValueDictionary[tuple[object, ...], MasterWeights] = weakref
 """By what they are drawn from."""
 
 
-def _drawn(generator: torch.Generator, experts: int, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
-    up = torch.randn(experts, 2 * intermediate, hidden, generator=generator) * hidden**-0.5
-    down = torch.randn(experts, hidden, intermediate, generator=generator) * intermediate**-0.5
-    return up, down
+def _drawn(generator: torch.Generator, experts: int, rows: int, columns: int) -> Iterator[Tensor]:
+    """Matrices float32 [rows, columns] of experts, one by one where that gives what drawing all at once does."""
+    if rows * columns % _DRAWN_TOGETHER:
+        yield from torch.randn(experts, rows, columns, generator=generator) * columns**-0.5
+    else:
+        for _ in range(experts):
+            yield torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+
+def _stacked(experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([tensors[name] for tensors in experts]) for name in experts[0]}

@@ -211,9 +211,10 @@ class Submitted(NullSink):
         return 0
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
 @pytest.mark.parametrize("holds", [False, True])
-def test_many_ids_are_counted_and_summed_where_they_are_released(holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+def test_ids_are_summed_where_they_are_released(holds: bool, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", few)
     sink = Submitted()
     rig = resident(layers=1, ranks=2, commit_delay=2, sink=sink, holds=holds)
     try:
@@ -222,7 +223,8 @@ def test_many_ids_are_counted_and_summed_where_they_are_released(holds: bool, mo
         rig.iterate()
         work = (Kind.VOTE, Kind.STATISTIC_REDUCE, Kind.LOAD_UPDATE)
         assert [kind for kind in sink.kinds if kind in work] == list(work)
-        assert (sink.kinds.index(Kind.VOTE) > len(sink.kinds) - 1 - sink.kinds[::-1].index(Kind.ROUTE)) == holds
+        last_route = len(sink.kinds) - 1 - sink.kinds[::-1].index(Kind.ROUTE)
+        assert (sink.kinds.index(Kind.VOTE) > last_route) == (holds or few > 0)
         assert counted(rig) == [
             mine + others for mine, others in zip(
                 histogram(rig.ids(0, 2), experts=rig.experts), rig.others(0, 2).tolist(), strict=True
@@ -232,12 +234,13 @@ def test_many_ids_are_counted_and_summed_where_they_are_released(holds: bool, mo
         rig.balancer.shutdown()
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
 @pytest.mark.parametrize("reduction", ["layer", "iteration"])
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 def test_held_statistics_change_no_placement(
-    rigs: Any, reduction: str, seed: int | None, monkeypatch: pytest.MonkeyPatch
+    rigs: Any, reduction: str, seed: int | None, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+    monkeypatch.setattr(resident_layer_module, "_FEW", few)
     delay = 2 if reduction == "iteration" else 1
     host, device = rigs(layers=3, updates=3, commit_delay=delay, seed=seed)
     held = resident(layers=3, updates=3, commit_delay=delay, reduction=reduction, seed=seed, holds=True)
@@ -251,13 +254,15 @@ def test_held_statistics_change_no_placement(
         held.balancer.shutdown()
 
 
-def test_held_statistics_that_nobody_releases_go_with_the_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident_layer_module, "_FEW", 0)
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_held_statistics_that_nobody_releases_go_with_the_hand_over(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", few)
     rig = resident(layers=1, commit_delay=2, holds=True, check_order=True, sink=(marks := Marks()))
-    monkeypatch.setattr(ResidentLayer, "release_statistics", lambda self: None)
     try:
         rig.balancer.start_iter()
-        rig.run_layer(0, on_held=monkeypatch.undo)
+        with monkeypatch.context() as patch:
+            patch.setattr(ResidentLayer, "release_statistics", lambda self: None)
+            rig.run_layer(0, on_held=patch.undo)
         rig.balancer.end_iter()
         assert counted(rig) == histogram(rig.ids(0, 0), experts=rig.experts)
         assert marks.unordered == []
@@ -273,7 +278,7 @@ def test_held_statistics_of_an_aborted_iteration_are_forgotten(monkeypatch: pyte
         rig.balancer.start_iter()
         layer.start_wait_gpu_stage()
         layer.done_wait_gpu_stage()
-        layer.hold_statistics(1)
+        layer.hold_statistics()
         layer.update_statistic_with_local_ids(rig.ids(0, 0), True, True)
         rig.balancer.abort_iter()
         layer.release_statistics()

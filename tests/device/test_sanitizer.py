@@ -200,8 +200,8 @@ class Traced(CpuDevice):
 
     handler: Any
 
-    def record(self, event: Event, stream: Stream) -> None:
-        super().record(event, stream)
+    def record(self, event: Event, stream: Stream, *, within: bool = False) -> None:
+        super().record(event, stream, within=within)
         self.handler._handle_event_record(id(event), stream.index)
 
     def wait(self, stream: Stream, event: Event) -> None:

@@ -71,8 +71,9 @@ def _loads(path: Path, changes: list[str]) -> bool:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    # A GPU has channels for some thirty processes that take as many as they can; beside other pools there are more.
-    os.environ.setdefault(CONNECTIONS, "8")
+    # Some ten processes that take as many channels of a GPU as they can use them up; beside other pools there are more.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault(CONNECTIONS, "8")
     with RankPool() as ranks:
         ranks.reserve(max(scenarios.load(path).ranks for path in FILES))
         yield ranks

@@ -187,7 +187,7 @@ class Rig:
         layer.start_wait_gpu_stage()
         layer.done_wait_gpu_stage()
         if self.holds:
-            layer.hold_statistics(ids.numel())
+            layer.hold_statistics()
         layer.update_statistic_with_local_ids(ids, True, True, allreduce or self._stand_in(index, iteration))
         slots = layer.route(ids)
         if self.holds:
