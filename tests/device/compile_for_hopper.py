@@ -45,7 +45,7 @@ def main() -> None:
         assert "div.rn.f32" in text, "not divided as the plain twin does"
     sends()
     entries()
-    words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
+    words = dict.fromkeys(("turns", "turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
     words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes", "committed"), "*i64")
     words |= dict.fromkeys(("rung", "bell", "counts"), "*i32")
     words |= {"load": "*fp32", "handed_load": "*fp32", "decay": "fp32"}
@@ -61,7 +61,9 @@ def main() -> None:
     for window in (1, 4):
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
         build(triton_load._fold, 4, words, rows=8, window=window, block=256)
-    build(triton_control._take_over, 4, words | {"tables": "*i32", "cells": "*i32", "pending": "*i32"}, block=1024)
+    tables = {"tables": "*i32", "cells": "*i32", "pending": "*i32"}
+    for begins in (False, True):
+        build(triton_control._take_over, 4, words | tables, block=1024, begins=begins)
 
 
 def sends() -> None:

@@ -371,7 +371,7 @@ def older_statistics_not_joined(module: ModuleType) -> None:
 
 def vote_without_the_route_that_counts(module: ModuleType) -> None:
     """The balancer stream does not wait for the kernel that routes and counts."""
-    module.LayerStream.follow = lambda self: None
+    module.LayerStream.follow = module.LayerStream.follow_mark = lambda self: None
 
 
 def tables_change_between_forwards(module: ModuleType) -> None:
