@@ -1,4 +1,4 @@
-"""One layer's use of the balancer stream and of the recorder: two reusable events and one reusable range."""
+"""One layer's use of the balancer stream and of the recorder: three reusable events and one reusable range."""
 
 from __future__ import annotations
 
@@ -63,6 +63,10 @@ class LayerStream:
             self._device.wait(self._aux, self._within)
         else:
             self.follow()
+        self._marked = False
+
+    def forget_mark(self) -> None:
+        """Nothing is marked any more."""
         self._marked = False
 
     def submit_next(self, kind: Kind, work: Callable[[], None], *, collective: bool = False, a: int = 0) -> None:

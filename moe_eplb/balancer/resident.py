@@ -49,19 +49,35 @@ class Resident:
         self._late: Update | None = None
 
     def begin(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
-        """Write down the row of an iteration; waits while the host is too far ahead of the device."""
+        """Write down the row of an iteration; waits while the host is too far ahead of the device.
+
+        Raises:
+            BalancerError: E218 when the device has not begun an iteration that was launched: it would take this row for
+                another one.
+        """
         place = iteration % len(self._read)
         waited = self._read[place]
         if waited is not None and waited():
             self.run_ahead_waits += 1
+        self._require_begun(iteration - 1 - (0 if self._device.immediate else len(self._read)))
         self._write(iteration, counts, group)
         self._read[place] = self._device.submitted()
+
+    def _require_begun(self, iteration: int) -> None:
+        begun = int(self.model.begun)
+        if begun < iteration:
+            raise BalancerError(
+                "E218", f"the device has begun iteration {begun} last, and iteration {iteration} is over",
+                why="nothing of an iteration in between was launched",
+                hint="run all layers, or replay a graph of them, in every iteration",
+            )  # fmt: skip
 
     def skip(self, iteration: int) -> None:
         """The iteration was aborted, perhaps before its first layer: the next one comes after it. The device idles."""
         if int(self.model.row(iteration)[0]) != iteration:
             self._write(iteration, False, ())
         self.model.turn.copy_(self.model.row(iteration))
+        self.model.begun.fill_(iteration)
         self._device.synchronize()
 
     def _write(self, iteration: int, counts: bool, group: Sequence[int]) -> None:

@@ -104,7 +104,7 @@ class ResidentLayer(ResidentPlans):
 
     def hold_statistics(self) -> None:
         """See the base class."""
-        if isinstance(self._stream, LayerStream):
+        if isinstance(self._stream, LayerStream) and self._held is None:
             self._held = []
 
     def mark_statistics(self) -> None:
@@ -114,6 +114,7 @@ class ResidentLayer(ResidentPlans):
 
     def release_statistics(self) -> None:
         """See the base class."""
+        self._count_late()
         held, self._held = self._held, None
         if held and isinstance(self._stream, LayerStream):
             self._stream.follow_mark()
@@ -122,7 +123,6 @@ class ResidentLayer(ResidentPlans):
 
     def start_set_cpu_stage(self) -> None:
         """See the base class."""
-        self._count_late()
         self.release_statistics()
         super().start_set_cpu_stage()
 
@@ -132,15 +132,15 @@ class ResidentLayer(ResidentPlans):
             self._owner.collect_layer(self.layer_idx)
 
     def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
-        by_route = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS and self._counts_in_route
+        local = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS
         # Chunks route on streams of their own, of which none may write what another writes, too.
         count = partial(ops.histogram, ids, self.state.counts)
-        if by_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
+        if local and self._counts_in_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
             self._late = _LateCount(ids)
-        elif self._held is None:
-            self._stream.submit(kind, count)
-        else:
+        elif local and self._held is not None:
             self._held.append(partial(self._stream.submit_next, kind, count))
+        else:
+            self._stream.submit(kind, count)
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
         reduce = partial(self._reduce, allreduce)
@@ -228,6 +228,8 @@ class ResidentLayer(ResidentPlans):
         """See the base class."""
         super().restart()
         self._late = self._held = None
+        if isinstance(self._stream, LayerStream):
+            self._stream.forget_mark()
 
     def report_counts(self) -> None:
         """Show the probe what was folded in; waits for the device where that works later."""

@@ -1,8 +1,9 @@
 """The balancer of one MoE layer: the ten stage calls that a forward makes around its own work.
 
 Choreography after TensorRT-LLM's online EPLB for Hopper: everything but `route` goes to the balancer stream, ordered
-against the caller's stream by two reusable events. The wait overlaps the top-k, statistics and their reduction overlap
-route, dispatch and experts, the hand-over overlaps combine. `OlderChoreography` is what that is compared with.
+against the caller's stream by reusable events. The wait overlaps the top-k, statistics and their reduction overlap
+route, dispatch and experts (those that are held the experts alone), the hand-over overlaps combine. `OlderChoreography`
+is what that is compared with.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
                 self._submit_count(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, ids, is_first_stage, is_last_stage)
                 if is_last_stage:
                     self._submit_reduction(allreduce)
+
+    # Not calls of the protocol: when the statistics of path B are submitted is left to the layer.
 
     def hold_statistics(self) -> None:
         """Statistics by local ids may be submitted as late as `release_statistics`, or the hand-over, calls for it.

@@ -84,7 +84,7 @@ class CudaDevice(Device):
         assert isinstance(event, CudaEvent)
         assert isinstance(stream, CudaStream)
         event.cuda.record(stream.queue)
-        event.stream, event.position = stream, stream.submitted
+        event.stream, event.position = stream, stream.submitted - within
         if self._order is not None:
             event.mark = self._order.mark(stream, within=within)
 

@@ -69,7 +69,7 @@ class StreamOrder:
         """What comes before an event that is recorded on `stream` now, `within` its latest work or behind that."""
         clock = self._clocks[stream].copy()
         if within:
-            clock[stream] -= 1
+            clock[stream] = clock.get(stream, 0) - 1
         return clock
 
     def wait(self, stream: Stream, mark: Clock) -> None:

@@ -91,9 +91,9 @@ class LocalIdsPath:
     def after_top_k(self, ids: Tensor, chunk: Chunk) -> None:
         """Count, and reduce with the last chunk, on the balancer stream; a whole forward's may wait for the experts.
 
-        Other ranks know then, too, that it is whole.
+        It is whole on every rank, since all make equally many chunks.
         """
-        if chunk.first and chunk.last and chunk.tokens is not None:
+        if chunk.first and chunk.last:
             self._stages.hold_statistics()
         self._stages.update_statistic_with_local_ids(
             ids, is_first_stage=chunk.first, is_last_stage=chunk.last, allreduce=self._allreduce

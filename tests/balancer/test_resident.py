@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, cells, resident_update
 from moe_eplb.balancer import resident_layer as resident_layer_module
 from moe_eplb.balancer.cells import assign_cells
+from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
@@ -270,6 +271,101 @@ def test_held_statistics_that_nobody_releases_go_with_the_hand_over(few: int, mo
         rig.balancer.shutdown()
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_held_statistics_come_after_the_route_and_beside_the_experts(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", few)
+    rig = resident(layers=1, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))
+    try:
+        rig.iterate(3)
+        assert marks.unordered == []
+        # A hand-over that forgets to wait for the experts is seen: what is held has not waited for them.
+        rig.balancer.start_iter()
+        with monkeypatch.context() as patch:
+            rig.run_layer(0, on_held=lambda: patch.setattr(LayerStream, "_follow", lambda self, stream: None))
+        rig.balancer.end_iter()
+        assert marks.unordered == [Kind.START_SET_CPU_STAGE]
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_held_vote_that_does_not_wait_for_the_mark_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerStream, "follow_mark", lambda self: None)
+    rig = resident(layers=1, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))
+    try:
+        rig.iterate()
+        assert marks.unordered == [Kind.VOTE]
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_second_hold_keeps_what_is_held_and_other_paths_are_not_held() -> None:
+    rig = resident(layers=1, commit_delay=2)
+    layer, ids = rig.layers[0], rig.ids(0, 0)
+    try:
+        for path in ("local", "global"):
+            rig.balancer.start_iter()
+            layer.start_wait_gpu_stage()
+            layer.done_wait_gpu_stage()
+            layer.hold_statistics()
+            if path == "local":
+                layer.update_statistic_with_local_ids(ids, True, True)
+            else:
+                layer.update_statistic_with_global_ids(ids, True, True)
+            layer.hold_statistics()
+            layer.route(ids)
+            layer.release_statistics()
+            layer.start_set_cpu_stage()
+            layer.done_set_cpu_stage()
+            rig.balancer.end_iter()
+            assert counted(rig) == histogram(ids, experts=rig.experts)
+            resident_layer(rig, 0).state.reduced.zero_()
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_mark_of_an_aborted_iteration_is_forgotten() -> None:
+    rig = resident(layers=1, commit_delay=2, seed=1, check_order=True, sink=(marks := Marks()))
+    layer = rig.layers[0]
+
+    def until_the_vote(marked: bool) -> None:
+        rig.balancer.start_iter()
+        layer.start_wait_gpu_stage()
+        layer.done_wait_gpu_stage()
+        layer.hold_statistics()
+        layer.update_statistic_with_local_ids(ids := rig.ids(0, 0), True, True)
+        layer.route(ids)
+        if marked:
+            rig.balancer.device.run(Kind.EXPERTS, 0, layer.mark_statistics)
+
+    try:
+        until_the_vote(marked=True)
+        rig.balancer.abort_iter()
+        until_the_vote(marked=False)
+        layer.release_statistics()
+        layer.start_set_cpu_stage()
+        layer.done_set_cpu_stage()
+        rig.balancer.end_iter()
+        assert marks.unordered == []
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_an_iteration_of_which_nothing_was_launched_is_told() -> None:
+    rig = resident(layers=2, updates=2, commit_delay=2)
+    try:
+        rig.iterate(2)
+        rig.balancer.start_iter()
+        with rig.balancer.replaying():
+            pass  # a graph should have been replayed here
+        rig.balancer.end_iter()
+        with pytest.raises(BalancerError, match=r"E218(.|\n)*iteration 1 last(.|\n)*iteration 2 is over"):
+            rig.balancer.start_iter()
+        rig.iterate(5)
+        assert max(commit[2] for commit in rig.journal.commits) > 6, "it goes on"
+    finally:
+        rig.balancer.shutdown()
+
+
 def test_held_statistics_of_an_aborted_iteration_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident_layer_module, "_FEW", 0)
     rig = resident(layers=1, commit_delay=2, holds=True)
@@ -291,22 +387,30 @@ def test_held_statistics_of_an_aborted_iteration_are_forgotten(monkeypatch: pyte
 # -- ids that are not routed, or not to the end ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("routed", ["none", "copies", "first", "last", "both"])
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_ids_that_are_not_routed_are_counted_all_the_same(routed: str, seed: int | None) -> None:
+def test_ids_that_are_not_routed_are_counted_all_the_same(
+    routed: str, seed: int | None, parts: int, holds: bool
+) -> None:
     rig = resident(layers=1, seed=seed, commit_delay=2)
-    layer, ids = rig.layers[0], [rig.ids(0, iteration) for iteration in (0, 1)]
+    layer, ids = rig.layers[0], [rig.ids(0, iteration) for iteration in range(parts)]
     try:
         for _ in range(2):
             rig.balancer.start_iter()
             layer.start_wait_gpu_stage()
             layer.done_wait_gpu_stage()
+            if holds:
+                layer.hold_statistics()
             for index, part in enumerate(ids):
-                layer.update_statistic_with_local_ids(part, index == 0, index == 1)
+                layer.update_statistic_with_local_ids(part, index == 0, index == parts - 1)
                 if routed == "copies":
                     layer.route(part.clone())
                 elif routed == "both" or routed == ("first", "last")[index]:
                     layer.route(part)
+            if holds:
+                layer.release_statistics()
             layer.start_set_cpu_stage()
             layer.done_set_cpu_stage()
             rig.balancer.end_iter()

@@ -46,7 +46,8 @@ def main() -> None:
     sends()
     entries()
     words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
-    words |= dict.fromkeys(("turns", "folded", "reduced", "ready", "overdue", "overflow", "lanes", "committed"), "*i64")
+    words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes", "committed"), "*i64")
+    words |= dict.fromkeys(("turns", "begun"), "*i64")
     words |= dict.fromkeys(("rung", "bell", "counts"), "*i32")
     words |= {"load": "*fp32", "handed_load": "*fp32", "decay": "fp32"}
     for hand_over, constants in ((triton_load._hand_over, {}), (triton_all._hand_over_all, {"layers": 58})):

@@ -33,7 +33,7 @@ OPS = ("choose", "fp8", "group", "rows", "sends")
 NAMES = (*(f"ops.triton_{name}" for name in OPS), "control.triton_all", "control.triton_control", "control.triton_load")
 MODULES = [pytest.importorskip(f"moe_eplb.device.{name}") for name in NAMES]
 triton_load = MODULES[-1]
-HOST_VISIBLE = {"turns", "bell", "committed", "reports", "overflow", "handed", "handed_load"}
+HOST_VISIBLE = {"turns", "begun", "bell", "committed", "reports", "overflow", "handed", "handed_load"}
 
 
 # -- declarations ----------------------------------------------------------------------------------------------------

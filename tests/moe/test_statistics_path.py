@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, MoeLoadBalancerIterContext, resident_layer
 from moe_eplb.balancer.resident_layer import ResidentLayer
@@ -16,6 +17,7 @@ from moe_eplb.moe.chunking import Chunk
 from moe_eplb.moe.statistics_path import make_path
 from tests.moe.test_wide_ep import _layer, _step
 from tests.support.moe_layers import ListSink
+from tests.support.ranks import run_ranks
 
 
 class Unordered(NullSink):
@@ -46,12 +48,12 @@ class Stages:
     ("chunk", "held"),
     [
         (Chunk(slice(0, 2), 0, first=True, last=True, tokens=(2, 9, 0)), [("hold",)]),
-        (Chunk(slice(0, 2), 0, first=True, last=True), []),  # another rank may hold what this one does not
+        (Chunk(slice(0, 2), 0, first=True, last=True), [("hold",)]),  # of which all ranks know as much
         (Chunk(slice(0, 2), 0, first=True, last=False, tokens=(2, 9, 0)), []),
         (Chunk(slice(2, 4), 1, first=False, last=True, tokens=(2, 9, 0)), []),
     ],
 )
-def test_a_forward_is_held_where_every_rank_knows_that_it_is_whole(chunk: Chunk, held: list[tuple[Any, ...]]) -> None:
+def test_statistics_of_a_whole_forward_are_held(chunk: Chunk, held: list[tuple[Any, ...]]) -> None:
     stages: Any = Stages()
     path, received = make_path("local_ids", stages, None), Any
     path.after_top_k(torch.zeros(2, 3, dtype=torch.int32), chunk)
@@ -98,3 +100,60 @@ def test_what_follows_a_mark_in_the_middle_of_work_does_not_come_after_it() -> N
         device.wait(aux, event)
         device.submit(aux, Kind.START_SET_CPU_STAGE, 0, lambda: None)
         assert marks.found == ([Kind.START_SET_CPU_STAGE] if within else [])
+
+
+def test_the_mark_lies_between_the_grouping_and_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = get_device("cpu", NullSink())
+    balancer = MoeLoadBalancer(0, 1, 1, device=device, options=BalancerOptions(resident=True, commit_delay=2))
+    with balancer:
+        moe = _layer(device, dispatch="allgather", statistics="local_ids")
+    balancer.finalize_model()
+    seen: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (seen.append(name), call(*given))[1])
+
+    noted(moe.experts, "group")
+    noted(moe.experts, "grouped_ffn")
+    stream = moe.layer_load_balancer._stream  # type: ignore[union-attr]
+    noted(stream, "mark_within")
+    noted(stream, "follow_mark")
+    try:
+        with MoeLoadBalancerIterContext(balancer, True, True):
+            _step(moe, 0, 4, 0, [4])
+    finally:
+        balancer.shutdown()
+    assert seen == ["group", "mark_within", "grouped_ffn", "follow_mark"]
+
+
+def _one_rank_tells(rank: int, size: int, dispatch: str, seed: int | None) -> list[list[int]]:
+    """Placements after iterations of which only rank 0 tells how many tokens each rank has."""
+    device = get_device("cpu", NullSink(), seed=seed, rank=rank)
+    groups = [dist.new_group(list(range(size))) for _ in range(3)]
+    balancer = MoeLoadBalancer(
+        rank, size, 2, device=device, group=groups[0], options=BalancerOptions(resident=True, commit_delay=2)
+    )
+    with balancer:
+        layers = [
+            _layer(
+                device, layer, num_slots=8, dispatch=dispatch, statistics="local_ids", ep_group=groups[1],
+                statistics_group=groups[2],
+            ) for layer in range(2)
+        ]  # fmt: skip
+    balancer.finalize_model()
+    try:
+        for iteration in range(6):
+            with MoeLoadBalancerIterContext(balancer, True, True):
+                for moe in layers:
+                    assert _step(moe, rank, 12, iteration, [12, 12] if rank == 0 else None).error <= 1e-5
+        return [layer.placement.slot_to_expert.tolist() for layer in balancer.layers]
+    finally:
+        balancer.shutdown()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("dispatch", ["alltoall", "allgather"])
+def test_ranks_that_tell_more_and_less_make_the_same_collectives(dispatch: str, seed: int | None) -> None:
+    first, second = run_ranks(_one_rank_tells, 2, dispatch, seed)
+    assert first == second

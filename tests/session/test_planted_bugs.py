@@ -88,6 +88,7 @@ MEANT_FOR = {
     "older_wait_not_joined": ("stream_join", "before"),
     "older_statistics_not_joined": ("stream_join", "before"),
     "vote_without_the_route_that_counts": ("stream_join", "local_ids_state_on_device"),
+    "held_vote_without_the_route_that_counts": ("stream_join", "local_ids_state_on_device"),
     "one_layer_left_out_of_the_sum": ("statistics", "one_reduction_state_on_device"),
     "loads_from_before_the_sum": ("effect", "one_reduction_state_on_device"),
     "tables_change_between_forwards": ("effect", "twice"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_eplb.balancer import AllReduce, BalancerOptions, MoeLoadBalancer, SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.host_memory import new_instance
-from moe_eplb.core.events import EventSink, NullSink
+from moe_eplb.core.events import EventSink, Kind, NullSink
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.probe import NullProbe
 from moe_eplb.device import get_device
@@ -109,7 +109,7 @@ class Rig:
         seed: Seed of the reordering, None runs everything at once.
         tokens: T.
         check_order: Record work that did not wait for what it must come after.
-        holds: Hold statistics until the ids are routed.
+        holds: Hold statistics until the experts have been submitted, in whose midst they may begin.
     """
 
     def __init__(
@@ -191,6 +191,7 @@ class Rig:
         layer.update_statistic_with_local_ids(ids, True, True, allreduce or self._stand_in(index, iteration))
         slots = layer.route(ids)
         if self.holds:
+            self.balancer.device.run(Kind.EXPERTS, index, layer.mark_statistics)
             layer.release_statistics()
         on_held()
         layer.start_set_cpu_stage()

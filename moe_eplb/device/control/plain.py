@@ -22,6 +22,7 @@ def take_over(model: ModelState, layer: LayerState) -> None:
         row = model.row(int(model.turn[0]) + 1)
         if int(row[0]) == int(model.turn[0]) + 1:
             model.turn.copy_(row)
+            model.begun.copy_(row[:1])
     at, iteration = layer.layer, int(model.turn[0])
     due = int(model.due[at])
     if 0 <= due <= iteration:

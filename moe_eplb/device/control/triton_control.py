@@ -30,8 +30,8 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     tables, cells = layer.tables.numel(), layer.cells.numel()
     sizes = (layer.experts, tables + cells, *([2 + model.layers] if layer.layer == 0 else []))
     _take_over[(1,)](
-        model.turns, model.turn, model.due, model.decision, model.stages, model.reports, model.committed, layer.pending,
-        layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0], tables, cells,
+        model.turns, model.turn, model.begun, model.due, model.decision, model.stages, model.reports, model.committed,
+        layer.pending, layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0], tables, cells,
         layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0, num_warps=4,
     )  # fmt: skip
 
@@ -71,16 +71,17 @@ def settle_and_fold(
 
 
 @declares(
-    writes=["turn", "due", "decision", "stages", "reports", "committed", "tables", "cells", "counts"], words=["pending"]
+    writes=["turn", "begun", "due", "decision", "stages", "reports", "committed", "tables", "cells", "counts"],
+    words=["pending"],
 )
 @triton.jit(do_not_specialize=["layer", "layers", "kept", "tables_size", "cells_size", "experts"])
 def _take_over(
-    turns, turn, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept,
+    turns, turn, begun, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept,
     tables_size, cells_size, experts, block: tl.constexpr, begins: tl.constexpr,
 ):  # fmt: skip
     iteration = tl.load(turn)
     if begins:
-        iteration = _begin(turns, turn, iteration, 2 + layers, kept, block)
+        iteration = _begin(turns, turn, begun, iteration, 2 + layers, kept, block)
     at_due = tl.load(due + layer)
     ends = (at_due >= 0) & (at_due <= iteration)
     commits = ends & (at_due == iteration) & (tl.load(decision + layer) == 1)
@@ -101,14 +102,15 @@ def _take_over(
 
 
 @triton.jit
-def _begin(turns, turn, last, width, kept, block: tl.constexpr):
+def _begin(turns, turn, begun, last, width, kept, block: tl.constexpr):
     """Take the row of the iteration behind `last` where it is there; the iteration under way."""
     at = tl.arange(0, block)
     row = tl.load(turns + (last + 1) % kept * width + at, mask=at < width, other=0, volatile=True)
-    begun = tl.sum(tl.where(at == 0, row, 0), axis=0) == last + 1
+    written = tl.sum(tl.where(at == 0, row, 0), axis=0) == last + 1
     tl.debug_barrier()  # every thread has read the last iteration before one of them changes it
-    tl.store(turn + at, row, mask=(at < width) & begun)
-    return tl.where(begun, last + 1, last)
+    tl.store(turn + at, row, mask=(at < width) & written)
+    tl.store(begun, last + 1, mask=written)
+    return tl.where(written, last + 1, last)
 
 
 @declares(writes=["overdue", "stages", "reports", "overflow", "message"], words=["ready", "overdue", "lanes"])

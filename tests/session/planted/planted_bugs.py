@@ -370,8 +370,14 @@ def older_statistics_not_joined(module: ModuleType) -> None:
 
 
 def vote_without_the_route_that_counts(module: ModuleType) -> None:
-    """The balancer stream does not wait for the kernel that routes and counts."""
-    module.LayerStream.follow = module.LayerStream.follow_mark = lambda self: None
+    """The balancer stream does not wait for the kernel that routes and counts, where statistics are not held."""
+    module.ResidentLayer.hold_statistics = lambda self: None
+    module.LayerStream.follow = lambda self: None
+
+
+def held_vote_without_the_route_that_counts(module: ModuleType) -> None:
+    """Held statistics do not wait for the mark."""
+    module.LayerStream.follow_mark = lambda self: None
 
 
 def tables_change_between_forwards(module: ModuleType) -> None:
@@ -426,7 +432,11 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "peers_asked_for_and_the_host_taken": ("moe_eplb.balancer.resident_calls", peers_asked_for_and_the_host_taken),
     "older_wait_not_joined": ("moe_eplb.balancer.older_choreography", older_wait_not_joined),
     "older_statistics_not_joined": ("moe_eplb.balancer.older_choreography", older_statistics_not_joined),
-    "vote_without_the_route_that_counts": ("moe_eplb.balancer.layer_stream", vote_without_the_route_that_counts),
+    "vote_without_the_route_that_counts": ("moe_eplb.balancer.resident_layer", vote_without_the_route_that_counts),
+    "held_vote_without_the_route_that_counts": (
+        "moe_eplb.balancer.layer_stream",
+        held_vote_without_the_route_that_counts,
+    ),
     "tables_change_between_forwards": ("moe_eplb.balancer.single_layer", tables_change_between_forwards),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
