@@ -33,7 +33,7 @@ from moe_eplb.core.workload import expert_weights
 __all__ = ["main"]
 
 _ASKED, _COST = 0.90, 1.3
-_RANKS, _LAYERS = 2, 2
+_RANKS = 2
 _MODELS = {
     "deepseek-v3": {"experts": 64, "top_k": 8, "hidden": 7168, "intermediate": 2048},
     "qwen3-30b": {"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768},
@@ -46,37 +46,43 @@ _WORKLOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def _scenario(model: str, name: str, tokens: int) -> dict[str, Any]:
+def _scenario(model: str, layers: int, name: str, tokens: int) -> dict[str, Any]:
     return {
         "name": f"gain_{name}", "ranks": _RANKS, "iterations": 100_000, "timeout_s": 500, "device": "cuda",
         "execution": "graph", "dispatch": "allgather",
-        "model": {"layers": _LAYERS, "dtype": "bfloat16", **_MODELS[model]},
+        "model": {"layers": layers, "dtype": "bfloat16", **_MODELS[model]},
         "workload": {**_WORKLOADS[name], "tokens_per_rank": tokens},
         "balancer": {
-            "num_slots": _SLOTS[model], "layer_updates_per_iter": _LAYERS, "empty_group": "never", "state": "device",
+            "num_slots": _SLOTS[model], "layer_updates_per_iter": layers, "empty_group": "never", "state": "device",
             "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 2,
         },
     }  # fmt: skip
 
 
 def _adjacent(text: Mapping[str, Any]) -> dict[int, list[int]]:
-    """The expert of each slot, hottest first, by layer; the last slots hold replicas of the coldest."""
+    """The expert of each slot, hottest first, by layer; a rank's last slots hold replicas of its own coldest.
+
+    So that uniform routing, which has these slots too, loads all ranks alike.
+    """
     scenario = scenarios.loads(yaml.safe_dump(dict(text)), "gain.yaml")
     found = {}
-    for layer in range(_LAYERS):
+    for layer in range(scenario.model.layers):
         order = np.argsort(-expert_weights(scenario, 0, layer), kind="stable").tolist()
-        found[layer] = order + order[: len(order) - text["balancer"]["num_slots"] - 1 : -1]
+        each, slots = len(order) // _RANKS, text["balancer"]["num_slots"] // _RANKS
+        ranks = [order[rank * each : (rank + 1) * each] for rank in range(_RANKS)]
+        found[layer] = [expert for mine in ranks for expert in mine + mine[: each - slots - 1 : -1]]
     return found
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 @click.option("--model", type=click.Choice(list(_MODELS)), default="deepseek-v3", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of each rank.")
 @click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=100, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(_WORKLOADS)), help="Only these workloads.")
-def main(out: Path, model: str, tokens: int, rounds: int, steps: int, only: Sequence[str]) -> None:
+def main(out: Path, model: str, layers: int, tokens: int, rounds: int, steps: int, only: Sequence[str]) -> None:
     """Measure the gain for each workload."""
     if torch.cuda.device_count() < _RANKS:
         click.echo(f"{_RANKS} GPUs are needed: nothing was timed", err=True)
@@ -85,7 +91,7 @@ def main(out: Path, model: str, tokens: int, rounds: int, steps: int, only: Sequ
     result["workloads"] = {}
     torch.cuda.empty_cache()
     for name in only or _WORKLOADS:
-        found = _gain(_scenario(model, name, tokens), rounds, steps)
+        found = _gain(_scenario(model, layers, name, tokens), rounds, steps)
         result["workloads"][name] = found | {"reached": found["gain"]["tells"] and found["gain"]["share"] >= _ASKED}
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(result["workloads"])

@@ -66,8 +66,11 @@ launches slow, and a host that must wait for plans would not be ahead of the dev
 @click.option("--replays", type=click.IntRange(min=32), default=208, show_default=True, help="Of the step times.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Slots that move in a layer.")
 @click.option("--only", type=click.Choice(list(SHAPES)), multiple=True, default=["prefill", "decode"])
+@click.option("--awake", is_flag=True, help="The updater's thread waits awake.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the first rank's traces.")
-def main(out: Path, steps: int, replays: int, slots: int, only: tuple[str, ...], keep: Path | None) -> None:
+def main(
+    out: Path, steps: int, replays: int, slots: int, only: tuple[str, ...], awake: bool, keep: Path | None
+) -> None:  # fmt: skip
     """Measure hidden shares and the main stream's loss."""
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
@@ -77,16 +80,17 @@ def main(out: Path, steps: int, replays: int, slots: int, only: tuple[str, ...],
         result = {**machine("benchmarks.gpu.hidden", ranks.size), "ranks": ranks.size, "ceilings": limits, "shapes": {}}
         for name in only:
             shape = replace(SHAPES[name], layers=_LAYERS.get(name, SHAPES[name].layers))
-            result["shapes"][name] = _measure(name, shape, ranks, steps, replays, slots, keep)
+            result["shapes"][name] = _measure(name, shape, ranks, steps, replays, slots, awake, keep)
             if ranks.rank == 0:
                 out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 _print(name, result["shapes"][name])
 
 
 def _measure(
-    name: str, shape: Shape, ranks: Ranks, steps: int, replays: int, slots: int, keep: Path | None
+    name: str, shape: Shape, ranks: Ranks, steps: int, replays: int, slots: int, awake: bool, keep: Path | None
 ) -> dict[str, Any]:
-    static, moving = (_stack(shape, ranks, slots, source) for source in (None, "peer" if ranks.size > 1 else "host"))
+    source: Literal["host", "peer"] = "peer" if ranks.size > 1 else "host"
+    static, moving = (_stack(shape, ranks, slots, awake, moves) for moves in (None, source))
     try:
         for stack in (static, moving):
             stack.capture()
@@ -107,17 +111,17 @@ def _measure(
     torch.cuda.empty_cache()
     return {
         "case": shape.case.name, "layers": shape.layers, "slots_moved_per_layer": slots,
-        "commit_delay": _DELAY, "steps": steps,
+        "commit_delay": _DELAY, "awake": awake, "steps": steps,
         "commits": counted.commits, "drops": counted.drops, "waits": len(counted.stalls),
         **summary([found for found in seen if isinstance(found, dict)], samples), "ranks_seen": seen,
         "samples_ms": samples,
     }  # fmt: skip
 
 
-def _stack(shape: Shape, ranks: Ranks, slots: int, source: Literal["host", "peer"] | None) -> Stack:
+def _stack(shape: Shape, ranks: Ranks, slots: int, awake: bool, source: Literal["host", "peer"] | None) -> Stack:
     options = ForcedOptions(
         resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source or "host",
-        commit_delay=_DELAY,
+        commit_delay=_DELAY, awake_updater=awake,
     )  # fmt: skip
     device = CudaDevice(NullSink(), index=ranks.rank)
     updates = shape.layers // _DELAY if source else 0

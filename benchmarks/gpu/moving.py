@@ -80,15 +80,16 @@ class _TimedCopier(CudaCopier):
 @click.option("--steps", type=click.IntRange(min=200), default=2000, show_default=True, help="Steps of each variant.")
 @click.option("--block", type=click.IntRange(min=10), default=100, show_default=True, help="Steps without a change.")
 @click.option("--slots", type=click.IntRange(min=2), default=14, show_default=True, help="Slots that move in a layer.")
+@click.option("--awake", is_flag=True, help="The updater's thread waits awake.")
 @click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each rank.")
-def main(out: Path, steps: int, block: int, slots: int, tokens: int) -> None:
+def main(out: Path, steps: int, block: int, slots: int, awake: bool, tokens: int) -> None:
     """Time steps while experts move."""
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
         raise SystemExit(2)
     with torch.inference_mode(), joined() as ranks:
         measured = ceilings()
-        found = _measure(ranks, steps, block, slots, tokens)
+        found = _measure(ranks, steps, block, slots, awake, tokens)
         result = {**machine("benchmarks.gpu.moving", ranks.size), "ceilings": measured, **found}
         if ranks.rank == 0:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -98,13 +99,14 @@ def main(out: Path, steps: int, block: int, slots: int, tokens: int) -> None:
         raise SystemExit(1)
 
 
-def _measure(ranks: Ranks, steps: int, block: int, slots: int, tokens: int) -> dict[str, Any]:
+def _measure(ranks: Ranks, steps: int, block: int, slots: int, awake: bool, tokens: int) -> dict[str, Any]:
     case = replace(next(case for case in CASES if case.name == _CASE), name=f"{_MODEL}, {tokens} tokens", tokens=tokens)
     device = TimedCopies(ranks.rank)
     source: Literal["host", "peer"] = "host" if ranks.size == 1 else "peer"
     options = ForcedOptions(
-        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source, commit_delay=_DELAY
-    )
+        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source, commit_delay=_DELAY,
+        awake_updater=awake,
+    )  # fmt: skip
     # Between ranks an expert moves that the other does not have: without replicas.
     held = case.experts if ranks.size > 1 else case.experts + case.experts // 16
     static, moving = (
@@ -126,7 +128,7 @@ def _measure(ranks: Ranks, steps: int, block: int, slots: int, tokens: int) -> d
     step_bytes = counted.bytes / (steps * (1 + _FILL / block))
     return {
         "case": case.name, "layers": _LAYERS, "ranks": ranks.size, "weights_from": source,
-        "layers_per_step": _UPDATES, "commit_delay": _DELAY,
+        "layers_per_step": _UPDATES, "commit_delay": _DELAY, "awake": awake,
         "slots_moved_per_layer": slots, "block": block,
         "bytes_per_step": plain.bytes_of_layer * _UPDATES, "commits": counted.commits, "slots_moved": counted.slots,
         "bytes_moved": counted.bytes, "drops": counted.drops, "waits_s": sorted(counted.stalls)[-20:],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ ALONE = Ranks(0, 1, Groups(None, None, None, None))
 def joined() -> Iterator[Ranks]:
     """The ranks that torchrun has started, each with the GPU of its number; one without torchrun."""
     prepare_process()
+    gc.collect()
+    gc.freeze()  # to go over all that torch holds takes longer than many steps
     if "RANK" not in os.environ:
         yield ALONE
         return

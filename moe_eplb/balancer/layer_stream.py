@@ -39,7 +39,7 @@ class LayerStream:
         self._aux = aux_stream or device.stream(AuxStreamType.MoeBalancer)
         self._main = device.new_event(EventType.Main.name)
         self._done = device.new_event(EventType.MoeBalancer.name)
-        self._within = device.new_event(EventType.Main.name)
+        self._begin = device.new_event(EventType.Main.name)
         self._marked = False
         self._readers: list[Stream] = []
 
@@ -52,15 +52,15 @@ class LayerStream:
         """Later work on the balancer stream comes after what the current stream has submitted so far."""
         self._follow(self._device.current)
 
-    def mark_within(self) -> None:
-        """`follow_mark` follows the current stream up to here, in the middle of a piece of its work."""
-        self._device.record(self._within, self._device.current, within=True)
+    def mark_current(self, *, within: bool) -> None:
+        """`follow_mark` follows the current stream up to here; `within`: in the middle of a piece of its work."""
+        self._device.record(self._begin, self._device.current, within=within)
         self._marked = True
 
     def follow_mark(self) -> None:
         """Later work on the balancer stream comes after what was marked; where nothing was, see `follow`."""
         if self._marked:
-            self._device.wait(self._aux, self._within)
+            self._device.wait(self._aux, self._begin)
         else:
             self.follow()
         self._marked = False

@@ -24,7 +24,11 @@ from moe_eplb.device.control import LayerState
 __all__ = ["ResidentLayer"]
 
 _FEW = 4096
-"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides."""
+"""So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides.
+
+What several ranks hold of so few begins with the first product, which is busy with weights; of more with the grouping,
+since there a product needs every processor from its begin on.
+"""
 
 
 @dataclass(slots=True)
@@ -45,6 +49,7 @@ class ResidentLayer(ResidentPlans):
     cells: CellWeights
     _late: _LateCount | None = None
     _held: list[Callable[[], None]] | None = None
+    _few = True
     _following: ResidentLayer
 
     # -- set-up ----------------------------------------------------------------------------------------------------
@@ -107,10 +112,11 @@ class ResidentLayer(ResidentPlans):
         if isinstance(self._stream, LayerStream) and self._held is None:
             self._held = []
 
-    def mark_statistics(self) -> None:
+    def mark_statistics(self, *, grouped: bool) -> None:
         """See the base class."""
-        if self._held and isinstance(self._stream, LayerStream):
-            self._stream.mark_within()
+        beside_products = self._few and self.ep_size > 1
+        if self._held and grouped == beside_products and isinstance(self._stream, LayerStream):
+            self._stream.mark_current(within=grouped)
 
     def release_statistics(self) -> None:
         """See the base class."""
@@ -132,10 +138,10 @@ class ResidentLayer(ResidentPlans):
             self._owner.collect_layer(self.layer_idx)
 
     def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
-        local = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS
+        local, self._few = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, ids.numel() <= _FEW
         # Chunks route on streams of their own, of which none may write what another writes, too.
         count = partial(ops.histogram, ids, self.state.counts)
-        if local and self._counts_in_route and is_first_stage and is_last_stage and ids.numel() <= _FEW:
+        if local and self._counts_in_route and is_first_stage and is_last_stage and self._few:
             self._late = _LateCount(ids)
         elif local and self._held is not None:
             self._held.append(partial(self._stream.submit_next, kind, count))

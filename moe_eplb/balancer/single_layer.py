@@ -145,8 +145,9 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         Collectives of the model may come in between, so that every rank has to hold them or none. Here nothing is held.
         """
 
-    def mark_statistics(self) -> None:
-        """What is held may begin where the current stream is now, in the middle of a piece of its work."""
+    def mark_statistics(self, *, grouped: bool) -> None:
+        """What is held may begin where the current stream is now: behind the dispatch, or `grouped`, in the middle of
+        the experts' work, behind the grouping of rows. The layer takes one of the two."""
 
     def release_statistics(self) -> None:
         """Submit what is held, beside what the current stream does from the mark on, or from now on without one."""

@@ -37,7 +37,7 @@ class LayerStages(Protocol):
 
     def hold_statistics(self) -> None: ...
 
-    def mark_statistics(self) -> None: ...
+    def mark_statistics(self, *, grouped: bool) -> None: ...
 
     def release_statistics(self) -> None: ...
 
@@ -96,7 +96,7 @@ class UnbalancedStages:
     def hold_statistics(self) -> None:
         return None
 
-    def mark_statistics(self) -> None:
+    def mark_statistics(self, *, grouped: bool) -> None:
         return None
 
     def release_statistics(self) -> None:

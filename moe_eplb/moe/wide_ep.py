@@ -262,10 +262,11 @@ class WideEPMoE(nn.Module):
     def _compute(self, received: Received) -> _Computed:
         def compute() -> _Computed:
             rows, position, offs, scale = self.experts.group(received.hidden, received.slots, received.entries)
-            self._stages.mark_statistics()  # the products take longer than they do
+            self._stages.mark_statistics(grouped=True)
             return _Computed(self.experts.grouped_ffn(rows, offs, scale), position, offs)
 
         most = received.slots.numel() if received.entries is None else received.entries
+        self._stages.mark_statistics(grouped=False)
         computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
         self._stages.release_statistics()
         if self.probe is not None:

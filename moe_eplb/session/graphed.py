@@ -76,7 +76,7 @@ class _Graph:
         self.work: Captured[Tensor] = device.capture(partial(stack.forward, inputs))
 
     def fill(self, inputs: Inputs) -> None:
-        """Give the next replay its inputs."""
+        """Give the next replay its inputs. Hidden states that inputs share may be the graph's own by then."""
         self._inputs.x.copy_(inputs.x)
         for place, ids in self._inputs.ids.items():
             ids.copy_(inputs.ids[place])

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -272,9 +273,12 @@ def test_held_statistics_that_nobody_releases_go_with_the_hand_over(few: int, mo
 
 
 @pytest.mark.parametrize("few", [0, 10**6])
-def test_held_statistics_come_after_the_route_and_beside_the_experts(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_held_statistics_come_after_the_route_and_beside_the_experts(
+    few: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(resident_layer_module, "_FEW", few)
-    rig = resident(layers=1, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))
+    rig = resident(layers=1, ranks=ranks, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))
     try:
         rig.iterate(3)
         assert marks.unordered == []
@@ -284,6 +288,21 @@ def test_held_statistics_come_after_the_route_and_beside_the_experts(few: int, m
             rig.run_layer(0, on_held=lambda: patch.setattr(LayerStream, "_follow", lambda self, stream: None))
         rig.balancer.end_iter()
         assert marks.unordered == [Kind.START_SET_CPU_STAGE]
+    finally:
+        rig.balancer.shutdown()
+
+
+@pytest.mark.parametrize("few", [0, 10**6])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_several_ranks_hold_of_few_ids_begins_with_the_products_and_all_else_with_the_grouping(
+    few: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident_layer_module, "_FEW", few)
+    rig, seen = resident(layers=1, ranks=ranks, commit_delay=2, holds=True), list[bool]()
+    monkeypatch.setattr(LayerStream, "mark_current", lambda self, *, within: seen.append(within))
+    try:
+        rig.iterate(2)
+        assert seen == [few > 0 and ranks > 1] * 2
     finally:
         rig.balancer.shutdown()
 
@@ -335,7 +354,7 @@ def test_a_mark_of_an_aborted_iteration_is_forgotten() -> None:
         layer.update_statistic_with_local_ids(ids := rig.ids(0, 0), True, True)
         layer.route(ids)
         if marked:
-            rig.balancer.device.run(Kind.EXPERTS, 0, layer.mark_statistics)
+            rig.balancer.device.run(Kind.EXPERTS, 0, partial(layer.mark_statistics, grouped=True))
 
     try:
         until_the_vote(marked=True)

@@ -102,7 +102,7 @@ def test_what_follows_a_mark_in_the_middle_of_work_does_not_come_after_it() -> N
         assert marks.found == ([Kind.START_SET_CPU_STAGE] if within else [])
 
 
-def test_the_mark_lies_between_the_grouping_and_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_may_mark_in_front_of_the_grouping_and_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     device = get_device("cpu", NullSink())
     balancer = MoeLoadBalancer(0, 1, 1, device=device, options=BalancerOptions(resident=True, commit_delay=2))
     with balancer:
@@ -116,15 +116,20 @@ def test_the_mark_lies_between_the_grouping_and_the_products(monkeypatch: pytest
 
     noted(moe.experts, "group")
     noted(moe.experts, "grouped_ffn")
-    stream = moe.layer_load_balancer._stream  # type: ignore[union-attr]
-    noted(stream, "mark_within")
-    noted(stream, "follow_mark")
+    layer = moe.layer_load_balancer
+    monkeypatch.setattr(layer, "mark_statistics", lambda *, grouped: seen.append(f"grouped={grouped}"))
+    release = ResidentLayer.release_statistics
+    monkeypatch.setattr(
+        layer,
+        "release_statistics",
+        lambda: (seen.append("release") if layer._held else None, release(layer))[1],  # type: ignore[arg-type, union-attr]
+    )
     try:
         with MoeLoadBalancerIterContext(balancer, True, True):
             _step(moe, 0, 4, 0, [4])
     finally:
         balancer.shutdown()
-    assert seen == ["group", "mark_within", "grouped_ffn", "follow_mark"]
+    assert seen == ["grouped=False", "group", "grouped=True", "grouped_ffn", "release"]
 
 
 def _one_rank_tells(rank: int, size: int, dispatch: str, seed: int | None) -> list[list[int]]:

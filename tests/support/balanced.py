@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -191,7 +192,8 @@ class Rig:
         layer.update_statistic_with_local_ids(ids, True, True, allreduce or self._stand_in(index, iteration))
         slots = layer.route(ids)
         if self.holds:
-            self.balancer.device.run(Kind.EXPERTS, index, layer.mark_statistics)
+            layer.mark_statistics(grouped=False)
+            self.balancer.device.run(Kind.EXPERTS, index, partial(layer.mark_statistics, grouped=True))
             layer.release_statistics()
         on_held()
         layer.start_set_cpu_stage()

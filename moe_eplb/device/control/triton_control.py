@@ -31,8 +31,8 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     sizes = (layer.experts, tables + cells, *([2 + model.layers] if layer.layer == 0 else []))
     _take_over[(1,)](
         model.turns, model.turn, model.begun, model.due, model.decision, model.stages, model.reports, model.committed,
-        layer.pending, layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0], tables, cells,
-        layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0, num_warps=4,
+        layer.pending, layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0],
+        tables, cells, layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0, num_warps=4,
     )  # fmt: skip
 
 
