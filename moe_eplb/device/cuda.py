@@ -14,11 +14,9 @@ from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError, HostMemoryError
 from moe_eplb.core.events import CAPTURED, HOST, EventSink, Kind
-from moe_eplb.device.awake_bell import AwakeBell
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.bell import Bell
 from moe_eplb.device.copier import Copier
-from moe_eplb.device.cuda_bell import CudaBell
 from moe_eplb.device.cuda_copier import CudaCopier
 from moe_eplb.device.cuda_graph import CudaGraph
 from moe_eplb.device.cuda_sharing import SharedDeviceMemory
@@ -30,6 +28,7 @@ from moe_eplb.device.order import StreamOrder
 from moe_eplb.device.sanitizer import attach
 from moe_eplb.device.sharing import Sharing
 from moe_eplb.device.symmetric import Symmetric, shared_by_layers
+from moe_eplb.device.watching_bell import REST_US, WatchingBell
 
 __all__ = ["CudaDevice"]
 
@@ -203,7 +202,7 @@ class CudaDevice(Device):
             return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def new_bell(self, word: Tensor, *, awake: bool = False) -> Bell:
-        return AwakeBell(word) if awake else CudaBell(word, self.torch_device)
+        return WatchingBell(word, rest_us=0 if awake else REST_US)
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.torch_device)

@@ -21,15 +21,12 @@ __all__ = ["NOT_READY", "SIGNATURES", "DriverCalls", "addresses", "driver_calls"
 
 _U64, _U32 = ctypes.c_uint64, ctypes.c_uint32
 SIGNATURES: Mapping[str, tuple[Any, ...]] = {
-    "cuStreamWaitValue32_v2": (_U64, _U64, _U32, _U32),
     "cuEventRecord": (_U64, _U64),
-    "cuEventSynchronize": (_U64,),
     "cuEventQuery": (_U64,),
     "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
     "cuStreamWriteValue64_v2": (_U64, _U64, _U64, _U32),
 }
 """Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
-_GREATER_OR_EQUAL = 0
 NOT_READY = 600
 """CUDA_ERROR_NOT_READY."""
 
@@ -42,8 +39,6 @@ class DriverCalls:
     """
 
     def __init__(self, functions: Mapping[str, Any]) -> None:
-        self.wait: Callable[[int, int, int, int], int] = _compiled_wait(functions)
-        """(stream, address of an int32, count, event): return when the word has become that large."""
         self.copy: Callable[..., int] = _compiled_copy(functions)
         """(stream, targets, sources, bytes, words, values, event), arrays of uint64 but for stream and event: enqueue
         copies in that order, behind them what is written to words of 64 bits, and behind that the event."""
@@ -92,24 +87,6 @@ def require_success(call: str, code: int) -> None:
             "E171", f"the driver refused {call}", why=f"CUresult {code}",
             hint="`eplbctl doctor` shows what this GPU and driver can do",
         )  # fmt: skip
-
-
-def _compiled_wait(functions: Mapping[str, Any]) -> Any:
-    from numba import njit, types
-
-    wait_value, record = functions["cuStreamWaitValue32_v2"], functions["cuEventRecord"]
-    synchronize = functions["cuEventSynchronize"]
-
-    @njit(types.intc(types.uint64, types.uint64, types.uint32, types.uint64), nogil=True)
-    def wait(stream: int, word: int, count: int, event: int) -> int:
-        code = wait_value(stream, word, count, np.uint32(_GREATER_OR_EQUAL))
-        if code == 0:
-            code = record(event, stream)
-        if code == 0:
-            code = synchronize(event)
-        return code  # type: ignore[no-any-return]
-
-    return wait
 
 
 def _compiled_copy(functions: Mapping[str, Any]) -> Any:

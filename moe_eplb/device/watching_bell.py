@@ -1,0 +1,81 @@
+"""The updater's thread looks at the word in compiled code until the device has rung, and holds up nobody meanwhile.
+
+It does not wait in the driver, by an operation of a stream: one that was enqueued while a graph ran on the GPU was looked
+at only when the graph had ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from moe_eplb.device.bell import Bell
+
+__all__ = ["REST_US", "WatchingBell"]
+
+REST_US = 50
+"""Between two looks of a thread that shall not take a core; the operating system makes it about twice as long."""
+
+_MONOTONIC = 1
+"""CLOCK_MONOTONIC."""
+_LONGEST_S = 600.0
+"""What is waited for are kernels that have been enqueued, behind whatever else the device has to do."""
+
+
+class WatchingBell(Bell):
+    """Takes neither the interpreter's lock nor the driver's while it waits. For any number of threads.
+
+    The timeout is the device's, whose work ends by itself, within a bound for a device that hangs.
+
+    Args:
+        word: See the base class.
+        rest_us: How long the thread sleeps between two looks; with 0 it stays awake, and takes a core.
+        longest_s: That bound, in s.
+    """
+
+    def __init__(self, word: Tensor, *, rest_us: int = REST_US, longest_s: float = _LONGEST_S) -> None:
+        super().__init__(word)
+        self._rest_us, self._longest_ns = rest_us, round(longest_s * 1e9)
+        self._rung, self._look = word.numpy(), _compiled()
+
+    def wait(self, count: int, timeout_s: float) -> bool:
+        return self._look(self._rung, count, self._rest_us, self._longest_ns)
+
+    def tell(self) -> None:
+        return None
+
+
+@cache
+def _compiled() -> Callable[[Any, int, int, int], bool]:
+    """(word, count, us, ns): whether an int32 [1] becomes that large within the ns, looked at after rests of the us."""
+    from numba import njit, types
+
+    clock: Any = ctypes.CDLL(None).clock_gettime
+    clock.argtypes, clock.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_int
+    sleep: Any = ctypes.CDLL(None).usleep
+    sleep.argtypes, sleep.restype = (ctypes.c_uint32,), ctypes.c_int
+
+    @njit(types.int64(types.int64[::1]))
+    def now(into):  # type: ignore[no-untyped-def]
+        clock(_MONOTONIC, into.ctypes)
+        return into[0] * 1_000_000_000 + into[1]
+
+    @njit(types.boolean(types.int32[::1], types.int64, types.uint32, types.int64), nogil=True)
+    def look(word, count, rest_us, timeout_ns):  # type: ignore[no-untyped-def]
+        into = np.zeros(2, np.int64)
+        end = now(into) + timeout_ns
+        # The clock is a function that the compiler knows nothing of, so that the word is read anew after each call.
+        while word[0] < count:
+            if now(into) >= end:
+                return word[0] >= count
+            if rest_us:
+                sleep(rest_us)
+        return True
+
+    found: Callable[[Any, int, int, int], bool] = look
+    return found
