@@ -1,7 +1,7 @@
 """The updater's thread looks at the word in compiled code until the device has rung, and holds up nobody meanwhile.
 
-It does not wait in the driver, by an operation of a stream: one that was enqueued while a graph ran on the GPU was seen
-to be looked at only when the graph had ended.
+It does not wait in the driver, by an operation of a stream: rings for which it began to wait so while a graph ran were
+heard only when the graph had ended.
 """
 
 from __future__ import annotations
