@@ -72,6 +72,7 @@ def _memory_rows(one: Checked) -> Iterator[tuple[str, int, str]]:
     if one.move is not None:
         staged = memory.staging_bytes // memory.update_bytes
         yield "staging, at most", memory.staging_bytes, f"each rank: {staged} updates of all slots of a layer"
+    if memory.host_bytes:
         yield "host copies", memory.host_bytes, "the node: every expert once, in /dev/shm"
         yield "host copies", memory.host_share_bytes, f"of them written by one of {scenario.ranks} ranks, at most"
 

@@ -43,6 +43,13 @@ class LayerWeights:
             placement, rank=self.ep_rank, choice=owner.options.replica_choice, device=owner.device.torch_device
         )
 
+    def finish_weights(self) -> None:
+        """All weights have been given: share the host copies, and check what was registered. Collective."""
+        host = self.updates.host
+        if self.need_load_shared_weights():
+            host.finalize()
+        self.updates.slots.check(host if self.need_load_shared_weights() else None)
+
     def is_static_routing(self) -> bool:
         """Whether the placement never changes."""
         return not self.updates_enabled
@@ -52,8 +59,8 @@ class LayerWeights:
         return self.updates_enabled
 
     def need_load_shared_weights(self) -> bool:
-        """Whether the model must give the host copies of `load_expert_ids`."""
-        return self.updates_enabled
+        """Whether the model must give the host copies of `load_expert_ids`: experts move, and do so from there."""
+        return self.updates_enabled and self._owner.options.weights_from == "host"
 
     @property
     def spare_slots(self) -> int:
@@ -67,8 +74,8 @@ class LayerWeights:
 
     @property
     def load_expert_ids(self) -> range:
-        """Experts whose host copy this rank gives (dynamic routing)."""
-        return self.updates.host.experts_of(self.ep_rank)
+        """Experts whose host copy this rank gives; none where no copies are needed."""
+        return self.updates.host.experts_of(self.ep_rank) if self.need_load_shared_weights() else range(0)
 
     def local_slot_experts(self) -> list[int]:
         """The expert in each of this rank's slots."""
@@ -102,5 +109,10 @@ class LayerWeights:
         self.updates.host.expect(weights)
 
     def share_expert_weight(self, expert: int, name: str, tensor: Tensor) -> None:
-        """Give the host copy of one weight of one expert of `load_expert_ids`."""
+        """Give the host copy of one weight of one expert of `load_expert_ids`; BalancerError E164 for any other."""
+        if not self.need_load_shared_weights():
+            raise BalancerError(
+                "E164", f"layer {self.layer_idx}: expert {expert} is not shared by rank {self.ep_rank}",
+                why="no host copies are needed", hint="share only load_expert_ids",
+            )  # fmt: skip
         self.updates.host.share_host_tensor(expert, name, tensor)

@@ -137,8 +137,7 @@ class MoeLoadBalancer(ResidentCalls, BuildContext):
                     hint="use commit_delay=2 or more",
                 )  # fmt: skip
             for layer in self.layers:
-                layer.updates.host.finalize()
-                layer.updates.slots.check(layer.updates.host)
+                layer.finish_weights()
             if self.is_resident:
                 self._make_resident()
             self.updater.start()

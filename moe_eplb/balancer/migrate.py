@@ -6,7 +6,7 @@ agree on has touched nothing, and a commit only copies within this rank's own me
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,15 +43,18 @@ class SlotWeights:
             raise BalancerError("E136", f"layer {self._layer}: {name} of local slot {local_slot} was registered twice")
         self._slots[local_slot][name] = tensor
 
-    def check(self, host: HostMoeTensorSharer) -> None:
-        """Every slot has exactly the weights of which there is a host copy, of the same shapes and dtypes."""
-        wanted = {name: _spec(host.host_tensor(0, name)) for name in sorted(host.names)}
+    def check(self, host: HostMoeTensorSharer | None) -> None:
+        """Every slot has exactly the weights of which there is a host copy, of the same shapes and dtypes; without host
+        copies, those of the first slot.
+        """
+        first = self._slots[0] if host is None else {name: host.host_tensor(0, name) for name in host.names}
+        wanted, whose = _specs(first), "local slot 0" if host is None else "the host copy"
         for local_slot, weights in enumerate(self._slots):
-            found = {name: _spec(weights[name]) for name in sorted(weights)}
+            found = _specs(weights)
             if found != wanted:
                 raise BalancerError(
-                    "E137", f"layer {self._layer}: local slot {local_slot} and the host copy have different weights",
-                    why=f"slot {found}, host {wanted}",
+                    "E137", f"layer {self._layer}: local slot {local_slot} and {whose} have different weights",
+                    why=f"slot {found}, {whose} {wanted}",
                     hint="register every tensor that the kernel reads, scales included, and share each expert's",
                 )  # fmt: skip
 
@@ -70,6 +73,10 @@ class SlotWeights:
         """Overwrite the slots by what was staged."""
         for local_slot, name, tensor in staged.tensors:
             self._slots[local_slot][name].copy_(tensor)
+
+
+def _specs(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: _spec(weights[name]) for name in sorted(weights)}
 
 
 def _spec(tensor: Tensor) -> tuple[str, tuple[int, ...]]:

@@ -30,7 +30,7 @@ class BalancerOptions:
         run_ahead: How many iterations the host may be ahead of such a device.
         awake_updater: Whether the updater's thread uses a core while it waits for such a device, to hear it sooner.
         weights_from: Where an expert that moves is copied from: "host", the copies that all ranks of the node share, or
-            "peer", a slot of this or another rank that holds it, which needs `resident`.
+            "peer", a slot of this or another rank that holds it, which needs `resident` and no copies on the host.
         policy, moves_per_update: See `moe_eplb.planning.online.Planning`.
         overlap: How the balancer's work uses the streams: "after" is `LayerStream`, "before" `OlderChoreography`.
         reduction: Whether each "layer" sums its counts and votes over the ranks, or all layers together once an

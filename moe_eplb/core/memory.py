@@ -157,8 +157,10 @@ def _shared_bytes(scenario: Scenario) -> int:
 
 
 def _host_shares(scenario: Scenario) -> list[int]:
-    """For each rank, its part of one layer's host copies, whose tensors are aligned."""
+    """For each rank, its part of one layer's host copies, whose tensors are aligned; 0 where slots are copied from."""
     model, ranks = scenario.model, scenario.ranks
+    if scenario.balancer is not None and scenario.balancer.weights_from == "peer":
+        return [0] * ranks
     sizes = expert_tensor_bytes(model.dtype, model.hidden, model.intermediate)
     expert = sum(-(-size // _HOST_ALIGN) * _HOST_ALIGN for size in sizes)
     return [((rank + 1) * model.experts // ranks - rank * model.experts // ranks) * expert for rank in range(ranks)]

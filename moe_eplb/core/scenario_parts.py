@@ -125,9 +125,9 @@ class Balancer(Section):
     votes live on the ``host``, or on the ``device``, which then counts, votes and commits without a look by the host,
     and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead;
     `awake_updater`: whether its updater may use a core while it waits for the device, to hear it sooner.
-    `weights_from`: whether an expert that moves is copied from the ``host``, or from a slot of this rank or a ``peer``
-    that holds it. `reduction`: whether each ``layer`` sums its counts and votes over the ranks, or all layers together
-    once an ``iteration``, with the state on the device and statistics of local ids.
+    `weights_from`: whether an expert that moves is copied from the ``host``, which has a copy of each, or from a slot
+    of this rank or a ``peer`` that holds it. `reduction`: whether each ``layer`` sums its counts and votes over the
+    ranks, or all layers together once an ``iteration``, with the state on the device and statistics of local ids.
     `policy`: how a layer is planned, by the ``reference``'s rules from scratch, ``incremental`` with as few moves as a
     plan so balanced takes, or ``robust`` for what the layer's last loads let expect; `moves_per_update`: how many slots
     of a layer these two change at most, over all ranks. `alone`: also with one rank, where balance cannot get better,

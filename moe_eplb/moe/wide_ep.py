@@ -161,10 +161,11 @@ class WideEPMoE(nn.Module):
 
     def _begin_sharing(self, balancer: SingleLayerMoeLoadBalancer | None) -> set[int]:
         """Tell the balancer where the slots are; the experts whose host copy it wants."""
-        if balancer is None or not balancer.need_load_shared_weights():
+        if balancer is None or not balancer.is_dynamic_routing():
             return set()
         by_slot = self.experts.by_slot()
-        balancer.expect_expert_weights({name: (tensor.dtype, tensor.shape) for name, tensor in by_slot[0].items()})
+        if balancer.need_load_shared_weights():
+            balancer.expect_expert_weights({name: (tensor.dtype, tensor.shape) for name, tensor in by_slot[0].items()})
         for slot, tensors in enumerate(by_slot):
             for name, tensor in tensors.items():
                 balancer.register_weight_slot(slot, name, tensor)

@@ -86,7 +86,7 @@ class _Script:
     def _add_layer(self, index: int) -> None:
         model = self._scenario.model
         layer = self._balancer.add_layer(model.experts, model.top_k, self._scenario.slots_per_rank)
-        if not layer.need_load_shared_weights():
+        if not layer.is_dynamic_routing():
             return
         master = MasterWeights.of(self._scenario, index)
         for expert in layer.load_expert_ids:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
-from moe_eplb.balancer import BalancerOptions
+from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.core.events import NullSink
 from moe_eplb.core.probe import NullProbe, Probes
+from moe_eplb.device import get_device
 from tests.support.balanced import Rig
 from tests.support.ranks import RankError, run_ranks
 
@@ -55,14 +58,37 @@ def test_peers_give_what_the_host_gives(options: dict[str, Any]) -> None:
         assert sum(peers.values()) == sum(host.values())
 
 
-def test_one_rank_copies_from_itself() -> None:
+def test_one_rank_copies_from_itself_and_keeps_no_copies_on_the_host() -> None:
     rig = Rig(2, 6, updates=2, slots_per_rank=9, resident=True, weights_from="peer")
     try:
+        for layer in rig.layers:
+            assert not layer.need_load_shared_weights()
+            assert list(layer.load_expert_ids) == []
+            assert layer.updates.host.memory() == []
+            with pytest.raises(BalancerError, match="no host copies are needed") as info:
+                layer.share_expert_weight(0, "w", torch.zeros(1))
+            assert info.value.code == "E164"
         rig.iterate(6)
         rig.assert_weights_match()
         assert rig.journal.commits
     finally:
         rig.balancer.shutdown()
+
+
+def test_slots_with_different_weights_are_refused_without_a_host_copy_too() -> None:
+    balancer = MoeLoadBalancer(
+        0, 1, 1, device=get_device("cpu", NullSink()), options=BalancerOptions(
+            resident=True, weights_from="peer", commit_delay=2
+        )
+    )  # fmt: skip
+    layer = balancer.add_layer(2, 1, 2)
+    cells = [{"w": torch.zeros(4)} for _ in range(2 + layer.spare_slots)]
+    layer.register_weight_cells(torch.arange(2, dtype=torch.int32), cells)
+    layer.register_weight_slot(0, "w", cells[0]["w"])
+    layer.register_weight_slot(1, "w", cells[1]["w"][:3])
+    with pytest.raises(BalancerError, match=r"local slot 1 and local slot 0 have different weights") as info:
+        balancer.finalize_model()
+    assert info.value.code == "E137"
 
 
 def _with_other_cells(rank: int, size: int) -> None:

@@ -70,7 +70,8 @@ def pool() -> Iterator[RankPool]:
 @pytest.mark.parametrize(
     "overrides",
     [(), (*BFLOAT16, "model.shared_intermediate=16"), (*FP8, "model.shared_intermediate=16"),
-     ("balancer.layer_updates_per_iter=0",), ("balancer=null",), ("balancer=null", "model.backend=grouped")],
+     ("balancer.state=device", "balancer.weights_from=peer"), ("balancer.layer_updates_per_iter=0",),
+     ("balancer=null",), ("balancer=null", "model.backend=grouped")],
     ids=str,
 )  # fmt: skip
 def test_a_run_measures_the_same(overrides: tuple[str, ...], pool: RankPool, tmp_path: Path) -> None:
@@ -88,7 +89,8 @@ def _same_as_measured(one: Scenario, pool: RankPool, folder: Path) -> None:
     for rank in range(one.ranks):
         (row,) = (row for row in read_evidence(evidence_path(folder / "run", rank)) if row["row"] == Row.MEMORY)
         assert (row["slots_bytes"], row["host_bytes"]) == (memory.slots_bytes, memory.host_bytes)
-    assert (memory.host_bytes > 0) is (one.balancer_off_reason() is None)
+    from_host = one.balancer is None or one.balancer.weights_from == "host"
+    assert (memory.host_bytes > 0) is (one.balancer_off_reason() is None and from_host)
 
 
 def test_experts_in_fp8_are_bytes_and_a_scale_for_each_row() -> None:
