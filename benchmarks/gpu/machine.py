@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ def machine(module: str, ranks: int = 1) -> dict[str, Any]:
     import triton
 
     program = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    arguments = [Path(given).name if Path(given).is_absolute() else given for given in sys.argv[1:]]
     return {
-        "command": shlex.join([*program, "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*program, "-m", module, *arguments]),
         "gpu": torch.cuda.get_device_name(),
         "driver": _driver(),
         "torch": torch.__version__,
