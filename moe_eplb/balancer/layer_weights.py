@@ -45,10 +45,10 @@ class LayerWeights:
 
     def finish_weights(self) -> None:
         """All weights have been given: share the host copies, and check what was registered. Collective."""
-        host = self.updates.host
-        if self.need_load_shared_weights():
+        host = self.updates.host if self.need_load_shared_weights() else None
+        if host is not None:
             host.finalize()
-        self.updates.slots.check(host if self.need_load_shared_weights() else None)
+        self.updates.slots.check(host)
 
     def is_static_routing(self) -> bool:
         """Whether the placement never changes."""

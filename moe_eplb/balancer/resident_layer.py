@@ -103,27 +103,27 @@ class ResidentLayer(ResidentPlans):
         self._stream.submit(Kind.SETTLE_VOTE, lambda: self._settle(gathered))
 
     @property
-    def _counts_in_route(self) -> bool:
-        """The older choreography has no such thing."""
-        return isinstance(self._stream, LayerStream)
+    def _our_stream(self) -> LayerStream | None:
+        """None in the older choreography, which neither counts in the route nor holds anything."""
+        return self._stream if isinstance(self._stream, LayerStream) else None
 
     def hold_statistics(self) -> None:
         """See the base class."""
-        if isinstance(self._stream, LayerStream) and self._held is None:
+        if self._our_stream is not None and self._held is None:
             self._held = []
 
     def mark_statistics(self, *, grouped: bool) -> None:
         """See the base class."""
-        beside_products = self._few and self.ep_size > 1
-        if self._held and grouped == beside_products and isinstance(self._stream, LayerStream):
-            self._stream.mark_current(within=grouped)
+        stream, beside_products = self._our_stream, self._few and self.ep_size > 1
+        if stream is not None and self._held and grouped == beside_products:
+            stream.mark_current(within=grouped)
 
     def release_statistics(self) -> None:
         """See the base class."""
         self._count_late()
-        held, self._held = self._held, None
-        if held and isinstance(self._stream, LayerStream):
-            self._stream.follow_mark()
+        stream, held, self._held = self._our_stream, self._held, None
+        if stream is not None and held:
+            stream.follow_mark()
             for submit in held:
                 submit()
 
@@ -138,10 +138,11 @@ class ResidentLayer(ResidentPlans):
             self._owner.collect_layer(self.layer_idx)
 
     def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
-        local, self._few = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, ids.numel() <= _FEW
-        # Chunks route on streams of their own, of which none may write what another writes, too.
+        local = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS
         count = partial(ops.histogram, ids, self.state.counts)
-        if local and self._counts_in_route and is_first_stage and is_last_stage and self._few:
+        self._few = ids.numel() <= _FEW
+        # Chunks route on streams of their own, of which none may write what another writes, too.
+        if local and self._our_stream is not None and is_first_stage and is_last_stage and self._few:
             self._late = _LateCount(ids)
         elif local and self._held is not None:
             self._held.append(partial(self._stream.submit_next, kind, count))
@@ -158,8 +159,8 @@ class ResidentLayer(ResidentPlans):
             self._late.reduce = reduce
 
     def _route(self, choose: Callable[..., Tensor], ids: Tensor, flags: int = 0) -> Tensor:
-        late, stream = self._late, self._stream
-        if late is None or late.ids is not ids or not isinstance(stream, LayerStream):
+        late, stream = self._late, self._our_stream
+        if late is None or late.ids is not ids or stream is None:
             return super()._route(choose, ids, flags)
         self._late = None
         slots = super()._route(partial(choose, counts=self.state.counts), ids, flags | ROUTE_COUNTS)
@@ -234,8 +235,8 @@ class ResidentLayer(ResidentPlans):
         """See the base class."""
         super().restart()
         self._late = self._held = None
-        if isinstance(self._stream, LayerStream):
-            self._stream.forget_mark()
+        if self._our_stream is not None:
+            self._our_stream.forget_mark()
 
     def report_counts(self) -> None:
         """Show the probe what was folded in; waits for the device where that works later."""

@@ -15,6 +15,8 @@ from moe_eplb.moe.fp8 import in_expert_dtype
 
 __all__ = ["MasterWeights", "expert_dtype", "seeded_generator", "torch_dtype"]
 
+_DRAWN_TOGETHER = 16
+"""torch draws so many normal values at a time, and what is left over from others."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, FP8: torch.float8_e4m3fn}
 
 
@@ -26,10 +28,6 @@ def expert_dtype(name: str) -> torch.dtype:
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of everything else there."""
     return _DTYPES[state_dtype(name)]
-
-
-_DRAWN_TOGETHER = 16
-"""torch draws so many normal values at a time, and what is left over from others."""
 
 
 class MasterWeights:

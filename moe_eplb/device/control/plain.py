@@ -19,8 +19,9 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     """
     layer.counts.zero_()
     if layer.layer == 0:
-        row = model.row(int(model.turn[0]) + 1)
-        if int(row[0]) == int(model.turn[0]) + 1:
+        following = int(model.turn[0]) + 1
+        row = model.row(following)
+        if int(row[0]) == following:
             model.turn.copy_(row)
             model.begun.copy_(row[:1])
     at, iteration = layer.layer, int(model.turn[0])
