@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.balancer_cost --out FILE.json
 
-Both are captured into CUDA graphs, each several times, since the time of a graph depends on which memory it happens to
-get, and replayed in blocks, in the order A B B A. A third variant has the balancer's spare cells and none of its work.
+Both read the same weights and are captured into CUDA graphs, each several times, since the time of a graph depends on
+which memory it happens to get, and replayed in blocks, in the order A B B A. A third variant has the balancer's spare
+cells and none of its work.
 Exit 2 where there is no GPU, 1 where outputs differ.
 """
 
@@ -23,7 +24,7 @@ from tabulate import tabulate
 
 from benchmarks.gpu.layer_cases import CASES, Case, gemms_alone, group, make_inputs
 from benchmarks.gpu.machine import machine
-from benchmarks.gpu.stacks import Stack, build
+from benchmarks.gpu.stacks import Stack, build, share_weights
 from benchmarks.gpu.timing import Graphs, ceilings, time_in_turns, time_without_pause
 from moe_eplb.balancer import BalancerOptions
 from moe_eplb.core.events import NullSink
@@ -88,6 +89,8 @@ def _measure(budget: Budget, device: CudaDevice, replays: int) -> dict[str, Any]
         name: build(case, budget.layers, device, updates=updates, slots=slots, options=options)
         for name, updates in (("static", 0), ("dynamic", budget.layers))
     }
+    share_weights(list(stacks.values()))
+    device.graph_pool = torch.cuda.graph_pool_handle()
     try:
         for stack in stacks.values():
             stack.capture()
@@ -97,7 +100,7 @@ def _measure(budget: Budget, device: CudaDevice, replays: int) -> dict[str, Any]
             for number in range(CAPTURES)
             for name, stack in stacks.items()
         }
-        spares = [_without_balancer(stacks["dynamic"]) for _ in range(CAPTURES)]
+        spares = [_without_balancer(stacks["dynamic"], device.graph_pool) for _ in range(CAPTURES)]
         graphs |= {f"spare {number}": spare.replay for number, spare in enumerate(spares)}
         samples = time_without_pause({**graphs}, replays, BLOCK)
         for stack in stacks.values():
@@ -151,7 +154,7 @@ def _blocks(samples: Sequence[float]) -> list[float]:
     return [median(samples[begin : begin + size]) for begin in range(0, len(samples), size)]
 
 
-def _without_balancer(stack: Stack) -> torch.cuda.CUDAGraph:
+def _without_balancer(stack: Stack, pool: Any) -> torch.cuda.CUDAGraph:
     """The same layers and cells in a graph of which the balancer's stage calls are no part."""
     graph = torch.cuda.CUDAGraph()
     kept = [(layer._stages, layer._statistics) for layer in stack.layers]
@@ -159,7 +162,7 @@ def _without_balancer(stack: Stack) -> torch.cuda.CUDAGraph:
         for layer in stack.layers:
             layer._stages = UnbalancedStages(stack.balancer.device, 0, layer._stages.placement, 0)
             layer._statistics = make_path("local_ids", layer._stages, None)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             stack.forward()
     finally:
         for layer, (stages, statistics) in zip(stack.layers, kept, strict=True):

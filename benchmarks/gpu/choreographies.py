@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.gpu.choreographies --out FILE.json
 
-All variants live in the same ranks and process groups and replay CUDA graphs in blocks, forward and backward (A B C D D
-C B A), so that what drifts meets all alike; a step's time is its slowest rank's. Nothing moves: `moving` has that. One
-more capture has the balancer's stages left out of layers that are otherwise the same. Exit 2 where there is no GPU.
+All variants live in the same ranks and process groups, read the same weights and replay CUDA graphs in blocks, forward
+and backward (A B C D D C B A), so that what drifts meets all alike; a step's time is its slowest rank's. Nothing moves:
+`moving` has that. Exit 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tabulate import tabulate
 from benchmarks.gpu.layer_cases import Case
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.ranks import Ranks, joined
-from benchmarks.gpu.stacks import Stack, build
+from benchmarks.gpu.stacks import Stack, build, share_weights
 from benchmarks.gpu.timing import ceilings, time_without_pause
 from moe_eplb.balancer import BalancerOptions
 from moe_eplb.core.events import NullSink
@@ -60,7 +60,7 @@ class Variant:
     """Or "once": as after, with one sum over the ranks for all layers."""
 
     def build(self, shape: Shape, ranks: Ranks) -> Stack:
-        """This rank's captured layers."""
+        """This rank's layers."""
         dynamic, before = self.overlap != "static", self.overlap == "before"
         device = CudaDevice(NullSink(), index=ranks.rank, serial=self.overlap == "serial")
         once = self.overlap == "once"
@@ -73,7 +73,6 @@ class Variant:
             shape.case, shape.layers, device, updates=shape.layers if dynamic else 0, slots=slots, options=options,
             ranks=ranks, statistics="global_ids" if before else "local_ids",
         )  # fmt: skip
-        stack.capture()
         return stack
 
 
@@ -105,7 +104,10 @@ def main(out: Path, replays: int, only: Sequence[str], variants: Sequence[str]) 
 
 def _measure(shape: Shape, variants: Sequence[str], ranks: Ranks, replays: int) -> dict[str, Any]:
     stacks = {name: VARIANTS[name].build(shape, ranks) for name in variants}
+    share_weights(list(stacks.values()))
     try:
+        for stack in stacks.values():
+            stack.capture()
         replay: dict[str, Callable[[], None]] = {name: partial(stack.replay) for name, stack in stacks.items()}
         ranks.barrier()
         samples = ranks.slowest(time_without_pause(replay, replays, _BLOCK))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.moving --out FILE.json
     torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --tokens 4096 --slots 44 --out FILE.json
+    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --model deepseek-v3 --tokens 2048 --slots 12 --out FILE.json
 
 On one GPU weights come from host memory, on several each expert comes from the GPU before. Four variants in turns, in
 blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy of as many bytes a step; a
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.gpu.layer_cases import CASES
+from benchmarks.gpu.layer_cases import Case
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.ranks import Ranks, joined
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
@@ -39,8 +39,9 @@ from moe_eplb.device.cuda_copier import CudaCopier
 
 __all__ = ["main", "summary"]
 
-_MODEL = "qwen3-30b"
-_CASE = f"{_MODEL}, 8192 tokens"
+_MODELS = {"qwen3-30b": (128, 2048, 768), "deepseek-v3": (32, 7168, 2048)}
+"""Experts, D and I; of DeepSeek-V3's experts each rank has so many."""
+_TOP_K = 8
 _LAYERS = 4
 _UPDATES, _DELAY = 2, 2
 """Every other layer hands over in an iteration; a layer is free again two iterations later."""
@@ -77,19 +78,20 @@ class _TimedCopier(CudaCopier):
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
+@click.option("--model", type=click.Choice(list(_MODELS)), default="qwen3-30b", show_default=True)
 @click.option("--steps", type=click.IntRange(min=200), default=2000, show_default=True, help="Steps of each variant.")
 @click.option("--block", type=click.IntRange(min=10), default=100, show_default=True, help="Steps without a change.")
 @click.option("--slots", type=click.IntRange(min=2), default=14, show_default=True, help="Slots that move in a layer.")
 @click.option("--awake", is_flag=True, help="The updater's thread waits awake.")
 @click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each rank.")
-def main(out: Path, steps: int, block: int, slots: int, awake: bool, tokens: int) -> None:
+def main(out: Path, model: str, steps: int, block: int, slots: int, awake: bool, tokens: int) -> None:
     """Time steps while experts move."""
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
         raise SystemExit(2)
     with torch.inference_mode(), joined() as ranks:
         measured = ceilings()
-        found = _measure(ranks, steps, block, slots, awake, tokens)
+        found = _measure(_case(model, tokens, ranks.size), ranks, steps, block, slots, awake)
         result = {**machine("benchmarks.gpu.moving", ranks.size), "ceilings": measured, **found}
         if ranks.rank == 0:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -99,8 +101,14 @@ def main(out: Path, steps: int, block: int, slots: int, awake: bool, tokens: int
         raise SystemExit(1)
 
 
-def _measure(ranks: Ranks, steps: int, block: int, slots: int, awake: bool, tokens: int) -> dict[str, Any]:
-    case = replace(next(case for case in CASES if case.name == _CASE), name=f"{_MODEL}, {tokens} tokens", tokens=tokens)
+def _case(model: str, tokens: int, ranks: int) -> Case:
+    experts, hidden, intermediate = _MODELS[model]
+    if model == "deepseek-v3":
+        experts *= ranks
+    return Case(f"{model}, {tokens} tokens", tokens, experts, hidden, intermediate, _TOP_K)
+
+
+def _measure(case: Case, ranks: Ranks, steps: int, block: int, slots: int, awake: bool) -> dict[str, Any]:
     device = TimedCopies(ranks.rank)
     source: Literal["host", "peer"] = "host" if ranks.size == 1 else "peer"
     options = ForcedOptions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from moe_eplb.device.captured import Captured
 from moe_eplb.moe import DefaultMoeRoutingMethod, MoeShape, WideEPMoE
 from moe_eplb.planning.online import Planner, Planning
 
-__all__ = ["ForcedOptions", "Moves", "Stack", "TurningPlans", "build"]
+__all__ = ["ForcedOptions", "Moves", "Stack", "TurningPlans", "build", "share_weights"]
 
 
 class Moves(NullProbe):
@@ -170,6 +170,19 @@ def build(
         x = torch.randn(case.tokens, case.hidden, generator=generator, device=place).to(torch.bfloat16)
         logits = torch.randn(layers, case.tokens, case.experts, generator=generator, device=place)
     return Stack(balancer, made, x, logits, moves, [case.tokens] * ranks.size)
+
+
+def share_weights(stacks: Sequence[Stack]) -> None:
+    """Let stacks in which nothing ever moves read the same memory.
+
+    Equal weights elsewhere in memory make a step longer or shorter by more than an idle balancer costs.
+    """
+    for layers in zip(*(stack.layers for stack in stacks), strict=True):
+        largest = max((layer.experts for layer in layers), key=lambda experts: experts.spare)
+        for layer in layers:
+            for name in layer.experts.names:
+                cells = layer.experts.num_slots + layer.experts.spare
+                layer.experts.get_parameter(name).data = largest.weight(name)[:cells]
 
 
 def _weights(case: Case, generator: torch.Generator) -> Callable[[int], dict[str, Tensor]]:

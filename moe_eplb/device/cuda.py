@@ -43,6 +43,11 @@ class CudaDevice(Device):
         index: Number of the GPU.
         check_order: Record work that did not wait for what it must come after, as `Kind.UNORDERED`.
         serial: All streams are one, so that nothing overlaps.
+
+    Attributes:
+        graph_pool: A pool, see `torch.cuda.graph_pool_handle`, in which the graphs of later captures share what they
+            need while they run; the caller never replays one before the results of the last are read. None for memory
+            of each graph's own.
     """
 
     kind = "cuda"
@@ -59,6 +64,7 @@ class CudaDevice(Device):
         self._looks: list[Callable[[], None]] = []
         self._capture: CudaGraph[Any] | None = None
         self._graphs = 0
+        self.graph_pool: Any = None
         self._copies = _new_stream(self.torch_device)
         super().__init__(sink)
         self._times = CudaTimes(sink)

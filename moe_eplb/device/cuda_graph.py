@@ -47,7 +47,7 @@ class CudaGraph(Captured[T]):
 
     def capture(self, work: Callable[[], T]) -> None:
         """Capture `work`. Other threads go on meanwhile, so that their calls must not count as part of it."""
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=self._device.graph_pool, capture_error_mode="thread_local"):
             self.result = work()
 
     def replay(self) -> T:
