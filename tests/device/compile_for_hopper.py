@@ -13,9 +13,9 @@ from moe_eplb.device.ops import triton_choose, triton_fp8, triton_group, triton_
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = (
-    "count", "width", "groups", "hidden_stride", "capacity", "layer", "following", "experts", "delay", "layers", "kept",
-    "ranks", "timeout_ns", "tokens", "per_rank", "width1", "width2", "width3", "words", "rank", "most", "rows",
-    "stride", "scale_stride", "mark_stride", "tables_size", "cells_size",
+    "count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay", "layers", "kept", "ranks",
+    "timeout_ns", "tokens", "per_rank", "width1", "width2", "width3", "words", "rank", "most", "rows", "stride",
+    "scale_stride", "mark_stride", "tables_size", "cells_size",
 )  # fmt: skip
 COUNTS = dict.fromkeys(NUMBERS, "i32")
 
@@ -60,7 +60,6 @@ def main() -> None:
     text = build(triton_all._vote_all, 1, words, block=256, spin=True)
     assert "sys.acquire" in text, "what is published behind the word may be read before it"
     for window in (1, 4):
-        build(triton_control._vote_and_fold, 1, words, window=window, block=256, spin=True)
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
         build(triton_load._fold, 4, words, rows=8, window=window, block=256)
     tables = {"tables": "*i32", "cells": "*i32", "pending": "*i32"}
