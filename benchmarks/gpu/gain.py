@@ -54,7 +54,7 @@ def _scenario(model: str, layers: int, name: str, tokens: int) -> dict[str, Any]
         "workload": {**_WORKLOADS[name], "tokens_per_rank": tokens},
         "balancer": {
             "num_slots": _SLOTS[model], "layer_updates_per_iter": layers, "empty_group": "never", "state": "device",
-            "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 2,
+            "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 2, "min_gain": 0.02,
         },
     }  # fmt: skip
 

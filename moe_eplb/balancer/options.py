@@ -31,7 +31,7 @@ class BalancerOptions:
         awake_updater: Whether the updater's thread uses a core while it waits for such a device, to hear it sooner.
         weights_from: Where an expert that moves is copied from: "host", the copies that all ranks of the node share, or
             "peer", a slot of this or another rank that holds it, which needs `resident` and no copies on the host.
-        policy, moves_per_update: See `moe_eplb.planning.online.Planning`.
+        policy, moves_per_update, min_gain: See `moe_eplb.planning.online.Planning`.
         overlap: How the balancer's work uses the streams: "after" is `LayerStream`, "before" `OlderChoreography`.
         reduction: Whether each "layer" sums its counts and votes over the ranks, or all layers together once an
             "iteration", which needs `resident`, statistics of local ids and a `commit_delay` of at least 2.
@@ -51,18 +51,22 @@ class BalancerOptions:
     weights_from: Literal["host", "peer"] = "host"
     policy: OnlinePolicy = "reference"
     moves_per_update: int | None = None
+    min_gain: float = 0.0
     overlap: Literal["after", "before"] = "after"
     reduction: Literal["layer", "iteration"] = "layer"
 
     def planning(self, *, compiled: bool = False) -> Planning:
         """How layers are planned."""
-        return Planning(self.policy, self.preserve_slots, self.spare_slots, self.moves_per_update, compiled)
+        return Planning(
+            self.policy, self.preserve_slots, self.spare_slots, self.moves_per_update, compiled, self.min_gain
+        )
 
     def __post_init__(self) -> None:
         timeout_is_good = 0.0 < self.update_timeout_s < math.inf
         if (
             min(self.commit_delay, self.window, self.run_ahead) < 1
             or not 0.0 <= self.decay <= 1.0
+            or not 0.0 <= self.min_gain < math.inf
             or not timeout_is_good
             or self.overlap not in ("after", "before")
             or self.weights_from not in ("host", "peer")
@@ -71,10 +75,11 @@ class BalancerOptions:
             raise BalancerError(
                 "E148", "the balancer's options are out of range",
                 why=f"commit_delay {self.commit_delay}, window {self.window}, decay {self.decay}, "
-                f"update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}, overlap {self.overlap!r}, "
-                f"weights_from {self.weights_from!r}, reduction {self.reduction!r}",
-                hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], the timeout is finite and > 0, "
-                "overlap is 'after' or 'before', weights_from 'host' or 'peer', reduction 'layer' or 'iteration'",
+                f"min_gain {self.min_gain}, update_timeout_s {self.update_timeout_s}, run_ahead {self.run_ahead}, "
+                f"overlap {self.overlap!r}, weights_from {self.weights_from!r}, reduction {self.reduction!r}",
+                hint="delay, window and run_ahead are at least 1, decay lies in [0, 1], min_gain is finite and >= 0, "
+                "the timeout is finite and > 0, overlap is 'after' or 'before', weights_from 'host' or 'peer', "
+                "reduction 'layer' or 'iteration'",
             )  # fmt: skip
         if self.weights_from == "peer" and not self.resident:
             raise BalancerError(

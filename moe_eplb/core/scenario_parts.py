@@ -130,7 +130,8 @@ class Balancer(Section):
     ranks, or all layers together once an ``iteration``, with the state on the device and statistics of local ids.
     `policy`: how a layer is planned, by the ``reference``'s rules from scratch, ``incremental`` with as few moves as a
     plan so balanced takes, or ``robust`` for what the layer's last loads let expect; `moves_per_update`: how many slots
-    of a layer these two change at most, over all ranks. `alone`: also with one rank, where balance cannot get better,
+    of a layer these two change at most, over all ranks. `min_gain`: share by which a plan has to make the balancedness
+    grow, such as 0.02; otherwise nothing moves. `alone`: also with one rank, where balance cannot get better,
     to see what balancing costs.
     """
 
@@ -155,6 +156,7 @@ class Balancer(Section):
     alone: bool = False
     policy: Literal["reference", "incremental", "robust"] = "reference"
     moves_per_update: Count | None = None
+    min_gain: float = Field(default=0.0, ge=0, le=1000)
 
 
 class Checks(Section):

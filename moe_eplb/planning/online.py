@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -40,6 +40,9 @@ class Planning:
         most_changes: How many slots of each rank a plan changes at most; None for all.
         moves: How many slots a plan changes at most, over all ranks; not with ``reference``. None for all.
         compiled: Whether ``reference`` runs compiled, so that it holds no other thread; the plans are the same.
+        min_gain: Share by which the balancedness of the load has to grow for slots to move; otherwise a plan keeps what
+            is there. Of a plan in parts the whole has to bring as much. Without it a balanced layer's slots go on
+            moving after the noise of each load.
     """
 
     policy: OnlinePolicy = "reference"
@@ -47,9 +50,26 @@ class Planning:
     most_changes: int | None = None
     moves: int | None = None
     compiled: bool = False
+    min_gain: float = 0.0
 
     def planner(self) -> Planner:
         """A planner for one layer."""
+        plan = self._always()
+        if not self.min_gain:
+            return plan
+        in_parts = self.most_changes is not None or self.moves is not None
+        whole = replace(self, most_changes=None, moves=None)._always() if in_parts else plan
+        return partial(self._if_it_pays, plan, whole)
+
+    def _if_it_pays(self, plan: Planner, whole: Planner, load: np.ndarray, current: Placement) -> Plan:
+        found = plan(load, current)
+        best = found if whole is plan else whole(load, current)
+        now, then = current.rank_load(load), float(best.predicted.max())
+        if then > 0 and float(now.max()) / then - 1 >= self.min_gain:
+            return found
+        return Plan(current, current.changed_slots(current), now)
+
+    def _always(self) -> Planner:
         if self.policy != "reference":
             loads: deque[np.ndarray] = deque(maxlen=1 if self.policy == "incremental" else HISTORY)
             return partial(self._from_current, loads)

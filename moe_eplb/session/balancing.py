@@ -36,7 +36,7 @@ def make_balancer(scenario: Scenario, rank: int, device: Device, groups: Groups)
         awake_updater=config.awake_updater, spare_slots=config.spare_slots,
         weights_from=config.weights_from, reduction=config.reduction,
         resident=config.state == "device", policy=config.policy, moves_per_update=config.moves_per_update,
-        overlap="before" if scenario.overlap == "before" else "after",
+        min_gain=config.min_gain, overlap="before" if scenario.overlap == "before" else "after",
     )  # fmt: skip
     return MoeLoadBalancer(
         rank, scenario.ranks, config.layer_updates_per_iter, device=device, group=groups.setup, options=options

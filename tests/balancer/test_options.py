@@ -23,6 +23,7 @@ def test_defaults_are_the_references() -> None:
     [
         {"commit_delay": 0}, {"window": 0}, {"decay": -0.1}, {"decay": 1.01}, {"update_timeout_s": 0.0},
         {"decay": float("nan")}, {"update_timeout_s": float("nan")}, {"update_timeout_s": float("inf")},
+        {"min_gain": -0.01}, {"min_gain": float("nan")},
     ],
     ids=str,
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,53 @@ def test_robust_plans_from_the_last_loads_and_no_older_ones() -> None:
     forgetful = Planning("robust").planner()(loads[-1], current).placement.digest()
     assert remembers(loads[-1], current).placement.digest() == began_later(loads[-1], current).placement.digest()
     assert forgetful != began_later(loads[-1], current).placement.digest()
+
+
+POLICIES: list[OnlinePolicy] = ["reference", *MOVING]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_slots_move_only_where_the_balancedness_grows_enough(policy: OnlinePolicy, compiled: bool) -> None:
+    kept = moved = 0
+    for seed in range(60):
+        load, current = draw(seed)
+        load += seed % 2 * 5 * load.max()  # every other one is nearly even
+        always = Planning(policy, compiled=compiled).planner()(load, current)
+        gated = Planning(policy, compiled=compiled, min_gain=0.1).planner()(load, current)
+        now, then = current.rank_load(load).max(), always.predicted.max()
+        if load.any() and now >= 1.1 * then:
+            assert np.array_equal(gated.placement.slot_to_expert, always.placement.slot_to_expert)
+            moved += len(gated.changed) > 0
+        else:
+            assert gated.placement.digest() == current.digest()
+            assert len(gated.changed) == 0
+            assert np.array_equal(gated.predicted, current.rank_load(load))
+            kept += len(always.changed) > 0
+    assert min(kept, moved) > 5, "both kinds are drawn"
+
+
+@pytest.mark.parametrize(
+    "planning",
+    [Planning("reference", most_changes=1), Planning("incremental", moves=2), Planning("robust", most_changes=1)],
+    ids=lambda planning: planning.policy,
+)
+def test_parts_that_gain_little_by_themselves_are_moved_where_the_whole_pays(planning: Planning) -> None:
+    """Else a balancer with a small budget of moves would do nothing, and say nothing."""
+    current = Placement(4, 32, planner.initial_slots(32, 4, 10))
+    load = np.ones(32)
+    load[:8] += 1.0  # rank 0 has them all
+    gated, sizes, smallest = replace(planning, min_gain=0.2).planner(), list[int](), float("inf")
+    for _ in range(20):
+        made = gated(load, current)
+        if len(made.changed):
+            smallest = min(smallest, current.rank_load(load).max() / made.predicted.max() - 1)
+        sizes.append(len(made.changed))
+        current = made.placement
+    best = Planning(planning.policy).planner()(load, current).predicted.max()
+    assert current.rank_load(load).max() / best - 1 < 0.2
+    assert smallest < 0.2, "some part alone would not have paid"
+    assert sizes[-1] == 0, "what is left does not pay"
 
 
 @pytest.mark.parametrize("planning", [Planning("incremental"), Planning("robust"), Planning(compiled=True)])

@@ -61,9 +61,12 @@ def _judge_standstill(folder: RunFolder, plans: Mapping[Due, Plan], findings: Fi
         note = findings.missing if folder.failed else findings.wrong
         note("not a single slot was moved in the whole run")
     elif plans:
+        assert folder.scenario.balancer is not None
+        least = folder.scenario.balancer.min_gain
+        gate = f", or a lower min_gain than {least:g}" if least else ""
         findings.missing(
             f"nothing had to move: none of {len(plans)} plans changes a slot; loads that are skewed or drift, or more "
-            "slots than experts, would make it move some"
+            f"slots than experts{gate}, would make it move some"
         )
     else:
         findings.missing("not a single slot was moved, and what had to move is not known")

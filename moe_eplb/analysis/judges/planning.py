@@ -73,7 +73,9 @@ def _replanned(
     options, reduced = folder.scenario.balancer, folder.evidence.by_place(Row.REDUCED)
     assert options is not None
     load = _Load(folder.scenario.model.experts, options)
-    planning = Planning(options.policy, options.preserve_slots, options.spare_slots, options.moves_per_update)
+    planning = Planning(
+        options.policy, options.preserve_slots, options.spare_slots, options.moves_per_update, min_gain=options.min_gain
+    )
     plan = planning.planner()
     for iteration in range(max(updates, default=-1) + 1):
         place = Place(layer, iteration)
