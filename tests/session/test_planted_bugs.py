@@ -54,6 +54,7 @@ PATHS = {
     "chunked_local_ids": LARGE + "dispatch: allgather\n",
     "local_ids_state_on_device": PLAIN + "dispatch: allgather\n",
     "one_reduction_state_on_device": PLAIN + "dispatch: allgather\n",
+    "gated": PLAIN + "dispatch: alltoall\n",
     "chunked_global_ids": LARGE + "dispatch: allgather\nstatistics: global_ids\n",
 }
 # bug -> (the check meant for it, statistics path of the run that it is planted in)
@@ -91,6 +92,7 @@ MEANT_FOR = {
     "held_vote_without_the_route_that_counts": ("stream_join", "local_ids_state_on_device"),
     "one_layer_left_out_of_the_sum": ("statistics", "one_reduction_state_on_device"),
     "loads_from_before_the_sum": ("effect", "one_reduction_state_on_device"),
+    "moves_that_do_not_pay": ("effect", "gated"),
     "tables_change_between_forwards": ("effect", "twice"),
     "leaked_segment": ("leaks", "gathered"),
 }
@@ -102,7 +104,8 @@ def run(folder: Path, path: str, bug: str | None) -> tuple[int, dict[str, Any]]:
     state = "device" if path.endswith("state_on_device") else "host"
     source = "peer" if path.startswith("peers_") else "host"
     one_sum = ", reduction: iteration, commit_delay: 2" if path.startswith("one_reduction_") else ""
-    settings = f"never, state: {state}, weights_from: {source}{one_sum}}}"
+    gate = ", min_gain: 0.3" if path == "gated" else ""
+    settings = f"never, state: {state}, weights_from: {source}{one_sum}{gate}}}"
     scenario.write_text(BASE.replace("never}", settings) + PATHS[path])
     environment = os.environ | {"PYTHONPATH": f"{PLANTED}{os.pathsep}{ROOT}"}
     environment.pop("PLANTED_BUG", None)

@@ -380,6 +380,16 @@ def held_vote_without_the_route_that_counts(module: ModuleType) -> None:
     module.LayerStream.follow_mark = lambda self: None
 
 
+def moves_that_do_not_pay(module: ModuleType) -> None:
+    """Slots follow each load, however little that brings."""
+    planning = module.BalancerOptions.planning
+
+    def always(self: Any, **options: Any) -> Any:
+        return dataclasses.replace(planning(self, **options), min_gain=0.0)
+
+    module.BalancerOptions.planning = always
+
+
 def tables_change_between_forwards(module: ModuleType) -> None:
     """A commit waits for the second forward of a layer that runs twice in the iteration."""
     layer = module.SingleLayerMoeLoadBalancer
@@ -437,6 +447,7 @@ BUGS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
         "moe_eplb.balancer.layer_stream",
         held_vote_without_the_route_that_counts,
     ),
+    "moves_that_do_not_pay": ("moe_eplb.balancer.options", moves_that_do_not_pay),
     "tables_change_between_forwards": ("moe_eplb.balancer.single_layer", tables_change_between_forwards),
     "leaked_segment": ("moe_eplb.balancer.host_weights", leaked_segment),
 }
