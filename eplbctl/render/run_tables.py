@@ -46,6 +46,7 @@ def _moves(report: Report) -> Table:
     headers = (
         "layer",
         "commits",
+        "without a move",
         "slots moved",
         "bytes",
         "copied from",
@@ -53,7 +54,7 @@ def _moves(report: Report) -> Table:
         "of them to another rank",
     )
     rows = [
-        (m.layer, m.commits, m.moved_slots, f"{m.bytes:,}", _sources(m), f"{m.net_slots} of {m.slots}",
+        (m.layer, m.commits, m.idle_commits, m.moved_slots, f"{m.bytes:,}", _sources(m), f"{m.net_slots} of {m.slots}",
          m.cross_rank_net_slots)
         for m in report.moves
     ]  # fmt: skip

@@ -19,6 +19,7 @@ class LayerMoves:
 
     `cross_rank_net_slots` compares what each rank holds, whatever the slot: replicas that a rank has at the end and not
     at the start.
+    `idle_commits`: commits of plans that change no slot, since there is nothing to be gained, or too little.
     `by_source`: the bytes that came from the ``host``, from slots of the ``own`` rank and of a ``peer``.
     """
 
@@ -30,6 +31,7 @@ class LayerMoves:
     net_slots: int
     cross_rank_net_slots: int
     by_source: dict[str, int] = field(default_factory=dict)
+    idle_commits: int = 0
 
 
 def layer_moves(folder: RunFolder) -> list[LayerMoves]:
@@ -59,6 +61,7 @@ def _of_layer(
         net_slots=int(np.count_nonzero(np.not_equal(first, last))),
         cross_rank_net_slots=_gained(first, last, ranks),
         by_source=_by_source(commits),
+        idle_commits=sum(not rows[min(rows)]["changed"] for rows in commits),
     )
 
 
