@@ -32,7 +32,18 @@ __all__ = ["command"]
 @click.option(
     "--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that a plan may change."
 )
-@click.option("--search", is_flag=True, help="Try a grid of intervals, windows and budgets for each policy.")
+@click.option(
+    "--min-gain",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="PERCENT",
+    help="Least growth of a layer's balancedness that pays.",
+)
+@click.option(
+    "--search",
+    is_flag=True,
+    help="Try a grid of intervals, windows and budgets for each policy, with and without --min-gain.",
+)
 @click.option(
     "--us-per-token", type=click.FloatRange(0), default=0.05, show_default=True, help="Of a token on its rank."
 )
@@ -49,8 +60,8 @@ __all__ = ["command"]
 @output_options
 def command(
     loads: Path, ranks: int, slots: int, policies: str, interval: int, window: int, max_moves: float | None,
-    search: bool, us_per_token: float, slot_mib: float, link_gb_s: float, hidden: float, reading: Reading,
-    seed: int, form: str, destination: Destination,
+    min_gain: float, search: bool, us_per_token: float, slot_mib: float, link_gb_s: float, hidden: float,
+    reading: Reading, seed: int, form: str, destination: Destination,
 ) -> None:  # fmt: skip
     """Replay LOADS window by window: plan, serve the next window, plan again.
 
@@ -70,15 +81,16 @@ def command(
     if read.windows < 2:
         raise UsageError("E194", "there is nothing to replay", why="one window", hint="use eplbctl plan")
     cost = CostModel(us_per_token, slot_bytes=int(slot_mib * (1 << 20)), link_gb_s=link_gb_s, hidden=hidden)
-    share = None if max_moves is None else max_moves / 100
-    results = _replayed(read, ranks, slots, _settings(read, policies, interval, window, share, search), cost, seed)
+    share, gain = None if max_moves is None else max_moves / 100, min_gain / 100
+    settings = _settings(read, policies, interval, window, share, gain, search)
+    results = _replayed(read, ranks, slots, settings, cost, seed)
     chosen = best(results)
     made = render.replay_text if form == "text" else render.replay_json
     destination.write(made(read, results, chosen, why(chosen, results)))
 
 
 def _settings(
-    loads: LoadSet, policies: str, interval: int, window: int, share: float | None, search: bool
+    loads: LoadSet, policies: str, interval: int, window: int, share: float | None, gain: float, search: bool
 ) -> list[Setting]:
     from moe_eplb.planning.policies import POLICIES
     from moe_eplb.planning.replay import Setting, settings_to_try
@@ -87,8 +99,10 @@ def _settings(
     if not names or any(name not in POLICIES for name in names):
         raise UsageError("E191", f"--policy {policies!r} names no policy", hint=f"some of {', '.join(POLICIES)}")
     if search:
-        return settings_to_try(names, loads.windows)
-    return [Setting(name, interval, window, share if name in ("incremental", "robust") else None) for name in names]
+        return settings_to_try(names, loads.windows, gain)
+    shares = dict.fromkeys(("incremental", "robust"), share)
+    gains = {"static": 0.0}  # it moves nothing that could pay
+    return [Setting(name, interval, window, shares.get(name), gains.get(name, gain)) for name in names]
 
 
 def _replayed(

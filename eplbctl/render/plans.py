@@ -220,7 +220,7 @@ def _replay_row(one: Replayed) -> dict[str, Any]:
     s = one.setting
     return {
         "policy": s.policy, "interval": s.interval, "window": s.window, "move_share": s.move_share,
-        "now": list(one.now), "next_window": list(one.following), "without": list(one.unbalanced),
-        "moves": one.moves, "plans": one.plans, "steps_us": one.steps_us, "moves_us": one.moves_us,
-        "plan_ms": list(one.plan_ms),
+        "min_gain": s.min_gain, "now": list(one.now), "next_window": list(one.following),
+        "without": list(one.unbalanced), "moves": one.moves, "plans": one.plans, "steps_us": one.steps_us,
+        "moves_us": one.moves_us, "plan_ms": list(one.plan_ms),
     }  # fmt: skip

@@ -55,6 +55,7 @@ def _steps_from(
     tops, moves = np.zeros((layers, most + 1)), np.zeros((layers, most + 1), np.int64)
     logs, steps = np.zeros((layers, most, 2 * kernels.LONGEST), np.int32), np.zeros(layers, np.int64)
     budgets = np.full(layers, problem.slots, np.int64)
+    budgets[list(problem.held)] = 0
     step = layers if clock.end == np.inf else CHUNK
     for first in range(0, layers, step):
         if clock.over:

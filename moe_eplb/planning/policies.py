@@ -46,6 +46,9 @@ def solve(problem: Problem, policy: str) -> Solution:
     budget = problem.time_budget_ms
     clock = Clock(np.inf if budget is None else begun + budget / 1e3)
     slots, notes = make(problem, clock)
+    if problem.current is not None:
+        held = list(problem.held)
+        slots[held] = problem.current[held]
     finished = not clock.over
     if not finished:
         notes = (*notes, f"the time budget of {budget:g} ms ended it: this is the best so far")

@@ -36,6 +36,7 @@ class Problem:
         max_moves: Slots over all layers that may hold another expert than in `current`; None for any number.
         time_budget_ms: When to answer with the best placement so far; None for the policy's own end.
         seed: Of a policy that draws; the same question has the same answer.
+        held: Layers that keep what is in `current`; no moves are spent on them.
     """
 
     loads: Loads
@@ -50,6 +51,7 @@ class Problem:
     max_moves: int | None = None
     time_budget_ms: float | None = None
     seed: int = 0
+    held: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         loads = np.ascontiguousarray(self.loads, np.float64)
@@ -128,7 +130,12 @@ class Problem:
 
     def _check_current(self) -> None:
         current = self.current
+        if any(not 0 <= layer < self.layers for layer in self.held):
+            raise _refused("a held layer does not exist", f"{self.held} of {self.layers} layers")
         if current is None:
+            if self.held:
+                why = f"layers {self.held} are held"
+                raise _refused("layers hold nothing that they could keep", why, "give the current placement")
             return
         if current.shape != (self.layers, self.slots):
             why = f"its shape is {current.shape}, not {(self.layers, self.slots)}"

@@ -7,12 +7,14 @@ it was made from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_eplb.core.errors import UsageError
 from moe_eplb.planning.policies import solve
 from moe_eplb.planning.problem import Loads, Problem, Slots, Solution, rank_loads
 
@@ -45,17 +47,35 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How the balancer runs: a policy, how often it plans, from how many windows, and how much it may move."""
+    """How the balancer runs: a policy, how often it plans, from how many windows, what it may move and when that pays.
+
+    Raises:
+        UsageError: E190 `min_gain` is no share.
+    """
 
     policy: str
     interval: int = 1
     window: int = 8
     move_share: float | None = None
     """Share of all slots that a plan may change; None for all."""
+    min_gain: float = 0.0
+    """Share by which a plan has to make a layer's balancedness grow for its slots to move; 0 for any plan.
+
+    It is judged on the newest window for every policy, also for ``robust``, which plans from `window` of them. The same
+    holds for `moe_eplb.planning.online.Planning`, whose newest load is what the running balancer hands over: a decayed
+    sum since the layer's last plan, where a replay has one window. Where a budget cuts a plan short, the whole plan's
+    gain counts. A layer without load keeps its slots. ``static`` moves nothing anyway.
+    """
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.min_gain < math.inf:
+            hint = "a finite share of at least 0, such as 0.02 for 2 percent"
+            raise UsageError("E190", f"min_gain {self.min_gain:g} is no share", hint=hint)
 
     def __str__(self) -> str:
         budget = "" if self.move_share is None else f", at most {self.move_share:.0%} of the slots"
-        return f"{self.policy} every {self.interval} from {self.window}{budget}"
+        gate = f", only where a layer gains {100 * self.min_gain:g}%" if self.min_gain else ""
+        return f"{self.policy} every {self.interval} from {self.window}{budget}{gate}"
 
 
 @dataclass(frozen=True)
@@ -133,9 +153,9 @@ def replay(
     )  # fmt: skip
 
 
-def settings_to_try(policies: Iterable[str], windows: int) -> list[Setting]:
-    """A small grid: how often, from how much, and how many moves; at least two plans each."""
-    found = []
+def settings_to_try(policies: Iterable[str], windows: int, min_gain: float = 0.0) -> list[Setting]:
+    """A small grid: how often, from how much, how many moves, with and without `min_gain`; at least two plans each."""
+    found, gains = list[Setting](), (0.0, min_gain) if min_gain else (0.0,)
     for policy in policies:
         if policy == "static":
             found.append(Setting(policy, interval=max(windows, 1)))
@@ -145,7 +165,7 @@ def settings_to_try(policies: Iterable[str], windows: int) -> list[Setting]:
             if 2 * interval > windows:
                 continue
             for window in (1, 4, 16) if policy == "robust" else (1,):
-                found += [Setting(policy, interval, window, share) for share in budgets]
+                found += [Setting(policy, interval, window, share, gain) for share in budgets for gain in gains]
     return found
 
 
@@ -163,7 +183,7 @@ def why(chosen: Replayed, results: Sequence[Replayed]) -> list[str]:
             f"against no balancer: {1 - chosen.total_us / still.total_us:.1%} less time, balancedness "
             f"{still.mean_following:.3f} -> {chosen.mean_following:.3f}"
         )
-    for name in ("policy", "interval", "window", "move_share"):
+    for name in ("policy", "interval", "window", "move_share", "min_gain"):
         others = [
             one
             for one in results
@@ -180,8 +200,29 @@ def why(chosen: Replayed, results: Sequence[Replayed]) -> list[str]:
 
 
 def _plan(windows: Loads, ranks: int, slots: int, setting: Setting, placed: Slots, seed: int) -> Solution:
+    """What the setting makes of windows [W, L, E]; layers that would gain too little keep what they have.
+
+    A budget is for the layers that gain enough by a plan without one: the others would spend it and then keep what they
+    have, and of a gain that takes several plans each part alone would be too small.
+    """
     budget = None if setting.move_share is None else int(setting.move_share * placed.size)
-    return solve(Problem(windows, ranks, slots, current=placed, max_moves=budget, seed=seed), setting.policy)
+    problem = Problem(windows, ranks, slots, current=placed, seed=seed)
+    if not setting.min_gain:
+        return solve(replace(problem, max_moves=budget), setting.policy)
+    whole = solve(problem, setting.policy)
+    pays = _gains(problem, placed, whole.slots) >= setting.min_gain
+    if budget is None or not pays.any():
+        return replace(whole, slots=np.where(pays[:, np.newaxis], whole.slots, placed))
+    held = tuple(np.flatnonzero(~pays).tolist())
+    part = solve(replace(problem, max_moves=budget, held=held), setting.policy)
+    return replace(part, milliseconds=whole.milliseconds + part.milliseconds)
+
+
+def _gains(problem: Problem, placed: Slots, planned: Slots) -> Loads:
+    """Share [L] by which each layer's balancedness of the newest window grows; -1 for a layer without load."""
+    now, then = (_tops(slots, problem.newest, problem.first_slot) for slots in (placed, planned))
+    gains: Loads = np.divide(now, then, out=np.zeros_like(now), where=then > 0) - 1
+    return gains
 
 
 def _tops(slots: Slots, load: Loads, edges: NDArray[np.int64]) -> Loads:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +176,25 @@ def test_replayed(call: Call, loads: Path) -> None:
     assert found["why"]
 
 
+def test_replayed_with_a_least_gain(call: Call, loads: Path) -> None:
+    asked = ("replay", str(loads), *SIZE, "--policy", "static,greedy,incremental")
+
+    def settings(*more: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(call(*asked, *more, "--format", "json").out)["settings"]
+        return found
+
+    plain, low, high = settings(), settings("--min-gain", "5"), settings("--min-gain", "900")
+    assert [one["min_gain"] for one in plain] == [0.0, 0.0, 0.0]
+    assert [one["min_gain"] for one in low] == [0.0, 0.05, 0.05]
+    for always, gated, never in zip(plain[1:], low[1:], high[1:], strict=True):
+        assert always["moves"] > gated["moves"] > never["moves"] == 0
+    assert "incremental every 1 from 8, only where a layer gains 5%" in call(*asked, "--min-gain", "5").out
+    assert "only where" not in call(*asked).out
+    searched = settings("--search", "--min-gain", "5")
+    assert len(searched) == 2 * len(settings("--search")) - 1
+    assert {one["min_gain"] for one in searched} == {0.0, 0.05}
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -206,6 +226,8 @@ def test_replayed(call: Call, loads: Path) -> None:
         (("replay", "{loads}", *SIZE, "--policy", "x"), "E191"),
         (("replay", "one.npz", *SIZE), "E194"),
         (("replay", "{loads}", *SIZE, "--hidden", "2"), "--hidden"),
+        (("replay", "{loads}", *SIZE, "--min-gain", "-1"), "--min-gain"),
+        (("replay", "{loads}", *SIZE, "--min-gain", "nan"), "E190"),
     ],
 )
 def test_wrong_input(call: Call, loads: Path, arguments: tuple[str, ...], what: str) -> None:
