@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from eplbctl.output import require_writable, say, write_file
 from moe_eplb.core.errors import UsageError
 
 __all__ = [
-    "OFFSET", "PATH", "Destination", "format_option", "layers_option", "loads_options", "output_options",
+    "OFFSET", "PATH", "Destination", "FiniteRange", "format_option", "layers_option", "loads_options", "output_options",
     "overrides_option", "recorder_option", "trace_options",
 ]  # fmt: skip
 
@@ -30,6 +31,16 @@ class _Path(click.Path):
             name = param.human_readable_name if param is not None else "a path"
             raise UsageError("E013", f"{name} is empty", hint="is a variable of the shell unset?")
         return super().convert(value, param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """Finite numbers of a range: to click "nan" lies in every one, and "inf" in those without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{found:g} is not a finite number", param, ctx)
+        return found
 
 
 PATH = _Path(path_type=Path)

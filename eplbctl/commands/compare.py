@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option, output_options, trace_options
+from eplbctl.options import PATH, Destination, FiniteRange, format_option, output_options, trace_options
 from moe_eplb.core.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ __all__ = ["command"]
 @click.argument("second", type=PATH)
 @trace_options
 @click.option(
-    "--tolerance", type=click.FloatRange(0, 1000), default=5.0, show_default=True, help="Percent that do not count."
+    "--tolerance", type=FiniteRange(0, 1000), default=5.0, show_default=True, help="Percent that do not count."
 )
-@click.option("--floor-us", type=click.FloatRange(0), default=1.0, show_default=True, help="us that do not count.")
+@click.option("--floor-us", type=FiniteRange(0), default=1.0, show_default=True, help="us that do not count.")
 @click.option(
     "--min-iterations", type=click.IntRange(2), default=10, show_default=True, help="Pairs that must be there."
 )

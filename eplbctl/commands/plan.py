@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option, loads_options
+from eplbctl.options import PATH, Destination, FiniteRange, format_option, loads_options
 from eplbctl.output import require_writable, say, without_stdout, write_file
 from eplbctl.progress import Progress
 from moe_eplb.core.errors import ExitCode, UsageError
@@ -47,29 +47,27 @@ _FORMS = ("json", "tensorrt_llm", "sglang", "vllm", "ascend", "omni")
 @click.option("--allow-duplicates", is_flag=True, help="Let two replicas of an expert lie on one rank.")
 @click.option("--rank-slots", metavar="N,N,...", help="Slots of each rank, where they differ.")
 @click.option("--mask", metavar="RANK,...", help="Ranks that must hold nothing.")
-@click.option("--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
-@click.option("--time-budget-ms", type=click.FloatRange(0.1), help="Answer with the best so far after so long.")
-@click.option("--min-gain", type=click.FloatRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
+@click.option("--max-moves", type=FiniteRange(0, 100), metavar="PERCENT", help="Of all slots that may change.")
+@click.option("--time-budget-ms", type=FiniteRange(0.1), help="Answer with the best so far after so long.")
+@click.option("--min-gain", type=FiniteRange(0), metavar="PERCENT", help="Least growth of balancedness that pays.")
 @click.option(
     "--decode-pairs", type=click.IntRange(1), metavar="PAIRS", help="Score what a step of so many tokens x top-k reads."
 )
 @click.option(
     "--exact",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="SECONDS",
     help="Look for each layer's optimum for so long; up to 64 slots.",
 )
 @click.option(
-    "--slot-mib", type=click.FloatRange(0.001), default=42.0, show_default=True, help="Size of an expert's weights."
+    "--slot-mib", type=FiniteRange(0.001), default=42.0, show_default=True, help="Size of an expert's weights."
 )
 @click.option(
     "--bandwidth",
     metavar="LINK=GB/S,...",
     help="Other speeds than same_rank=1500,same_node=150,cross_node=25,host=50,memory=3350.",
 )
-@click.option(
-    "--us-per-token", type=click.FloatRange(0), default=0.05, show_default=True, help="Of a token on its rank."
-)
+@click.option("--us-per-token", type=FiniteRange(0), default=0.05, show_default=True, help="Of a token on its rank.")
 @loads_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")
 @click.option("-o", "--output", type=PATH, help="Write the last policy's placement here.")

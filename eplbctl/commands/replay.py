@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option, loads_options, output_options
+from eplbctl.options import PATH, Destination, FiniteRange, format_option, loads_options, output_options
 from eplbctl.progress import Progress
 from moe_eplb.core.errors import UsageError
 
@@ -29,12 +29,10 @@ __all__ = ["command"]
 )
 @click.option("--interval", type=click.IntRange(1), default=1, show_default=True, help="Windows between two plans.")
 @click.option("--window", type=click.IntRange(1), default=8, show_default=True, help="Windows that robust plans from.")
-@click.option(
-    "--max-moves", type=click.FloatRange(0, 100), metavar="PERCENT", help="Of all slots that a plan may change."
-)
+@click.option("--max-moves", type=FiniteRange(0, 100), metavar="PERCENT", help="Of all slots that a plan may change.")
 @click.option(
     "--min-gain",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=0.0,
     metavar="PERCENT",
     help="Least growth of a layer's balancedness that pays.",
@@ -44,15 +42,11 @@ __all__ = ["command"]
     is_flag=True,
     help="Try a grid of intervals, windows and budgets for each policy, with and without --min-gain.",
 )
+@click.option("--us-per-token", type=FiniteRange(0), default=0.05, show_default=True, help="Of a token on its rank.")
+@click.option("--slot-mib", type=FiniteRange(0), default=42.0, show_default=True, help="Size of an expert's weights.")
+@click.option("--link-gb-s", type=FiniteRange(0.001), default=50.0, show_default=True, help="Speed of moves.")
 @click.option(
-    "--us-per-token", type=click.FloatRange(0), default=0.05, show_default=True, help="Of a token on its rank."
-)
-@click.option(
-    "--slot-mib", type=click.FloatRange(0), default=42.0, show_default=True, help="Size of an expert's weights."
-)
-@click.option("--link-gb-s", type=click.FloatRange(0.001), default=50.0, show_default=True, help="Speed of moves.")
-@click.option(
-    "--hidden", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Share of moves that costs nothing."
+    "--hidden", type=FiniteRange(0, 1), default=0.9, show_default=True, help="Share of moves that costs nothing."
 )
 @loads_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of policies that draw.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eplbctl.options import PATH, Destination, format_option, output_options, overrides_option
+from eplbctl.options import PATH, Destination, FiniteRange, format_option, output_options, overrides_option
 from eplbctl.output import require_writable, say, write_file
 from eplbctl.targets import Target, load_all, select, targets
 from moe_eplb.core.errors import UsageError
@@ -46,20 +45,14 @@ def init(path: Path, template: str, force: bool) -> None:
     say(f"next: eplbctl run {path}", err=True)
 
 
-def _positive(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise click.BadParameter(f"{value:g} is not a number above 0")
-    return value
-
-
 @command.command()
 @click.argument("paths", nargs=-1, required=True, type=PATH, metavar="PATH...")
 @overrides_option
 @click.option(
-    "--bandwidth", type=float, default=55.0, show_default=True, metavar="GB/S", callback=_positive,
+    "--bandwidth", type=FiniteRange(0, min_open=True), default=55.0, show_default=True, metavar="GB/S",
     help="Assumed speed of a move; by default that of pinned host memory to an H200 over PCIe 5.",
 )  # fmt: skip
-@click.option("--step-ms", type=float, callback=_positive, help="Assumed time of an iteration, to judge moves by.")
+@click.option("--step-ms", type=FiniteRange(0, min_open=True), help="Assumed time of an iteration, to judge moves by.")
 @format_option("text", "json")
 @output_options
 def check(

@@ -44,7 +44,8 @@ def test_every_command_explains_itself(path: tuple[str, ...], flag: str, call: C
     assert len(summary) > 20
 
 
-def test_every_option_explains_itself() -> None:
+def _options() -> Iterator[tuple[str, click.Parameter]]:
+    """What every command takes, with the command's name."""
     for path in PATHS:
         command: click.Command = cli
         for name in path:
@@ -52,8 +53,24 @@ def test_every_option_explains_itself() -> None:
             found = command.get_command(click.Context(command), name)
             assert found is not None
             command = found
-        for option in command.params:
-            assert not isinstance(option, click.Option) or option.help, f"{' '.join(path)}: {option.name}"
+        yield from ((" ".join(path), option) for option in command.params)
+
+
+def test_every_option_explains_itself() -> None:
+    for command, option in _options():
+        assert not isinstance(option, click.Option) or option.help, f"{command}: {option.name}"
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_no_option_takes_for_a_number_what_is_none(text: str) -> None:
+    seen = 0
+    for command, option in _options():
+        if isinstance(option.type, click.types.FloatParamType):
+            seen += 1
+            with pytest.raises(click.BadParameter):
+                option.type.convert(text, option, None)
+            assert option.type.convert("1", option, None) == 1, f"{command}: {option.name}"
+    assert seen >= 10
 
 
 def test_the_main_help_lists_commands_and_exit_codes(call: Call) -> None:

@@ -227,7 +227,8 @@ def test_replayed_with_a_least_gain(call: Call, loads: Path) -> None:
         (("replay", "one.npz", *SIZE), "E194"),
         (("replay", "{loads}", *SIZE, "--hidden", "2"), "--hidden"),
         (("replay", "{loads}", *SIZE, "--min-gain", "-1"), "--min-gain"),
-        (("replay", "{loads}", *SIZE, "--min-gain", "nan"), "E190"),
+        (("replay", "{loads}", *SIZE, "--min-gain", "nan"), "not a finite number"),
+        (("replay", "{loads}", *SIZE, "--max-moves", "nan"), "not a finite number"),
     ],
 )
 def test_wrong_input(call: Call, loads: Path, arguments: tuple[str, ...], what: str) -> None:
