@@ -49,6 +49,8 @@ def remarks(report: TraceReport) -> Iterator[str]:
     """What a reader must know before believing the tables."""
     if report.incomplete:
         yield f"Incomplete: {inert(report.incomplete)}"
+    if not report.all_layers:
+        yield "Idle time, the critical path and main-stream time lost are of all layers."
     if report.stall is None:
         yield "Stall of the main streams: unknown, the trace does not record every wait between streams."
     if report.path is not None and not report.path.waits_known:

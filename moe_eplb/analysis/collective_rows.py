@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +33,15 @@ class CollectiveRow:
     last: dict[int, int]
 
 
-def collective_rows(capture: Capture) -> tuple[tuple[CollectiveRow, ...], int]:
+def collective_rows(capture: Capture, ranks: Sequence[int] | None = None) -> tuple[tuple[CollectiveRow, ...], int]:
     """Rows by name, those that cost most waiting first, and how many of them found no partner on some rank.
 
     Of a single rank there are none.
+
+    Args:
+        ranks: Ranks that must take part, see `match_collectives`.
     """
-    found = straggling(capture)
+    found = straggling(capture, ranks)
     if len(found.ranks) < 2:
         return (), 0  # nobody to be early or late against
     names, group = np.unique(np.array(found.name, dtype=object), return_inverse=True)

@@ -9,7 +9,8 @@ between a rank's start and the last start is waiting.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,12 +92,16 @@ def collective_kernels(capture: Capture, *, all_wait: bool = False) -> NDArray[n
     return chosen
 
 
-def match_collectives(capture: Capture, *, all_wait: bool = False) -> Collectives:
+def match_collectives(capture: Capture, ranks: Sequence[int] | None = None, *, all_wait: bool = False) -> Collectives:
     """Pair the collectives of all ranks by name and order, see `collective_kernels`.
 
     A name that ranks launched unequally often is left out: which of them belong together cannot be known.
+
+    Args:
+        ranks: Ranks that must take part, in order, by default those that have GPU events. In a part of a capture some
+            may have none, and nobody knows then who came last.
     """
-    ranks = np.unique(capture.gpu["rank"]).tolist()
+    ranks = np.unique(capture.gpu["rank"]).tolist() if ranks is None else list(ranks)
     chosen = collective_kernels(capture, all_wait=all_wait)
     of_rank = [_by_name(capture, chosen & (capture.gpu["rank"] == rank)) for rank in ranks]
     rows: list[NDArray[np.int64]] = []
@@ -113,12 +118,14 @@ def match_collectives(capture: Capture, *, all_wait: bool = False) -> Collective
     return Collectives(ranks, found[np.argsort(capture.gpu["start"][found[:, 0]], kind="stable")], unmatched)
 
 
-def straggling(capture: Capture) -> Straggling:
+def straggling(capture: Capture, ranks: Sequence[int] | None = None) -> Straggling:
     """Stragglers and imbalance of every collective, on clocks that are taken to be aligned.
 
-    The capture has roles, see `moe_eplb.analysis.roles.prepare`.
+    Args:
+        capture: One with roles, see `moe_eplb.analysis.roles.prepare`.
+        ranks: Ranks that must take part, see `match_collectives`.
     """
-    found = match_collectives(capture)
+    found = _of_one_iteration(capture, match_collectives(capture, ranks))
     starts, ends = capture.gpu["start"][found.rows], capture.gpu["end"][found.rows]
     count = len(found.rows)
     first, last = (starts.min(axis=1), starts.max(axis=1)) if count else (np.empty(0, np.int64),) * 2
@@ -128,6 +135,14 @@ def straggling(capture: Capture) -> Straggling:
         imbalance=_imbalance(capture, found), unmatched=found.unmatched,
         last=np.array(found.ranks, np.int64)[starts.argmax(axis=1)] if count else np.empty(0, np.int64),
     )  # fmt: skip
+
+
+def _of_one_iteration(capture: Capture, found: Collectives) -> Collectives:
+    """Without those whose ranks name different iterations: as many of a name are of the same only by chance then."""
+    iteration = capture.gpu["iteration"][found.rows]
+    apart = (iteration != iteration[:, :1]).any(axis=1) & (iteration >= 0).all(axis=1)
+    unmatched = found.unmatched + int(apart.sum()) * len(found.ranks)
+    return replace(found, rows=found.rows[~apart], unmatched=unmatched)
 
 
 def _by_name(capture: Capture, chosen: NDArray[np.bool_]) -> dict[str, NDArray[np.int64]]:

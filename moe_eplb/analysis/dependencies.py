@@ -37,10 +37,11 @@ class Dependencies:
         It does not if the call that recorded an awaited event is lost, since nobody knows then what was waited for. A
         capture that begins in the middle of a run lacks such calls too: their correlation numbers, which count up
         within a process, lie before that of its first call, and so does the launch of all that they stand behind. Nor
-        does it if a process numbers streams of several GPUs alike and a wait does not say which of them it is on.
+        does it if a process numbers streams of several GPUs alike and a wait does not say which of them it is on, or if
+        a rank uses several streams of a GPU and has no wait: its file may not record what those of others do.
         """
         waits = self._stream_waits
-        if any((device == _SEVERAL).any() for device in self._devices):
+        if any((device == _SEVERAL).any() for device in self._devices) or self._a_rank_lacks_waits:
             return False
         unseen = waits[self._record_call < 0]
         before = (unseen["on_correlation"] > 0) & (unseen["on_correlation"] < self._first_correlation(unseen))
@@ -106,6 +107,15 @@ class Dependencies:
     def _record_call(self) -> Indices:
         """Row of the call that recorded the event of each wait [W], or UNKNOWN."""
         return self._call_row(self._stream_waits["process"], self._stream_waits["on_correlation"])
+
+    @property
+    def _a_rank_lacks_waits(self) -> bool:
+        """Whether there is a rank with several streams on one GPU and without a wait."""
+        gpu = self.capture.gpu[self.capture.gpu["kind"] != c.UPDATER_WORK]
+        streams = distinct_rows([gpu["rank"], gpu["device"], gpu["stream"]])[0]
+        gpus, group = distinct_rows([streams[:, 0], streams[:, 1]])
+        several = gpus[np.bincount(group, minlength=len(gpus)) > 1, 0]
+        return not np.isin(several, self._stream_waits["rank"]).all()
 
     def _first_correlation(self, waits: Table) -> Indices:
         """The smallest correlation number that a call of each wait's process has; 0 if it has no calls."""

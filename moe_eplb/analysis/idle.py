@@ -4,12 +4,15 @@ Idle is what no event covers between a GPU's first and last. A gap is charged by
 of its launch the host is late, then the launch itself takes its time, and what is left after it is a wait for an event
 of another stream if there was one, else latency. Of the host's part, profiler overhead and functions that streams
 called are told apart. Without a known launch the reason is unknown.
+
+Of a part of the iterations the idle time is the gaps that their events end. Their span is those gaps and the time in
+which their events ran, so that spans of iterations that do not overlap sum to that of the capture.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +21,8 @@ from moe_eplb.analysis import capture as c
 from moe_eplb.analysis.capture import Capture
 from moe_eplb.analysis.dependencies import Dependencies
 from moe_eplb.analysis.grouping import distinct_rows, members
-from moe_eplb.analysis.intervals import Intervals, coverage, intervals, subtract, union
+from moe_eplb.analysis.intervals import Intervals, coverage, intervals, length, subtract, union
+from moe_eplb.analysis.selection import EVERYTHING, Selection
 
 __all__ = ["Cause", "GpuIdle", "gpu_idle"]
 
@@ -40,11 +44,10 @@ class GpuIdle:
     """One GPU's idle time in ns.
 
     Attributes:
-        span: From its first event's start to its last event's end.
+        span: From its first event's start to its last event's end; of selected iterations `idle` and what they ran.
         idle: What of it no event covers.
         causes: The idle time by cause; the values sum to `idle`.
-        iterations: The same by the iteration of the event that ended the gap.
-        gaps: Every gap [G, 2].
+        gaps: Every gap [G, 2] that is ended by an event that is asked for.
     """
 
     rank: int
@@ -52,35 +55,38 @@ class GpuIdle:
     span: int
     idle: int
     causes: dict[Cause, int]
-    iterations: dict[int, dict[Cause, int]]
     gaps: Intervals
 
 
-def gpu_idle(capture: Capture) -> list[GpuIdle]:
-    """The idle time of every GPU."""
+def gpu_idle(capture: Capture, selection: Selection = EVERYTHING) -> list[GpuIdle]:
+    """The idle time of every GPU that has an event of the selected ranks and iterations; layers are not told apart."""
     dependencies = Dependencies(capture)
     gpu = capture.gpu
-    on_device = gpu["kind"] != c.UPDATER_WORK
-    counted = np.flatnonzero(on_device)
+    counted = np.flatnonzero(gpu["kind"] != c.UPDATER_WORK)
+    asked = replace(selection, layers=None).mask(gpu["rank"], gpu["iteration"], gpu["layer"])
     keys, group = distinct_rows([gpu["rank"][counted], gpu["device"][counted]])
     held = np.zeros(len(gpu), np.bool_)
     held[dependencies.waits[:, 0]] = True
-    return [_of_gpu(dependencies, counted[mine], held) for mine in members(group, len(keys))]
+    gpus = [counted[mine] for mine in members(group, len(keys))]
+    return [_of_gpu(dependencies, rows, asked, held) for rows in gpus if asked[rows].any()]
 
 
-def _of_gpu(dependencies: Dependencies, rows: NDArray[np.int64], held: NDArray[np.bool_]) -> GpuIdle:
+def _of_gpu(
+    dependencies: Dependencies, rows: NDArray[np.int64], asked: NDArray[np.bool_], held: NDArray[np.bool_]
+) -> GpuIdle:
     gpu = dependencies.capture.gpu[rows]
     busy = union(intervals(gpu["start"], gpu["end"]))
     gaps = np.stack([busy[:-1, 1], busy[1:, 0]], axis=1)
     order = np.argsort(gpu["start"], kind="stable")
     lasting = order[gpu["end"][order] > gpu["start"][order]]
     ending = rows[lasting[np.searchsorted(gpu["start"][lasting], gaps[:, 1], side="left")]]
-    parts = _parts(dependencies, gaps, ending, held)
-    iteration = dependencies.capture.gpu["iteration"][ending]
+    gaps, ending = gaps[asked[ending]], ending[asked[ending]]
+    mine = gpu[asked[rows]]
+    idle = length(gaps)
     return GpuIdle(
-        rank=int(gpu["rank"][0]), device=int(gpu["device"][0]), gaps=gaps, causes=_sums(parts),
-        span=int(busy[-1, 1] - busy[0, 0]) if len(busy) else 0, idle=int((gaps[:, 1] - gaps[:, 0]).sum()),
-        iterations=_by_iteration(parts, iteration),
+        rank=int(gpu["rank"][0]), device=int(gpu["device"][0]),
+        span=idle + length(union(intervals(mine["start"], mine["end"]))), idle=idle,
+        causes=_sums(_parts(dependencies, gaps, ending, held)), gaps=gaps,
     )  # fmt: skip
 
 
@@ -120,11 +126,3 @@ def _spans(capture: Capture, ending: NDArray[np.int64]) -> tuple[Intervals, Inte
 
 def _sums(parts: dict[Cause, NDArray[np.int64]]) -> dict[Cause, int]:
     return {cause: int(part.sum()) for cause, part in parts.items()}
-
-
-def _by_iteration(parts: dict[Cause, NDArray[np.int64]], iteration: NDArray[np.int32]) -> dict[int, dict[Cause, int]]:
-    numbers, group = np.unique(iteration, return_inverse=True)
-    sums = {cause: np.zeros(len(numbers), np.int64) for cause in parts}
-    for cause, part in parts.items():
-        np.add.at(sums[cause], group, part)
-    return {number: {cause: int(sums[cause][at]) for cause in parts} for at, number in enumerate(numbers.tolist())}

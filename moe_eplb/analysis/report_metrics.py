@@ -20,7 +20,7 @@ _OF_TRACES = {
     "exposed.max_us": Metric("the largest balancer work of any iteration that nothing hides", "us"),
     "stall.share": Metric("main-stream time lost to the balancer / time of the steps"),
     "critical_path.balancer_share": Metric("the balancer's part of what a step's length is made of"),
-    "idle.share": Metric("idle time of the GPUs / time from their first to their last event"),
+    "idle.share": Metric("idle time of the GPUs / their idle and busy time"),
     "unknown.share": Metric("GPU time whose role no rule knows / all GPU time"),
     "skew.max_us": Metric("the largest difference of the ranks' starts of one collective", "us"),
 }
@@ -66,8 +66,7 @@ def report_measures(report: TraceReport) -> Measures:
     _spread(single, "step.{}_ms", _of_iterations(steps, 1e6), ("p50", "p95"))
     _stall(single, report, steps)
     single["critical_path.balancer_share"] = _balancer_share(report)
-    span = sum(row.span_ns for row in report.idle)
-    single["idle.share"] = sum(row.idle_ns for row in report.idle) / span if span and not report.selection else None
+    single["idle.share"] = _idle_share(report)
     total = sum(row.total_ns for row in report.roles)
     unknown = sum(row.total_ns for row in report.roles if row.role is Role.UNKNOWN)
     single["unknown.share"] = unknown / total if total else None
@@ -107,6 +106,12 @@ def _stall(single: dict[str, float | None], report: TraceReport, steps: Mapping[
     _spread(single, "stall.{}_us", _of_iterations(worst, 1e3), ("p50", "p95"))
     whole = sum(ns for iteration, ns in steps.items() if iteration >= 0)
     single["stall.share"] = sum(worst.values()) / whole if whole else None
+
+
+def _idle_share(report: TraceReport) -> float | None:
+    """Of the GPUs that have selected events. Of some layers it is not known, since idle time belongs to none."""
+    span = sum(row.span_ns for row in report.idle)
+    return sum(row.idle_ns for row in report.idle) / span if span and report.all_layers else None
 
 
 def _balancer_share(report: TraceReport) -> float | None:

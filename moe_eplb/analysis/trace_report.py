@@ -64,7 +64,7 @@ class PairReport:
 
 @dataclass(frozen=True, slots=True)
 class IdleRow:
-    """Idle time of a GPU in ns by cause; of the selected iterations if some are selected."""
+    """Idle time of a GPU in ns by cause; it and its span are those of the selected iterations if some are selected."""
 
     rank: int
     device: int
@@ -102,12 +102,15 @@ class TraceReport:
     """What a report says.
 
     Attributes:
+        ranks: Those of the trace that were asked for, with or without selected GPU events.
+        gpus: How many GPUs have selected events.
         iterations, layers: Numbers that the selected GPU events have, without -1.
         selection: What was asked for, empty for everything.
         unknown: GPU events that no rule knows, longest first.
         update_iterations: Iterations in which experts moved.
         stall: None where the source does not record every wait between streams.
         path: None where no event belongs to an iteration.
+        all_layers: Whether no layers were selected. Idle time, stalls and paths are of all of them anyway.
         checks: The order checks, empty when they were not asked for.
     """
 
@@ -136,6 +139,7 @@ class TraceReport:
     collectives: tuple[CollectiveRow, ...]
     unmatched_collectives: int
     checks: tuple[CheckResult, ...] = ()
+    all_layers: bool = True
 
 
 def make_trace_report(
@@ -155,21 +159,41 @@ def make_trace_report(
     chosen = replace(capture, gpu=gpu[only])
     work = work_of_capture(capture)
     moved = _update_iterations(chosen)
-    collectives, unmatched = collective_rows(chosen)
+    alone = _of_ranks(capture, selection)
+    ranks = np.unique(alone.gpu["rank"]).tolist()
+    collectives, unmatched = collective_rows(chosen, ranks)
     return TraceReport(
         source=capture.source, form=capture.form, ranks=tuple(r for r in capture.ranks if selection.has_rank(r)),
         rank_source=capture.rank_source, events=int(only.sum()),
-        gpus=len(distinct_rows([gpu["rank"], gpu["device"]])[0]),
+        gpus=len(distinct_rows([chosen.gpu["rank"], chosen.gpu["device"]])[0]),
         span_ns=int(chosen.gpu["end"].max() - chosen.gpu["start"].min()) if len(chosen.gpu) else 0,
         iterations=known_numbers(chosen.gpu["iteration"]), layers=known_numbers(chosen.gpu["layer"]),
-        selection=str(selection), incomplete=capture.incomplete, notes=capture.notes,
+        selection=str(selection), incomplete=capture.incomplete, notes=(*capture.notes, *_absent(ranks, chosen)),
         stream_names=_stream_names(capture),
         roles=_role_rows(chosen), unknown=tuple(unknown_names(chosen, chosen.gpu["role"])),
         pairs=_pairs(work, selection, moved), update_iterations=moved, streams=stream_pairs(chosen),
         exposed=tuple(largest_exposed(capture, PAIRS["balancer"], most_exposed, only)),
-        idle=_idle_rows(capture, selection), path=_path(capture, selection), stall=_stall(capture, selection),
+        idle=_idle_rows(capture, selection), path=_path(alone, selection), stall=_stall(alone, selection),
         collectives=collectives, unmatched_collectives=unmatched, checks=tuple(checks),
+        all_layers=selection.layers is None,
     )  # fmt: skip
+
+
+def _of_ranks(capture: Capture, selection: Selection) -> Capture:
+    """A capture without the ranks that are not asked for, since what is unknown of those is not of the others."""
+    if selection.ranks is None:
+        return capture
+    ranks = [rank for rank in capture.ranks if selection.has_rank(rank)]
+    gpu, syncs = (table[np.isin(table["rank"], ranks)] for table in (capture.gpu, capture.syncs))
+    return replace(capture, gpu=gpu, syncs=syncs)
+
+
+def _absent(ranks: Sequence[int], chosen: Capture) -> tuple[str, ...]:
+    """Which of the ranks that are asked for have nothing of the selection, and so no part in its figures."""
+    there = set(np.unique(chosen.gpu["rank"]).tolist())
+    missing = [str(rank) for rank in ranks if rank not in there]
+    noun = "rank" if len(missing) == 1 else "ranks"
+    return (f"{noun} {', '.join(missing)}: no device event of the selection",) if missing else ()
 
 
 def _stream_names(capture: Capture) -> dict[tuple[int, int], str]:
@@ -220,16 +244,7 @@ def _pair(name: str, overlap: Overlap, moved: tuple[int, ...], known: bool) -> P
 
 
 def _idle_rows(capture: Capture, selection: Selection) -> tuple[IdleRow, ...]:
-    rows = []
-    for one in gpu_idle(capture):
-        if not selection.has_rank(one.rank):
-            continue
-        causes = one.causes
-        if selection.iterations is not None:
-            parts = [part for i, part in one.iterations.items() if selection.has_iteration(i)]
-            causes = {cause: sum(part[cause] for part in parts) for cause in Cause}
-        rows.append(IdleRow(one.rank, one.device, one.span, sum(causes.values()), causes))
-    return tuple(rows)
+    return tuple(IdleRow(o.rank, o.device, o.span, o.idle, o.causes) for o in gpu_idle(capture, selection))
 
 
 def _path(capture: Capture, selection: Selection) -> PathRow | None:

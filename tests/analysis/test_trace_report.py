@@ -102,6 +102,45 @@ def test_a_selection_takes_work_and_not_what_hides_it() -> None:
     assert none.pairs["balancer"].whole.overlap is None
 
 
+def in_part() -> Capture:
+    """Iterations 2 and 3 of rank 0 and 2 of rank 1: 40 ns of work in each, 60 between them."""
+    made = MakeCapture()
+    for rank, iteration in ((0, 2), (0, 3), (1, 2)):
+        begin = 100 * iteration
+        made.gpu(Role.COMPUTE, begin, begin + 40, MAIN, rank=rank, iteration=iteration, layer=rank)
+    return made.done()
+
+
+@pytest.mark.parametrize(
+    ("selection", "idle", "gpus", "notes", "share"),
+    [
+        (Selection(), [(0, 140, 60), (1, 40, 0)], 2, (), 60 / 180),
+        (Selection(iterations=((3, 3),)), [(0, 100, 60)], 1, ("rank 1: no device event of the selection",), 0.6),
+        (Selection(iterations=((2, 3),)), [(0, 140, 60), (1, 40, 0)], 2, (), 60 / 180),
+        (Selection(ranks=((0, 0),)), [(0, 140, 60)], 1, (), 60 / 140),
+        (Selection(ranks=((0, 0),), iterations=((3, 3),)), [(0, 100, 60)], 1, (), 0.6),
+        (
+            Selection(layers=((1, 1),)), [(0, 140, 60), (1, 40, 0)], 1,
+            ("rank 0: no device event of the selection",), None,
+        ),
+        (
+            Selection(iterations=((4, 4),)), [], 0, ("ranks 0, 1: no device event of the selection",), None,
+        ),
+    ],
+)  # fmt: skip
+def test_gpus_without_the_selected_iterations_have_no_idle_time(
+    selection: Selection, idle: list[tuple[int, int, int]], gpus: int, notes: tuple[str, ...], share: float | None
+) -> None:
+    report = make_trace_report(in_part(), selection)
+    assert [(row.rank, row.span_ns, row.idle_ns) for row in report.idle] == idle
+    assert all(sum(row.causes.values()) == row.idle_ns for row in report.idle)
+    assert (report.gpus, report.notes) == (gpus, notes)
+    assert report_measures(report).single["idle.share"] == pytest.approx(share)
+    assert judged("idle.share > 0.5", report).status is (
+        Status.UNKNOWN if share is None else Status.INVALID if share > 0.5 else Status.VALID
+    )
+
+
 def test_a_capture_without_anything() -> None:
     report = make_trace_report(MakeCapture().done())
     assert (report.events, report.span_ns, report.path, report.stall) == (0, 0, None, None)

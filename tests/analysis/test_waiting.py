@@ -15,6 +15,7 @@ from moe_eplb.analysis.dependencies import Dependencies
 from moe_eplb.analysis.idle import Cause, gpu_idle
 from moe_eplb.analysis.readers.any import read_capture
 from moe_eplb.analysis.roles import prepare
+from moe_eplb.analysis.selection import Selection
 from moe_eplb.core.events import Role
 from tests.analysis.captures import MakeCapture, stalled
 from tests.analysis.profiler_traces import expert_parallel
@@ -38,7 +39,6 @@ def test_a_gap_is_charged_by_what_ends_it() -> None:
     assert _nonzero(idle.causes) == {
         "host": 15, "profiler_overhead": 10, "called_work": 5, "launch": 2, "latency": 8, "unknown": 5,
     }  # fmt: skip
-    assert sum(idle.iterations[4].values()) == 40
     assert idle.gaps.tolist() == [[20, 60], [70, 75]]
 
 
@@ -75,7 +75,45 @@ def test_idle_parts_are_disjoint_and_sum_to_the_idle_time(
     assert idle.idle == (max(busy) + 1 - min(busy) - len(busy) if busy else 0)
     assert sum(idle.causes.values()) == idle.idle
     assert min(idle.causes.values()) >= 0
-    assert sum(sum(causes.values()) for causes in idle.iterations.values()) == idle.idle
+    parts = [one for number in range(3) for one in gpu_idle(made.done(), _iterations(number))]
+    assert sum(one.idle for one in parts) == idle.idle
+    assert all(sum(one.causes.values()) == one.idle <= one.span for one in parts)
+    assert sum(one.span for one in parts) >= idle.span  # more where iterations overlap
+
+
+def _iterations(first: int, last: int | None = None) -> Selection:
+    return Selection(iterations=((first, first if last is None else last),))
+
+
+def test_idle_time_of_an_iteration_is_what_its_events_end_and_its_span_what_they_ran_besides() -> None:
+    made = MakeCapture()
+    for iteration, begin in enumerate((0, 100, 200)):
+        made.launched(Role.COMPUTE, begin, begin + 10, begin + 30, iteration=iteration)
+        made.launched(Role.COMM, begin + 2, begin + 20, begin + 40, BALANCER, iteration=iteration)
+    made.launched(Role.EPLB_MIGRATE, 50, 120, 220, BALANCER, iteration=0)  # runs on into the last iteration
+    capture = made.done()
+    spans = {n: [(one.span, one.idle) for one in gpu_idle(capture, _iterations(n))] for n in range(4)}
+    assert spans == {0: [(30 + 100, 0)], 1: [(70 + 30, 70)], 2: [(30, 0)], 3: []}
+    (first_two,) = gpu_idle(capture, _iterations(0, 1))
+    assert (first_two.span, first_two.idle, first_two.gaps.tolist()) == (30 + 70 + 110, 70, [[40, 110]])
+    assert _nonzero(first_two.causes) == {"host": 60, "launch": 2, "latency": 8}
+
+
+def test_gpus_without_an_event_of_the_selection_have_no_idle_time() -> None:
+    made = MakeCapture()
+    for rank, iterations in ((0, (2, 3)), (1, (2,))):
+        for iteration in iterations:
+            made.gpu(Role.COMPUTE, 100 * iteration, 100 * iteration + 40, rank=rank, iteration=iteration, layer=rank)
+    made.gpu(Role.EPLB_MIGRATE, 300, 340, rank=1, iteration=3, kind=c.UPDATER_WORK)  # no GPU's work
+    capture = made.done()
+
+    def found(**asked: tuple[tuple[int, int], ...]) -> list[tuple[int, int, int]]:
+        return [(one.rank, one.span, one.idle) for one in gpu_idle(capture, Selection(**asked))]
+
+    assert found(iterations=((3, 3),)) == [(0, 100, 60)]
+    assert found(iterations=((2, 2),)) == [(0, 40, 0), (1, 40, 0)]
+    assert found(ranks=((1, 1),)) == [(1, 40, 0)]
+    assert found(layers=((0, 0),)) == found() == [(0, 140, 60), (1, 40, 0)]
 
 
 # -- critical path -------------------------------------------------------------------------------------------------
