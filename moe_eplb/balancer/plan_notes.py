@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from moe_eplb.balancer.resident_update import ResidentUpdate
 from moe_eplb.core.errors import BalancerError
@@ -31,12 +30,12 @@ class PlanNotes:
     def __init__(self, layer: ResidentPlans) -> None:
         self._layer = layer
 
-    def planned(self, update: ResidentUpdate, report: Tensor) -> None:
-        """A plan was due; `report` int64 [REPORT] says whether it was ready here, and how long the device waited."""
-        waited = max(0, int(report[Report.WAITED_NS]))
+    def planned(self, update: ResidentUpdate, report: Sequence[int]) -> None:
+        """A plan was due; `report` [REPORT] says whether it was ready here, and how long the device waited."""
+        waited = max(0, report[Report.WAITED_NS])
         if waited:
             self._probe.stalled(update.layer, waited / 1e9)
-        if int(report[Report.READY_HERE]) == 1 and update.plan and update.staged:
+        if report[Report.READY_HERE] == 1 and update.plan and update.staged:
             self._probe.planned(update.layer, update.taken, update.due, update.plan, update.staged.bytes)
         elif update.error is not None:
             _LOG.error("layer %d: the update taken in iteration %d failed: %r", *update.where, update.error)

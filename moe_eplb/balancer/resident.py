@@ -39,6 +39,9 @@ class Resident:
 
     def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float, awake: bool = False) -> None:
         self.model = ModelState.make(layers, device.torch_device, device.host_visible, run_ahead + 2)
+        # Seen and written through numpy, since an operation of torch takes several times as long.
+        self._turns, self._begun = self.model.turns.numpy(), self.model.begun.numpy()
+        self._overflow, self._reports = self.model.overflow.numpy(), self.model.reports.numpy()
         self.bell = device.new_bell(self.model.bell, awake=awake)
         self.timeout_ns = round(timeout_s * 1e9)
         self.run_ahead_waits = self.plan_waits = 0
@@ -64,7 +67,7 @@ class Resident:
         self._read[place] = self._device.submitted()
 
     def _require_begun(self, iteration: int) -> None:
-        begun = int(self.model.begun)
+        begun = int(self._begun[0])
         if begun < iteration:
             raise BalancerError(
                 "E218", f"the device has begun iteration {begun} last, and iteration {iteration} is over",
@@ -81,11 +84,16 @@ class Resident:
         self._device.synchronize()
 
     def _write(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
-        row = self.model.row(iteration)
-        row.zero_()
+        row = self._turns[iteration % len(self._turns)]
+        row[:] = 0
         row[0], row[1] = iteration, int(counts)
         for layer in group:
             row[2 + layer] = 1
+
+    def report(self, layer: int, due: int) -> list[int]:
+        """What the device says of the plan of a layer that is due in that iteration, [REPORT]."""
+        report: list[int] = self._reports[due % len(self._reports), layer].tolist()
+        return report
 
     def await_plan(self, update: Update) -> None:
         """Return when the copies of a plan are enqueued, before what waits for them is; at most the timeout.
@@ -116,10 +124,10 @@ class Resident:
 
     def check(self) -> None:
         """Raise BalancerError E134 when a count went beyond int32; it is told once."""
-        if bool(self.model.overflow.any()):
-            layer = int(self.model.overflow.argmax())
-            iteration = int(self.model.overflow[layer]) - 1
-            self.model.overflow.zero_()
+        if self._overflow.any():
+            layer = int(self._overflow.argmax())
+            iteration = int(self._overflow[layer]) - 1
+            self._overflow[:] = 0
             raise BalancerError(
                 "E134", f"layer {layer}: a count of tokens overflows",
                 why=f"in iteration {iteration}, int32 holds {2**31 - 1}",

@@ -17,7 +17,7 @@ from moe_eplb.balancer.weight_sources import FromHost, FromPeers, Weights, Weigh
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind
 from moe_eplb.core.probe import NullProbe, Probe
-from moe_eplb.core.protocol import IterState, iter_step
+from moe_eplb.core.protocol import IterState, all_layers, iter_step
 from moe_eplb.device import Device
 from moe_eplb.device.control import Stage
 
@@ -128,8 +128,8 @@ class ResidentCalls:
         """
         self.await_plans()
         yield
-        for each in self.layers:
-            self.enter_layer(each.layer_idx)
+        if self.is_dynamic_routing():
+            self._iter = all_layers(self._iter, len(self.layers))
         for index in self._group_now:
             self.expect(index)
 

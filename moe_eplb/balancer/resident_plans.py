@@ -70,32 +70,33 @@ class ResidentPlans(SingleLayerMoeLoadBalancer):
 
     def collect_until(self, iteration: int) -> None:
         """Take note of what the device has done with all plans due in an iteration that has ended, or before."""
-        for due in sorted(due for due in self._flying if due <= iteration):
-            self.collect(due)
+        if self._flying:
+            for due in sorted(due for due in self._flying if due <= iteration):
+                self.collect(due)
 
     def collect(self, iteration: int) -> None:
         """Take note of what the device has done with the plan that was due in an iteration."""
         update = self._flying.get(iteration)
         if update is None:
             return
-        report = self.resident.model.report(self.layer_idx, iteration)
-        if int(report[Report.DUE]) != iteration or int(report[Report.OUTCOME]) == Outcome.NONE:
+        report = self.resident.report(self.layer_idx, iteration)
+        if report[Report.DUE] != iteration or report[Report.OUTCOME] == Outcome.NONE:
             return
         del self._flying[iteration]
         for older in [due for due in self._flying if due < iteration]:
             del self._flying[older]  # turns in which the layer kept its load
-        if int(report[Report.VOTED]) not in (iteration - 1, iteration):
+        if report[Report.VOTED] not in (iteration - 1, iteration):
             self._drop(iteration, 0, False, f"due in iteration {iteration}, but nobody voted on it")
             return
-        if int(report[Report.READY_HERE]) == 1:
+        if report[Report.READY_HERE] == 1:
             # The device may act on what was published before the updater's thread has come to tell that it is done.
             update.done.wait(self._owner.options.update_timeout_s)
         self._notes.planned(update, report)
-        update.agreed = int(report[Report.OUTCOME]) == Outcome.COMMITTED
+        update.agreed = report[Report.OUTCOME] == Outcome.COMMITTED
         if update.agreed:
             self._committed(update, iteration)
         else:
-            differ, ready = int(report[Report.DIGESTS_DIFFER]) == 1, int(report[Report.READY_RANKS])
+            differ, ready = report[Report.DIGESTS_DIFFER] == 1, report[Report.READY_RANKS]
             self._drop(iteration, ready, differ, "the ranks did not agree on the plan")
 
     def _drop(self, due: int, ready: int, differ: bool, reason: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 
 from moe_eplb.core.errors import ProtocolError
-from moe_eplb.core.protocol_iteration import IterCall, IterState, iter_step
+from moe_eplb.core.protocol_iteration import IterCall, IterState, all_layers, iter_step
 from moe_eplb.core.protocol_table import (
     INITIAL,
     PATH_OF,
@@ -40,6 +40,7 @@ __all__ = [
     "Path",
     "Phase",
     "Row",
+    "all_layers",
     "iter_step",
     "legal_calls",
     "step",

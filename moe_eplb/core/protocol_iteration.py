@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from moe_eplb.core.protocol_table import INITIAL, Call, Illegal, Row
 
-__all__ = ["ITERATION_ROWS", "IterCall", "IterState", "IterationIllegal", "iter_step"]
+__all__ = ["ITERATION_ROWS", "IterCall", "IterState", "IterationIllegal", "all_layers", "iter_step"]
 
 IterCall = Literal["start_iter", "end_iter", "abort_iter", "layer"]
 """A call that moves the iteration on; "layer" is the start_wait_gpu_stage of a layer with dynamic routing."""
@@ -84,6 +84,13 @@ def iter_step(
     if call == "end_iter":
         return _end(state, layers, unfinished)
     return _layer(state, layer, layers)
+
+
+def all_layers(state: IterState, layers: int) -> IterState:
+    """The state after all layers have begun in order, as after `iter_step` for each of them."""
+    if not layers:
+        return state
+    return iter_step(state, "layer", layers=layers, layer=0)._replace(layers_run=layers)
 
 
 def _start(state: IterState, iteration: int | None) -> IterState:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moe_eplb.core.protocol import Illegal, IterCall, IterState, iter_step, violation
+from moe_eplb.core.protocol import Illegal, IterCall, IterState, all_layers, iter_step, violation
 
 LAYERS = 3
 BETWEEN = IterState(next_iteration=4, in_iter=False)
@@ -19,6 +19,15 @@ def run_layers(state: IterState, *layers: int) -> IterState:
 
 def test_an_iteration_runs_every_layer_in_order_and_counts_up() -> None:
     assert iter_step(run_layers(INSIDE, 0, 1, 2), "end_iter", layers=LAYERS) == IterState(5, False)
+
+
+def test_all_layers_at_once_are_all_of_them_in_order() -> None:
+    assert all_layers(INSIDE, LAYERS) == run_layers(INSIDE, 0, 1, 2)
+    assert all_layers(INSIDE, 0) == INSIDE
+    for state, code in ((BETWEEN, "E122"), (run_layers(INSIDE, 0), "E123"), (run_layers(INSIDE, 0, 1, 2), "E123")):
+        with pytest.raises(Illegal) as caught:
+            all_layers(state, LAYERS)
+        assert violation(-1, 4, caught.value).code == code
 
 
 @pytest.mark.parametrize("begun", [(), (0,), (0, 1, 2)])
