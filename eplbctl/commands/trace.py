@@ -58,10 +58,9 @@ def redact(trace: Path, output: Path | None, in_place: bool, force: bool) -> Non
     """Take out of TRACE what must not leave the machine, and say what that was.
 
     Removed are environment variables, secrets, arguments, lists of processes, names of users and hosts, private paths,
-    URLs, UUIDs, addresses, and tables and columns that no export has. TRACE is an SQLite file, Chrome JSON (both
-    plain, gzip or xz), or a run folder, whose scenario stays. A report of Nsight Systems (.nsys-rep) cannot be
-    redacted: export it first. A copy of a folder holds the files that a run writes, without a report; what was left
-    out is said. --in-place refuses a folder that holds others.
+    UUIDs and addresses. TRACE is an SQLite file, Chrome JSON (both plain, gzip or xz), or a run folder, whose scenario
+    stays. A report of Nsight Systems (.nsys-rep) cannot be redacted: export it first. A copy of a folder holds the
+    files that a run writes, without a report; what was left out is said. --in-place refuses a folder that holds others.
 
     \b
     Examples:

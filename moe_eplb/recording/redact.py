@@ -1,9 +1,8 @@
 """Takes out of a capture what must not leave the machine: a raw one holds the whole environment of its process.
 
 Removed are environment variables, tokens and passwords, arguments and lists of processes, names of users and machines,
-absolute paths outside the system's folders, URLs, UUIDs, addresses and serial numbers of GPUs and network cards,
-tables about the system, and tables and columns whose names are not those of an export. Times, kernel names and the
-texts of our own NVTX domain stay as they are.
+absolute paths outside the system's folders, UUIDs, addresses and serial numbers of GPUs and network cards, and tables
+about the system. Times, kernel names and the texts of our own NVTX domain stay as they are.
 """
 
 from __future__ import annotations

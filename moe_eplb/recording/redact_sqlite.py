@@ -12,7 +12,6 @@ from moe_eplb.recording import nsys_schema
 from moe_eplb.recording.nvtx_ranges import DOMAIN
 from moe_eplb.recording.redact_json import scrubbed_text
 from moe_eplb.recording.redact_names import names_someone, sensitive
-from moe_eplb.recording.redact_schema import is_known, is_plain, write_known
 from moe_eplb.recording.redact_text import REMOVED, Scrubber
 
 __all__ = ["redact_sqlite"]
@@ -37,14 +36,12 @@ _IN_OWN_DOMAIN = "(IFNULL(globalTid, 0) >> 24, IFNULL(domainId, -1)) IN (SELECT 
 
 
 def redact_sqlite(path: Path, scrubber: Scrubber) -> list[str]:
-    """Replace a database by one of what may stay, so that no page holds a removed byte; returns what was removed."""
-    rewritten = path.with_name(f"{path.name}.rewritten")
+    """Redact a database in place and rewrite it, so that no page holds a removed byte; returns what was removed."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
-        redaction = _Redaction(connection, scrubber)
-        removed = list(redaction.run())
-        redaction.write(rewritten)
-    rewritten.replace(path)
+        connection.execute("PRAGMA secure_delete = ON")
+        removed = list(_Redaction(connection, scrubber).run())
+        connection.execute("VACUUM")
     return removed
 
 
@@ -53,28 +50,16 @@ class _Redaction:
 
     def __init__(self, connection: sqlite3.Connection, scrubber: Scrubber) -> None:
         self._connection, self._scrubber = connection, scrubber
-        listed = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall()
-        self._all = [name for name, _ in listed if not name.startswith("sqlite_")]
-        made_up = [name for name, sql in listed if not is_plain(sql)]
-        own = {
-            name for name in self._all if not any(name == other or name.startswith(f"{other}_") for other in made_up)
-        }
-        self._sql = {name: sql for name, sql in listed if name in own and '"' not in name}
+        self._sql = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall())
         self._columns = {
-            table: [row[1] for row in connection.execute(f'PRAGMA table_info("{table}")') if '"' not in row[1]]
-            for table in self._sql
+            table: [row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')] for table in self._sql
         }
-
-    def write(self, target: Path) -> None:
-        """Write what is left into a new database."""
-        write_known(self._connection, self._columns, self._references(), target)
 
     def run(self) -> Iterator[str]:
         self._learn_names()
         self._find_own_domains()
         self._connection.execute("BEGIN")
         yield from self._drop_views()
-        yield from self._leave_unknown()
         yield from self._empty_system_tables()
         yield from self._remove_idle_processes()
         yield from self._clear_named_fields()
@@ -113,21 +98,8 @@ class _Redaction:
         """No capture needs them, and their definitions may hold any text."""
         found = self._connection.execute("SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger')")
         for kind, name in found.fetchall():
-            quoted = name.replace('"', '""')
-            self._connection.execute(f'DROP {kind} IF EXISTS "{quoted}"')
+            self._connection.execute(f'DROP {kind} IF EXISTS "{name}"')
             yield f"{kind}s: 1"
-
-    def _leave_unknown(self) -> Iterator[str]:
-        """Go on without what is not called as in the format: its very name may be a person's or a project's."""
-        tables = {table: columns for table, columns in self._columns.items() if is_known(table)}
-        known = {table: [column for column in columns if is_known(column)] for table, columns in tables.items()}
-        lost = sum(len(tables[table]) - len(columns) for table, columns in known.items())
-        self._columns = {table: columns for table, columns in known.items() if columns}
-        self._sql = {table: self._sql[table] for table in self._columns}
-        if len(self._all) > len(self._sql):
-            yield f"tables that are not known: {len(self._all) - len(self._sql)}"
-        if lost:
-            yield f"columns that are not known: {lost}"
 
     def _empty_system_tables(self) -> Iterator[str]:
         for table in self._sql:
