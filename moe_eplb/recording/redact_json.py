@@ -37,7 +37,7 @@ def redact_json(text: str, scrubber: Scrubber) -> tuple[str, list[str]]:
     for string in _strings(document):
         if _NUMBER in string:
             raise ValueError(f"it holds the text {_NUMBER!r}, which redaction uses itself")
-        scrubber.learn_from(string)
+        scrubber.learn_homes(string)
     scrubber.learn(_names(document))
     walk = _Walk(scrubber)
     redacted = json.dumps(walk.value(document, "document"), ensure_ascii=False, separators=(",", ":"))

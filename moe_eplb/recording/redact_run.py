@@ -89,8 +89,6 @@ def _redact_rows(path: Path, scrubber: Scrubber) -> int:
     partial = path.with_name(f".{path.name}")
     try:
         before = path.read_text(encoding="utf-8").split("\n")
-        for row in before:
-            scrubber.learn_from(row)
         after = [_redacted_row(row, scrubber) for row in before]
         changed = sum(old != new for old, new in zip(before, after, strict=True))
         if changed:

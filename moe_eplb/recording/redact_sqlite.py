@@ -70,12 +70,12 @@ class _Redaction:
     def _learn_names(self) -> None:
         """Users and machines that the capture itself names, by columns, by properties and by paths of home folders."""
         self._connection.create_function("names_someone", 1, lambda name: isinstance(name, str) and names_someone(name))
-        self._connection.create_function("learn_from", 1, self._learn_from)
+        self._connection.create_function("learn_homes", 1, self._learn_homes)
         for table, column in self._text_columns():
             condition = self._where(table, column, "names_someone", names_someone(column))
             query = f'SELECT DISTINCT "{column}" FROM "{table}" WHERE {condition} AND "{column}" IS NOT NULL'
             self._scrubber.learn([str(row[0]) for row in self._connection.execute(query)])
-            self._connection.execute(f'SELECT COUNT(learn_from("{column}")) FROM "{table}"').fetchone()
+            self._connection.execute(f'SELECT COUNT(learn_homes("{column}")) FROM "{table}"').fetchone()
 
     def _where(self, table: str, column: str, function: str, always: bool) -> str:
         """Of which rows a column is meant: of all, of properties whose name says so, or of none."""
@@ -84,9 +84,9 @@ class _Redaction:
             return str(int(always))
         return f"{function}({names[0]})"
 
-    def _learn_from(self, value: object) -> None:
-        if isinstance(value, str):
-            self._scrubber.learn_from(value)
+    def _learn_homes(self, value: object) -> None:
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            self._scrubber.learn_homes(value)
 
     def _find_own_domains(self) -> None:
         if "NVTX_EVENTS" in self._sql and "StringIds" in self._sql:
@@ -186,7 +186,7 @@ class _Redaction:
 
     def _scrub_texts(self) -> Iterator[str]:
         for table, column in self._text_columns():
-            if table == "StringIds":
+            if table == "StringIds" or table.startswith("ENUM_"):
                 continue
             own = table == "NVTX_EVENTS" and column == "text"
             yield from self._scrub(table, column, f"NOT {_IN_OWN_DOMAIN}" if own else "1")

@@ -12,8 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from moe_eplb.recording.redact_names import is_secret
-from moe_eplb.recording.redact_paths import REMOVED, Paths
-from moe_eplb.recording.redact_people import PERSON, people_told, without_people
+from moe_eplb.recording.redact_paths import REMOVED, Paths, home_owners
 
 __all__ = ["REMOVED", "Scrubber", "is_secret_option", "local_scrubber"]
 
@@ -21,7 +20,6 @@ _COMMON_NAMES = frozenset(
     (
         *("root", "user", "users", "localhost", "local", "admin", "python", "linux", "ubuntu", "debian", "removed"),
         *("uuid", "main", "node", "head", "master", "host", "server", "worker", "compute", "login", "file"),
-        *("name", "args", "none", "null", "true", "false", "default", "unknown", "anonymous", "stream", "domain"),
     )
 )
 """Names of users and machines that say nothing, and that other texts hold in another meaning."""
@@ -36,13 +34,11 @@ _ASSIGNMENT = re.compile(
     r"(?<![\w.-])([A-Z][A-Z0-9_]{2,}+|[a-z]++_proxy)="
     r"(?:[^\s\0;]++|(?![\s\0;]++\w++=)(?:[^\S\n]|;)++)*+"
 )
-_OPENS = "token|key|secret|passw|passphrase|credential|auth"
 _OPTION = re.compile(
-    rf"(?<![\w-])(--?(?:(?=[\w-]*?(?:{_OPENS}))[\w-]++|[\w-]*?{PERSON}(?![\w-]))"
-    r"(?:[= ]|\\{0,3}[\"'],) {0,7}(?:[=:] {0,7})?)\S+",
+    r"(?<![\w-])(--?(?=[\w-]*?(?:token|key|secret|passw|credential|auth))[\w-]++(?:[= ]|\\{0,3}[\"'],) {0,7})\S+",
     re.IGNORECASE,
 )
-_OPTION_ALONE = re.compile(rf"--?[\w-]*(?:(?:{_OPENS})[\w-]*|{PERSON})", re.IGNORECASE)
+_OPTION_ALONE = re.compile(r"--?[\w-]*(?:token|key|secret|passw|credential|auth)[\w-]*", re.IGNORECASE)
 _PAIR = re.compile(
     r"(?<![\w-])(?P<name>(?=[\w-]*?(?:token|key|secret|passw|passphrase|pwd|credential|auth|cookie|bearer))[\w-]++)"
     r"(?P<sign>\\{0,3}[\"']?\s{0,8}(?:=(?!=)|:(?!:))\s{0,8})"
@@ -54,7 +50,6 @@ _SHAPE = re.compile(
     r"eyJ[\w-]*+(?:\.[\w-]++)+|eyJ[\w-]{12,}|(?:glpat|xox[a-z])-[\w-]{8,}|Bearer\s{1,4}[\w.~+/=-]{8,})"
 )
 _LOGIN = re.compile(r"(?<=://)[^/\s]*(?=@)")
-"""Apart from the rest of a URL, since a password may hold what else would end one."""
 _SERIAL = re.compile(r"(serial(?: ?(?:number|no\.?))?\s{0,8}[:=]\s{0,8})\S+", re.IGNORECASE)
 _UUID = re.compile(
     r"\b(?:(?:GPU|MIG|NIC)-)?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", re.IGNORECASE
@@ -94,16 +89,14 @@ class Scrubber:
 
     def learn(self, names: Iterable[str]) -> None:
         """Take these names of users and machines out as well, from now on; of a machine also its short name."""
-        self._learn({part for name in names if name != REMOVED for part in (name, *_parts(name))})
-
-    def _learn(self, names: set[str]) -> None:
-        if not names <= self._names:
-            self._names |= names
+        new = {part for name in names if name != REMOVED for part in (name, *_parts(name))} - self._names
+        if new:
+            self._names |= new
             self._compile()
 
-    def learn_from(self, text: str) -> None:
-        """Take out whom a text tells of as well: owners of home folders, users, machines."""
-        self._learn({name for name in people_told(text) if name != REMOVED})
+    def learn_homes(self, text: str) -> None:
+        """Take the owners of the home folders in a text for users."""
+        self.learn(home_owners(text))
 
     def text(self, value: str) -> str:
         """The text without what must not stay; a text that holds nothing of it comes back as it is."""
@@ -136,7 +129,7 @@ class Scrubber:
         value = _PAIR.sub(_without_secret, value)
         value = _SHAPE.sub(REMOVED, value)
         value = _SERIAL.sub(rf"\1{REMOVED}", value)
-        value = without_people(_LOGIN.sub(REMOVED, value))
+        value = _LOGIN.sub(REMOVED, value)
         value = _UUID.sub(lambda match: self._pseudonym(match[0]), value)
         value = _ADDRESS6.sub(_without_address, value)
         value = _ADDRESS.sub(REMOVED, _MAC.sub(REMOVED, value))

@@ -41,8 +41,8 @@ def _document(value: Any, scrubber: Scrubber | None = None) -> Any:
         ("['--hf-token', 'abc'] and", f"['--hf-token', {REMOVED} and"),
         ("/proc/self/cwd/x", REMOVED),
         ("--verbose --hf-token abc", f"--verbose --hf-token {REMOVED}"),
-        ("clone https://ghp_ABCDEFGHIJ1234567890@github.com/corp", f"clone https://{REMOVED}"),
-        ("https://me:p@ss@host/x", f"https://{REMOVED}"),
+        ("clone https://ghp_ABCDEFGHIJ1234567890@github.com/corp", f"clone https://{REMOVED}@github.com/corp"),
+        ("https://me:p@ss@host/x", f"https://{REMOVED}@host/x"),
         ("hf_AbCdEf1234567890, gho_abcdefgh12", f"{REMOVED}, {REMOVED}"),
         ("sk-live-11112222 AKIAIOSFODNN7EXAMPLE eyJabc.def.ghi", f"{REMOVED} {REMOVED} {REMOVED}"),
         (f"with {PEM} in it", f"with {REMOVED} in it"),
@@ -60,7 +60,7 @@ def _document(value: Any, scrubber: Scrubber | None = None) -> Any:
         ("/scratch/users/someone/x.py(3)", f"{REMOVED}/x.py(3)"),
         ("at C:\\Users\\carol\\proj\\train.py", f"at {REMOVED}/train.py"),
         ("at \\\\server\\share\\carol", f"at {REMOVED}"),
-        ("~/proj/x, ~bob/proj", f"{REMOVED}, {REMOVED}"),
+        ("~/proj/x and ~bob/proj", f"{REMOVED} and {REMOVED}"),
         ("/work/my\\ proj/x", REMOVED),
         *((path, REMOVED) for path in ROOTLESS),
     ],
@@ -78,7 +78,7 @@ def test_what_goes(text: str, expected: str) -> None:
         "c10::add", "a::b", "x[::2]", "12:34:56", "wait_gpu/3", "jit(f)/jit(main)/dot_general", "layers[3]/attn/q",
         "torch/nn/modules/module.py(1518): _call_impl", "tokens=512", "num_tokens: 512", "tokens: [512, 3]", "key=3",
         "Tokenizer::encode", "hf_attention_forward", "task-parallel step", "a / b", "2026/11/29", "</div>", "author=me",
-        "/usr/lib/x86_64-linux-gnu/libcuda.so.1", "/step", "node 3", "s://",
+        "/usr/lib/x86_64-linux-gnu/libcuda.so.1", "/step", "node 3", "http://host/x",
     ],
 )  # fmt: skip
 def test_what_stays(text: str) -> None:
@@ -190,7 +190,7 @@ def _database(path: Path) -> Path:
             """
             CREATE TABLE META_DATA_CAPTURE (name TEXT, value TEXT);
             CREATE TABLE SETTINGS (key TEXT, value TEXT);
-            CREATE TABLE ANALYSIS_DETAILS (ip TEXT, cmd TEXT, hostName TEXT, text TEXT, originalIP TEXT, nodePath TEXT);
+            CREATE TABLE ANALYSIS_DETAILS (ip TEXT, cmd TEXT, osHost TEXT, note TEXT, api_key TEXT, nodeName TEXT);
             CREATE TABLE NVTX_EVENTS (start INTEGER, textId INTEGER, globalTid INTEGER, domainId INTEGER, jsonText, b);
             CREATE VIEW shown AS SELECT 'planted-view' AS x;
             INSERT INTO META_DATA_CAPTURE VALUES ('HF_TOKEN', 'planted-token'), ('NODE', 'planted-node'), ('A', '5');
