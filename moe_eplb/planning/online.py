@@ -1,7 +1,7 @@
 """Planners for a layer while it runs: from its load and placement to a plan, the same on every rank.
 
 Nothing here looks at a clock: ranks that plan for themselves must come to the same placement, however busy each is. A
-planner is bounded by the slots that it may change.
+planner is bounded by the slots that it may change, or, where slots move only if that pays, by a plan of them all.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Planning:
         moves: How many slots a plan changes at most, over all ranks; not with ``reference``. None for all.
         compiled: Whether ``reference`` runs compiled, so that it holds no other thread; the plans are the same.
         min_gain: Share by which the balancedness of the load has to grow for slots to move; otherwise a plan keeps what
-            is there. Of a plan in parts the whole has to bring as much. Without it a balanced layer's slots go on
-            moving after the noise of each load.
+            is there. Of a plan in parts the whole has to bring as much, and no part may make the layer less balanced.
+            Without it a balanced layer's slots go on moving after the noise of each load.
     """
 
     policy: OnlinePolicy = "reference"
@@ -54,26 +54,28 @@ class Planning:
 
     def planner(self) -> Planner:
         """A planner for one layer."""
-        plan = self._always()
-        if not self.min_gain:
-            return plan
-        in_parts = self.most_changes is not None or self.moves is not None
-        whole = replace(self, most_changes=None, moves=None)._always() if in_parts else plan
-        return partial(self._if_it_pays, plan, whole)
+        loads: deque[np.ndarray] = deque(maxlen=HISTORY if self.policy == "robust" else 1)
+        return partial(self._remembering, loads)
 
-    def _if_it_pays(self, plan: Planner, whole: Planner, load: np.ndarray, current: Placement) -> Plan:
-        found = plan(load, current)
-        best = found if whole is plan else whole(load, current)
-        now, then = current.rank_load(load), float(best.predicted.max())
-        if then > 0 and float(now.max()) / then - 1 >= self.min_gain:
-            return found
-        return Plan(current, current.changed_slots(current), now)
+    def _remembering(self, loads: deque[np.ndarray], load: np.ndarray, current: Placement) -> Plan:
+        reference.check_load(load, current.slots)
+        loads.append(np.asarray(load, np.float64))
+        return self._where_it_pays(loads, current) if self.min_gain else self._made(loads, current)
 
-    def _always(self) -> Planner:
+    def _where_it_pays(self, loads: deque[np.ndarray], current: Placement) -> Plan:
+        """The whole plan is made first: where it does not pay, no part of it has to be found."""
+        found = replace(self, most_changes=None, moves=None)._made(loads, current)
+        now, then = current.rank_load(loads[-1]), float(found.predicted.max())
+        pays = then > 0 and float(now.max()) / then - 1 >= self.min_gain
+        if pays and (self.most_changes is not None or self.moves is not None):
+            found = self._made(loads, current)
+            pays = float(found.predicted.max()) <= float(now.max())
+        return found if pays else Plan(current, current.changed_slots(current), now)
+
+    def _made(self, loads: deque[np.ndarray], current: Placement) -> Plan:
         if self.policy != "reference":
-            loads: deque[np.ndarray] = deque(maxlen=1 if self.policy == "incremental" else HISTORY)
-            return partial(self._from_current, loads)
-        return self._compiled if self.compiled else self._by_the_twin
+            return self._from_current(loads, current)
+        return (self._compiled if self.compiled else self._by_the_twin)(loads[-1], current)
 
     def _by_the_twin(self, load: np.ndarray, current: Placement) -> Plan:
         return reference.plan(load, current, preserve_slots=self.preserve_slots, most_changes=self.most_changes)
@@ -81,23 +83,20 @@ class Planning:
     def _compiled(self, load: np.ndarray, current: Placement) -> Plan:
         from moe_eplb.planning.kernels.reference import reference_slots
 
-        reference.check_load(load, current.slots)
         slots = reference_slots(
             np.ascontiguousarray(load, np.float64), current.slot_to_expert, current.ranks, self.preserve_slots
         )
         return self._plan(load, current, slots)
 
-    def _from_current(self, loads: deque[np.ndarray], load: np.ndarray, current: Placement) -> Plan:
+    def _from_current(self, loads: deque[np.ndarray], current: Placement) -> Plan:
         from moe_eplb.planning.policies import solve
         from moe_eplb.planning.problem import Problem
 
-        reference.check_load(load, current.slots)
-        loads.append(np.asarray(load, np.float64))
         problem = Problem(
             np.stack(loads)[:, np.newaxis], current.ranks, current.slots, current=current.slot_to_expert[np.newaxis],
             max_moves=self.moves, allow_duplicates=_has_duplicates(current),
         )  # fmt: skip
-        return self._plan(load, current, solve(problem, self.policy).slots[0])
+        return self._plan(loads[-1], current, solve(problem, self.policy).slots[0])
 
     def _plan(self, load: np.ndarray, current: Placement, slots: np.ndarray) -> Plan:
         placement = Placement(current.ranks, current.experts, slots)

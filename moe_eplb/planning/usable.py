@@ -11,13 +11,19 @@ __all__ = ["usable"]
 
 
 def usable(problem: Problem) -> tuple[Slots, tuple[str, ...]]:
-    """The current placement without what must not be: experts on masked ranks, missing experts, duplicates."""
+    """The current placement without what must not be: experts on masked ranks, missing experts, duplicates.
+
+    Layers that are held keep it as it is.
+    """
     current = problem.current
     assert current is not None
     home = current.astype(np.int32)
     for rank in problem.masked_ranks:
         home[:, problem.first_slot[rank] : problem.first_slot[rank + 1]] = EMPTY
-    repaired = sum(_repair(home[layer], problem) for layer in np.flatnonzero(_unusable(home, problem)))
+    held = list(problem.held)
+    home[held] = current[held]
+    broken = np.setdiff1d(np.flatnonzero(_unusable(home, problem)), held)
+    repaired = sum(_repair(home[layer], problem) for layer in broken)
     return home, (f"{repaired} slots of the current placement had to change first",) if repaired else ()
 
 

@@ -10,6 +10,7 @@ import pytest
 from moe_eplb.core import planner
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.placement import Placement
+from moe_eplb.planning import online
 from moe_eplb.planning.online import HISTORY, OnlinePolicy, Planning, prepare
 
 MOVING: list[OnlinePolicy] = ["incremental", "robust"]
@@ -141,6 +142,50 @@ def test_parts_that_gain_little_by_themselves_are_moved_where_the_whole_pays(pla
     assert current.rank_load(load).max() / best - 1 < 0.2
     assert smallest < 0.2, "some part alone would not have paid"
     assert sizes[-1] == 0, "what is left does not pay"
+
+
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_part_makes_a_layer_less_balanced(policy: OnlinePolicy, most: int) -> None:
+    """Plans from scratch have another target with each load, towards which a part may lead away from balance."""
+    random = np.random.default_rng(3)
+    skew = random.gamma(0.7, 100.0, 128)
+    current = first = Placement(8, 128, planner.initial_slots(128, 8, 17))
+    gated = Planning(policy, most_changes=most, min_gain=0.02).planner()
+    moves = 0
+    for _ in range(40):
+        load = random.poisson(skew * 20).astype(np.float64)
+        made = gated(load, current)
+        assert made.predicted.max() <= current.rank_load(load).max()
+        moves += len(made.changed) > 0
+        current = made.placement
+    assert moves, "and some move"
+    assert current.rank_load(skew).max() < first.rank_load(skew).max()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_gain_of_just_so_much_pays(policy: OnlinePolicy) -> None:
+    current = Placement(2, 4, np.array([0, 1, 2, 3], np.int32))
+    load = np.array([2.0, 2.0, 1.0, 1.0])  # 4 and 2, or 3 and 3: a gain of one third
+    gains = {share: Planning(policy, min_gain=share).planner()(load, current).predicted.max() for share in (0.33, 0.34)}
+    assert gains == {0.33: 3.0, 0.34: 4.0}
+    exactly = Planning(policy, min_gain=4.0 / 3.0 - 1).planner()(load, current)
+    assert exactly.predicted.max() == 3.0
+
+
+def test_no_part_is_looked_for_where_the_whole_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be none that fits, which is an error."""
+
+    def none_fits(*given: object) -> Placement:
+        raise BalancerError("E175", "no part of the plan fits")
+
+    monkeypatch.setattr(online, "part_of", none_fits)
+    current = Placement(2, 4, np.array([0, 1, 2, 3], np.int32))
+    load = np.array([2.0, 2.0, 1.0, 1.0])
+    made = Planning("incremental", most_changes=1, min_gain=0.34).planner()(load, current)
+    assert made.placement is current
+    with pytest.raises(BalancerError, match="E175"):
+        Planning("incremental", most_changes=1, min_gain=0.33).planner()(load, current)
 
 
 @pytest.mark.parametrize("planning", [Planning("incremental"), Planning("robust"), Planning(compiled=True)])
