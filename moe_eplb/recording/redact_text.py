@@ -35,7 +35,8 @@ _ASSIGNMENT = re.compile(
     r"(?:[^\s\0;]++|(?![\s\0;]++\w++=)(?:[^\S\n]|;)++)*+"
 )
 _OPTION = re.compile(
-    r"(?<![\w-])(--?(?=[\w-]*?(?:token|key|secret|passw|credential|auth))[\w-]++(?:[= ]|\\{0,3}[\"'],) {0,7})\S+",
+    r"(?<![\w-])(--?(?=[\w-]*?(?:token|key|secret|passw|credential|auth))[\w-]++(?:[= ]|\\{0,3}[\"'],) {0,7})"
+    r"(?!\\{0,3}[\"']?--[A-Za-z])\S+",  # else a flag without a value would take another option for one
     re.IGNORECASE,
 )
 _OPTION_ALONE = re.compile(r"--?[\w-]*(?:token|key|secret|passw|credential|auth)[\w-]*", re.IGNORECASE)
