@@ -13,8 +13,6 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from moe_eplb.balancer import MoeLoadBalancerIterContext
-from moe_eplb.balancer.resident_layer import ResidentLayer
-from moe_eplb.device import control, ops
 from tests.support.balanced import Rig
 
 DELAY, ROUNDS = 4, 300
@@ -36,18 +34,6 @@ class Replays:
         self._open.close()
         self._begin()
 
-    def graph(self) -> None:
-        """What a graph of all layers does."""
-        layers = [layer for layer in self.rig.layers if isinstance(layer, ResidentLayer)]
-        for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
-            model, state, resident = layer.resident.model, layer.state, layer.resident
-            control.take_over(model, state)
-            ops.histogram(self.rig.ids(layer.layer_idx, self.rig.balancer.iter_id), state.counts)
-            control.vote(model, state, following.state, timeout_ns=resident.timeout_ns, wait=resident.wait)
-            control.settle_and_fold(model, state, following.state, state.message, ranks=1, decay=0.95)
-            control.hand_over(model, state, delay=DELAY)
-            resident.bell.tell()
-
     def _begin(self) -> None:
         balancer = self.rig.balancer
         self._open.enter_context(MoeLoadBalancerIterContext(balancer))
@@ -55,7 +41,7 @@ class Replays:
 
     def close(self) -> None:
         """End the last iteration and the balancer."""
-        self.graph()
+        self.rig.replay()
         self._open.close()
         self.rig.balancer.shutdown()
 
@@ -66,7 +52,7 @@ def test_host_between_replays(benchmark: BenchmarkFixture, layers: int, updates:
         replays = Replays(layers, updates)
         try:
             benchmark.pedantic(  # type: ignore[no-untyped-call]
-                replays.between, setup=replays.graph, rounds=ROUNDS, warmup_rounds=20
+                replays.between, setup=replays.rig.replay, rounds=ROUNDS, warmup_rounds=20
             )
         finally:
             replays.close()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.gpu.layer_cases import Case
+from benchmarks.gpu.layer_cases import CASES, Case
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.ranks import Ranks, joined
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
@@ -39,9 +40,8 @@ from moe_eplb.device.cuda_copier import CudaCopier
 
 __all__ = ["main", "summary"]
 
-_MODELS = {"qwen3-30b": (128, 2048, 768), "deepseek-v3": (32, 7168, 2048)}
-"""Experts, D and I; of DeepSeek-V3's experts each rank has so many."""
-_TOP_K = 8
+_MODELS = {"qwen3-30b": "qwen3-30b, 8192 tokens", "deepseek-v3": "deepseek-v3 slice, 4096 tokens"}
+"""The case of each; of a slice's experts each rank has as many."""
 _LAYERS = 4
 _UPDATES, _DELAY = 2, 2
 """Every other layer hands over in an iteration; a layer is free again two iterations later."""
@@ -102,10 +102,9 @@ def main(out: Path, model: str, steps: int, block: int, slots: int, awake: bool,
 
 
 def _case(model: str, tokens: int, ranks: int) -> Case:
-    experts, hidden, intermediate = _MODELS[model]
-    if model == "deepseek-v3":
-        experts *= ranks
-    return Case(f"{model}, {tokens} tokens", tokens, experts, hidden, intermediate, _TOP_K)
+    case = next(case for case in CASES if case.name == _MODELS[model])
+    experts = case.experts * (ranks if "slice" in case.name else 1)
+    return replace(case, name=f"{model}, {tokens} tokens", tokens=tokens, experts=experts)
 
 
 def _measure(case: Case, ranks: Ranks, steps: int, block: int, slots: int, awake: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -107,8 +108,9 @@ class _Config(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
+    @abc.abstractmethod
     def architecture(self) -> Architecture:
-        raise NotImplementedError
+        """What the MoE layers of a model of this family are."""
 
     def _made(self, *, layers: list[int], intermediate: int, shared: int, routing: dict[str, Any]) -> (
         Architecture

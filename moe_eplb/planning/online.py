@@ -19,6 +19,7 @@ from moe_eplb.core.partial_plan import part_of
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan
 from moe_eplb.core.scenario import Scenario
+from moe_eplb.planning.problem import Problem, gains
 
 __all__ = ["HISTORY", "OnlinePolicy", "Planner", "Planning", "prepare", "prepare_for"]
 
@@ -65,8 +66,8 @@ class Planning:
     def _where_it_pays(self, loads: deque[np.ndarray], current: Placement) -> Plan:
         """The whole plan is made first: where it does not pay, no part of it has to be found."""
         found = replace(self, most_changes=None, moves=None)._made(loads, current)
-        now, then = current.rank_load(loads[-1]), float(found.predicted.max())
-        pays = then > 0 and float(now.max()) / then - 1 >= self.min_gain
+        now = current.rank_load(loads[-1])
+        pays = bool(gains(now.max(keepdims=True), found.predicted.max(keepdims=True))[0] >= self.min_gain)
         if pays and (self.most_changes is not None or self.moves is not None):
             found = self._made(loads, current)
             pays = float(found.predicted.max()) <= float(now.max())
@@ -90,7 +91,6 @@ class Planning:
 
     def _from_current(self, loads: deque[np.ndarray], current: Placement) -> Plan:
         from moe_eplb.planning.policies import solve
-        from moe_eplb.planning.problem import Problem
 
         problem = Problem(
             np.stack(loads)[:, np.newaxis], current.ranks, current.slots, current=current.slot_to_expert[np.newaxis],

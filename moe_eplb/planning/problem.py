@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moe_eplb.core.errors import UsageError
 
-__all__ = ["EMPTY", "Problem", "Solution"]
+__all__ = ["EMPTY", "Problem", "Solution", "gains", "rank_loads"]
 
 EMPTY = -1
 """What stands in a slot of a masked rank."""
@@ -177,6 +177,12 @@ def rank_loads(slots: Slots, load: Loads, first_slot: NDArray[np.int64]) -> Load
     before = np.concatenate([np.zeros((layers, 1)), np.cumsum(share, axis=1)], axis=1)
     loads: Loads = np.diff(before[:, first_slot], axis=1)
     return loads
+
+
+def gains(now: Loads, then: Loads) -> Loads:
+    """Share [L] by which the balancedness of layers grows whose largest rank loads [L] change; -1 without load."""
+    grown: Loads = np.divide(now, then, out=np.zeros_like(now), where=then > 0) - 1
+    return grown
 
 
 def _refused(what: str, why: str, hint: str = "") -> UsageError:

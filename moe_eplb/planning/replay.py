@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe_eplb.core.errors import UsageError
 from moe_eplb.planning.policies import solve
-from moe_eplb.planning.problem import Loads, Problem, Slots, Solution, rank_loads
+from moe_eplb.planning.problem import Loads, Problem, Slots, Solution, gains, rank_loads
 
 __all__ = ["CostModel", "Replayed", "Setting", "best", "replay", "settings_to_try", "why"]
 
@@ -210,19 +210,13 @@ def _plan(windows: Loads, ranks: int, slots: int, setting: Setting, placed: Slot
     if not setting.min_gain:
         return solve(replace(problem, max_moves=budget), setting.policy)
     whole = solve(problem, setting.policy)
-    pays = _gains(problem, placed, whole.slots) >= setting.min_gain
+    now, then = (_tops(slots, problem.newest, problem.first_slot) for slots in (placed, whole.slots))
+    pays = gains(now, then) >= setting.min_gain
     if budget is None or not pays.any():
         return replace(whole, slots=np.where(pays[:, np.newaxis], whole.slots, placed))
     held = tuple(np.flatnonzero(~pays).tolist())
     part = solve(replace(problem, max_moves=budget, held=held), setting.policy)
     return replace(part, milliseconds=whole.milliseconds + part.milliseconds)
-
-
-def _gains(problem: Problem, placed: Slots, planned: Slots) -> Loads:
-    """Share [L] by which each layer's balancedness of the newest window grows; -1 for a layer without load."""
-    now, then = (_tops(slots, problem.newest, problem.first_slot) for slots in (placed, planned))
-    gains: Loads = np.divide(now, then, out=np.zeros_like(now), where=then > 0) - 1
-    return gains
 
 
 def _tops(slots: Slots, load: Loads, edges: NDArray[np.int64]) -> Loads:

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 
 from moe_eplb.balancer import AllReduce, MoeLoadBalancerIterContext
-from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.balancer.updater import Update, Updater
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.device import control, ops
+from moe_eplb.device import control
 from moe_eplb.device.copier import CopierAtOnce
 from moe_eplb.planning.online import Planner
 from tests.support.balanced import Rig
@@ -38,23 +37,6 @@ def rig() -> Any:
         one.balancer.shutdown()
 
 
-def residents(rig: Rig) -> list[ResidentLayer]:
-    return [layer for layer in rig.layers if isinstance(layer, ResidentLayer)]
-
-
-def replay(rig: Rig) -> None:
-    """What a graph of all layers does."""
-    layers = residents(rig)
-    for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
-        model, state, resident = layer.resident.model, layer.state, layer.resident
-        control.take_over(model, state)
-        ops.histogram(rig.ids(layer.layer_idx, rig.balancer.iter_id), state.counts)
-        control.vote(model, state, following.state, timeout_ns=resident.timeout_ns, wait=resident.wait)
-        control.settle_and_fold(model, state, following.state, state.message, ranks=1, decay=0.95)
-        control.hand_over(model, state, delay=2)
-        resident.bell.tell()
-
-
 def test_an_exception_behind_a_launch_costs_the_plans_under_way_and_no_others(rig: Callable[..., Rig]) -> None:
     made = rig(layers=2, updates=2, commit_delay=2, empty_group="never")
     balancer = made.balancer
@@ -62,13 +44,13 @@ def test_an_exception_behind_a_launch_costs_the_plans_under_way_and_no_others(ri
     for iteration in range(12):
         try:
             with MoeLoadBalancerIterContext(balancer), balancer.replaying():
-                replay(made)
+                made.replay()
                 if iteration == 3:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             assert iteration == 3
     balancer.collect()
-    resident = residents(made)[0].resident
+    resident = made.residents()[0].resident
     assert int(resident.model.rung) == resident.expected == 24
     assert {taken for _, taken, _ in made.journal.commits} >= {4, 6, 8}, "none after it is lost"
     assert len(made.journal.drops) <= 4
@@ -78,7 +60,7 @@ def test_a_load_that_comes_too_late_makes_no_device_wait(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = rig(layers=2, updates=2, commit_delay=2)
-    layer = residents(made)[0]
+    layer = made.residents()[0]
     bell = layer.resident.bell
     monkeypatch.setattr(bell, "wait", lambda count, timeout_s: False)
     layer.expect(0)
@@ -136,7 +118,7 @@ def test_an_abort_tells_no_counts_of_layers_that_did_not_run(rig: Callable[..., 
 def test_a_capture_that_fails_leaves_layers_that_begin_anew(rig: Callable[..., Rig]) -> None:
     made = rig(layers=2, updates=2, commit_delay=2)
     made.iterate(4)
-    layer = residents(made)[0]
+    layer = made.residents()[0]
     with pytest.raises(RuntimeError, match="no memory"), made.balancer.capturing():  # noqa: PT012
         layer.start_wait_gpu_stage()
         layer.done_wait_gpu_stage()

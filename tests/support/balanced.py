@@ -12,10 +12,11 @@ from torch import Tensor
 
 from moe_eplb.balancer import AllReduce, BalancerOptions, MoeLoadBalancer, SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.host_memory import new_instance
+from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.core.events import EventSink, Kind, NullSink
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.probe import NullProbe
-from moe_eplb.device import get_device
+from moe_eplb.device import control, get_device, ops
 
 __all__ = ["AllHost", "Journal", "Rig", "StandIn", "ids_of", "weight"]
 
@@ -213,6 +214,21 @@ class Rig:
             slots = [self.run_layer(index, allreduce=allreduce).tolist() for index in range(len(self.layers))]
             self.balancer.end_iter()
         return slots
+
+    def residents(self) -> list[ResidentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ResidentLayer)]
+
+    def replay(self) -> None:
+        """What a graph of all layers does."""
+        layers, options = self.residents(), self.balancer.options
+        for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
+            model, state, resident = layer.resident.model, layer.state, layer.resident
+            control.take_over(model, state)
+            ops.histogram(self.ids(layer.layer_idx, self.balancer.iter_id), state.counts)
+            control.vote(model, state, following.state, timeout_ns=resident.timeout_ns, wait=resident.wait)
+            control.settle_and_fold(model, state, following.state, state.message, ranks=1, decay=options.decay)
+            control.hand_over(model, state, delay=options.commit_delay)
+            resident.bell.tell()
 
     def placements(self) -> list[list[int]]:
         return [layer.placement.slot_to_expert.tolist() for layer in self.layers]
