@@ -52,9 +52,9 @@ class LayerStream:
         """Later work on the balancer stream comes after what the current stream has submitted so far."""
         self._follow(self._device.current)
 
-    def mark_current(self, *, within: bool) -> None:
-        """`follow_mark` follows the current stream up to here; `within`: in the middle of a piece of its work."""
-        self._device.record(self._begin, self._device.current, within=within)
+    def mark_within(self) -> None:
+        """`follow_mark` follows the current stream up to here, which is in the middle of a piece of its work."""
+        self._device.record(self._begin, self._device.current, within=True)
         self._marked = True
 
     def follow_mark(self) -> None:

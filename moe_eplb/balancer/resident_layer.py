@@ -26,8 +26,8 @@ __all__ = ["ResidentLayer"]
 _FEW = 4096
 """So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides.
 
-What several ranks hold of so few begins with the first product, which is busy with weights; of more with the grouping,
-since there a product needs every processor from its begin on.
+What several ranks hold of so few begins with the first product, which is busy with weights; of more with the copying of
+rows, since there a product needs every processor from its begin on.
 """
 
 
@@ -116,7 +116,7 @@ class ResidentLayer(ResidentPlans):
         """See the base class."""
         stream, beside_products = self._our_stream, self._few and self.ep_size > 1
         if stream is not None and self._held and grouped == beside_products:
-            stream.mark_current(within=grouped)
+            stream.mark_within()
 
     def release_statistics(self) -> None:
         """See the base class."""

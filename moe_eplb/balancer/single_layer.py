@@ -146,8 +146,8 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         """
 
     def mark_statistics(self, *, grouped: bool) -> None:
-        """What is held may begin where the current stream is now: behind the dispatch, or `grouped`, in the middle of
-        the experts' work, behind the grouping of rows. The layer takes one of the two."""
+        """What is held may begin where the current stream is now, in the middle of the experts' work: before it copies
+        rows to their cells, or `grouped`, behind that. The layer takes one of the two."""
 
     def release_statistics(self) -> None:
         """Submit what is held, beside what the current stream does from the mark on, or from now on without one."""

@@ -158,19 +158,22 @@ class ExpertSlots(nn.Module):
             {name: self.cell_tensor(cell, name) for name in self.names} for cell in range(self.num_slots + self.spare)
         ]
 
-    def group(self, hidden: Tensor, slots: Tensor, entries: int | None = None) -> Grouped:
+    def group(
+        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] | None = None
+    ) -> Grouped:
         """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
 
         Args:
             hidden: [M, D]; rows may be strided.
             slots: Local slots; those outside [0, S) have no entry.
             entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
+            copying: Called before the rows are copied.
         """
         cells, groups = self.slot_cells if self.spare else None, self.num_slots + self.spare
         if self.dtype is FP8:
-            rows, row_scale, position, offs = ops.permute_rows_fp8(hidden, slots, groups, cells, entries)
+            rows, row_scale, position, offs = ops.permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
             return Grouped(rows, position, offs, row_scale)
-        return Grouped(*ops.permute_rows(hidden, slots, groups, cells, entries))
+        return Grouped(*ops.permute_rows(hidden, slots, groups, cells, entries, copying))
 
     def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
         """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""

@@ -262,12 +262,14 @@ class WideEPMoE(nn.Module):
 
     def _compute(self, received: Received) -> _Computed:
         def compute() -> _Computed:
-            rows, position, offs, scale = self.experts.group(received.hidden, received.slots, received.entries)
+            beside_copying = partial(self._stages.mark_statistics, grouped=False)
+            rows, position, offs, scale = self.experts.group(
+                received.hidden, received.slots, received.entries, beside_copying
+            )
             self._stages.mark_statistics(grouped=True)
             return _Computed(self.experts.grouped_ffn(rows, offs, scale), position, offs)
 
         most = received.slots.numel() if received.entries is None else received.entries
-        self._stages.mark_statistics(grouped=False)
         computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
         self._stages.release_statistics()
         if self.probe is not None:

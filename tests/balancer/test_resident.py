@@ -298,8 +298,12 @@ def test_what_several_ranks_hold_of_few_ids_begins_with_the_products_and_all_els
     few: int, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident_layer_module, "_FEW", few)
-    rig, seen = resident(layers=1, ranks=ranks, commit_delay=2, holds=True), list[bool]()
-    monkeypatch.setattr(LayerStream, "mark_current", lambda self, *, within: seen.append(within))
+    rig, asked, seen = resident(layers=1, ranks=ranks, commit_delay=2, holds=True), list[bool](), list[bool]()
+    mark = ResidentLayer.mark_statistics
+    monkeypatch.setattr(
+        ResidentLayer, "mark_statistics", lambda self, *, grouped: (asked.append(grouped), mark(self, grouped=grouped))
+    )
+    monkeypatch.setattr(LayerStream, "mark_within", lambda self: seen.append(asked[-1]))
     try:
         rig.iterate(2)
         assert seen == [few > 0 and ranks > 1] * 2

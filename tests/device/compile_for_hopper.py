@@ -13,9 +13,9 @@ from moe_eplb.device.ops import triton_choose, triton_fp8, triton_group, triton_
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = (
-    "count", "width", "groups", "hidden_stride", "capacity", "layer", "experts", "delay", "layers", "kept", "ranks",
-    "timeout_ns", "tokens", "per_rank", "width1", "width2", "width3", "words", "rank", "most", "rows", "stride",
-    "scale_stride", "mark_stride", "tables_size", "cells_size",
+    "count", "width", "groups", "hidden_stride", "capacity", "layer", "following", "experts", "delay", "layers", "kept",
+    "ranks", "timeout_ns", "tokens", "per_rank", "width1", "width2", "width3", "words", "rank", "most", "rows",
+    "stride", "scale_stride", "mark_stride", "tables_size", "cells_size",
 )  # fmt: skip
 COUNTS = dict.fromkeys(NUMBERS, "i32")
 
@@ -57,8 +57,12 @@ def main() -> None:
             "not behind what all threads store"
         )
     assert text.count("bar.sync") == 2, "the next layer's part reads what the one before may not have stored yet"
-    text = build(triton_all._vote_all, 1, words, block=256, spin=True)
-    assert "sys.acquire" in text, "what is published behind the word may be read before it"
+    for text in (
+        build(triton_all._vote_all, 1, words, block=256, spin=True),
+        build(triton_control._vote, 4, words, block=256, spin=True, early=False),
+    ):
+        assert "ld.acquire.sys" in text, "what is published behind the word may be read before it"
+        assert "bar.sync" not in text, "warps that end their wait apart wait for each other"
     for window in (1, 4):
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
         build(triton_load._fold, 4, words, rows=8, window=window, block=256)
@@ -91,7 +95,7 @@ def entries() -> None:
             every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16)
             every(triton_group._place, words, top_k=top_k, mapped=mapped, block=128)
             constants = {"top_k": top_k, "mapped": mapped, "k_width": top_k, "tile": 1024, "ends": 16, "block": block}
-            every(triton_group._small, words | rows, **constants)
+            every(triton_group._small, words | rows, held=128 if mapped else 0, **constants)
         every(triton_group._copy_rows, words | rows, top_k=top_k, block=block)
         every(triton_rows._combine, words | rows, top_k=top_k, block=block)
     every(triton_group._scan, words, chunk=2048)

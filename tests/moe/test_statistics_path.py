@@ -13,6 +13,7 @@ from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer, MoeLoadBalancerI
 from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.device import AuxStreamType, get_device
+from moe_eplb.device.ops import plain
 from moe_eplb.moe.chunking import Chunk
 from moe_eplb.moe.statistics_path import make_path
 from tests.moe.test_wide_ep import _layer, _step
@@ -102,7 +103,7 @@ def test_what_follows_a_mark_in_the_middle_of_work_does_not_come_after_it() -> N
         assert marks.found == ([Kind.START_SET_CPU_STAGE] if within else [])
 
 
-def test_a_layer_may_mark_in_front_of_the_grouping_and_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_may_mark_in_front_of_the_copying_of_rows_and_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     device = get_device("cpu", NullSink())
     balancer = MoeLoadBalancer(0, 1, 1, device=device, options=BalancerOptions(resident=True, commit_delay=2))
     with balancer:
@@ -114,7 +115,8 @@ def test_a_layer_may_mark_in_front_of_the_grouping_and_of_the_products(monkeypat
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given: (seen.append(name), call(*given))[1])
 
-    noted(moe.experts, "group")
+    noted(plain, "permute")
+    noted(plain, "_sources")
     noted(moe.experts, "grouped_ffn")
     layer = moe.layer_load_balancer
     monkeypatch.setattr(layer, "mark_statistics", lambda *, grouped: seen.append(f"grouped={grouped}"))
@@ -129,7 +131,7 @@ def test_a_layer_may_mark_in_front_of_the_grouping_and_of_the_products(monkeypat
             _step(moe, 0, 4, 0, [4])
     finally:
         balancer.shutdown()
-    assert seen == ["grouped=False", "group", "grouped=True", "grouped_ffn", "release"]
+    assert seen == ["permute", "_sources", "grouped=False", "grouped=True", "grouped_ffn", "release"]
 
 
 def _one_rank_tells(rank: int, size: int, dispatch: str, seed: int | None) -> list[list[int]]:

@@ -193,8 +193,8 @@ class Rig:
         layer.update_statistic_with_local_ids(ids, True, True, allreduce or self._stand_in(index, iteration))
         slots = layer.route(ids)
         if self.holds:
-            layer.mark_statistics(grouped=False)
-            self.balancer.device.run(Kind.EXPERTS, index, partial(layer.mark_statistics, grouped=True))
+            for grouped in (False, True):
+                self.balancer.device.run(Kind.EXPERTS, index, partial(layer.mark_statistics, grouped=grouped))
             layer.release_statistics()
         on_held()
         layer.start_set_cpu_stage()

@@ -47,7 +47,7 @@ def vote(
         model.turn, model.due, model.decision, model.ready, model.overdue, model.stages, model.reports, model.overflow,
         layer.counts, following.lanes, layer.message, layer.layer, following.layer, model.layers,
         model.reports.shape[0], layer.experts, timeout_ns, block=block_of(layer.experts), spin=wait is None,
-        early=False, num_warps=1,
+        early=False, num_warps=4,
     )  # fmt: skip
 
 
@@ -113,6 +113,20 @@ def _begin(turns, turn, begun, last, width, kept, block: tl.constexpr):
     return tl.where(written, last + 1, last)
 
 
+@triton.jit
+def _acquired(word):
+    """A word of 64 bits, behind which whatever was published before it can be read.
+
+    Each thread loads it and none waits for another, as all would with an atomic operation, so that the warps of a
+    program end their wait apart. What comes of it is written by the first warp alone: stores of single values, and of
+    blocks of no more elements than a warp has threads, are made once, by the threads that hold them first.
+    """
+    return tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.s64 $0, [$1];", "=l,l,~{memory}", [word.to(tl.int64)], dtype=tl.int64, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
 @declares(writes=["overdue", "stages", "reports", "overflow", "message"], words=["ready", "overdue", "lanes"])
 @triton.jit(do_not_specialize=["layer", "following", "layers", "kept", "experts", "timeout_ns"])
 def _vote(
@@ -123,16 +137,18 @@ def _vote(
     at_due = tl.load(due + following)
     expected = _due_of_next(iteration, following, early)
     carried = (at_due == expected) & (tl.load(decision + following) == -1)
-    prepared = tl.load(ready + following, volatile=True)
     waited = tl.zeros([], dtype=tl.int64)
     if spin:
+        prepared = at_due - 1
         limit = tl.where(tl.load(overdue) == 0, timeout_ns, 0).to(tl.int64)
         begin = globaltimer()
-        while carried & (prepared < at_due) & (waited < limit):
-            prepared = tl.atomic_add(ready + following, 0, sem="acquire", scope="sys")
-            waited = (globaltimer() - begin).to(tl.int64)
+        while carried & (prepared < at_due) & (waited <= limit):  # where nobody waits any more, it is looked at once
+            prepared = _acquired(ready + following)
+            waited = tl.where(prepared < at_due, (globaltimer() - begin).to(tl.int64), waited)
             if early:  # programs of other layers wait beside this one: the first wait in vain ends all of them
                 limit = tl.where(tl.load(overdue, volatile=True) == 0, limit, 0)
+    else:
+        prepared = tl.load(ready + following, volatile=True)
     voted = carried & (prepared >= at_due)
     tl.store(overdue, 1, mask=carried & (prepared < at_due))
     report = reports + ((at_due % kept) * layers + following) * _REPORT
@@ -146,7 +162,9 @@ def _vote(
     expert = tl.arange(0, block)
     count = tl.load(counts + expert, mask=expert < experts, other=0)
     tl.store(message + expert, count.to(tl.int64), mask=expert < experts)
-    tl.store(overflow + layer, iteration + 1, mask=tl.min(count, axis=0) < 0)
+    # Not by the least of them, for which the warps would wait for each other.
+    told = tl.zeros([block], dtype=tl.int64)
+    tl.store(overflow + layer + told, told + iteration + 1, mask=(expert < experts) & (count < 0))
     tl.store(stages + layer * 4 + 1, iteration)
 
 

@@ -6,7 +6,7 @@ waits for the device, and no size depends on the contents of a tensor, so all of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -75,18 +75,20 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 
 def permute_rows(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
+    copying: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
-    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries)
+    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying)
     return rows, position, offs
 
 
 def permute_rows_fp8(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
+    copying: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries)
+    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
     return rows, scale, position, offs
 
 

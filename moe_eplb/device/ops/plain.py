@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -108,25 +108,31 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 
 def permute_rows(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
+    copying: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute`, and the hidden states [M, D] (rows may be strided) copied to where their entries go.
 
     Args:
         hidden, slots, groups, cells: As for `permute`.
         entries: N, how many entries have a slot; None when nobody knows, and then N is M * K.
+        copying: Called before the rows are copied: what is submitted then runs beside that.
 
     Returns:
         rows: [N, D]; rows after the last group's end hold anything.
         position, offs: As for `permute`.
     """
     position, offs = permute(slots, groups, cells)
-    return hidden[_sources(position, slots.numel() if entries is None else entries)], position, offs
+    source = _sources(position, slots.numel() if entries is None else entries)
+    if copying is not None:
+        copying()
+    return hidden[source], position, offs
 
 
 def permute_rows_fp8(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
+    copying: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute_rows` of the hidden states as `quantize_rows` gives them; each is quantised once for all its entries.
 
     Returns:
@@ -135,6 +141,8 @@ def permute_rows_fp8(
     """
     position, offs = permute(slots, groups, cells)
     source = _sources(position, slots.numel() if entries is None else entries)
+    if copying is not None:
+        copying()
     rows, scale = quantize_rows(hidden)
     return rows[source], scale[source], position, offs
 

@@ -9,6 +9,8 @@ and writes I bytes an entry, 5 * N * I.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -31,10 +33,13 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 
 def permute_rows_fp8(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
+    copying: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
     position, offs = permute_few(slots, groups, cells)
+    if copying is not None:
+        copying()
     size, width = slots.numel() if entries is None else entries, hidden.shape[1]
     rows = torch.empty(size, width, dtype=FP8, device=hidden.device)
     scale = torch.empty(size, dtype=torch.float32, device=hidden.device)

@@ -13,6 +13,8 @@ all tables together are below 1 % of that for D >= 1024.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -52,17 +54,22 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 
 def permute_rows(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
+    copying: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
     size = slots.numel() if entries is None else entries
     hidden = with_dense_rows(hidden)
     rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if not slots.numel() or slots.numel() > _SMALL:
         position, offs = permute(slots, groups, cells)
+        if copying is not None:
+            copying()
         if rows.numel():
             _copy(hidden, position, rows)
         return rows, position, offs
+    if copying is not None:
+        copying()
     return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, rows))
 
 
@@ -94,7 +101,8 @@ def _permute_small(
     _small[grid](
         hidden, slots, *_table(slots, groups, cells), rows, position, offs, hidden.stride(0), slots.stride(0), tokens,
         tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k, cells is not None, triton.next_power_of_2(top_k),
-        _TILE, _ENDS, block, num_warps=max(4, block // 256),
+        0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE, _ENDS, block,
+        num_warps=max(4, block // 256),
     )  # fmt: skip
     return position, offs
 
@@ -126,6 +134,19 @@ def _cell(slots, cells, num_slots, slot_stride, at, real, groups, top_k: tl.cons
     cell = tl.where(inside, slot, 0).to(tl.int32)
     if mapped:
         cell = tl.load(cells + cell, mask=inside, other=-1)
+        inside = inside & (cell >= 0) & (cell < groups)
+    return cell, inside
+
+
+@triton.jit
+def _cell_in(table, slots, num_slots, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr):
+    """`_cell` by a table that has been read: only the slots have still to come."""
+    token = (at // top_k).to(tl.int64)
+    slot = tl.load(slots + token * slot_stride + at % top_k, mask=real, other=-1)
+    inside = (slot >= 0) & (slot < num_slots)
+    cell = tl.where(inside, slot, 0).to(tl.int32)
+    if mapped:
+        cell = tl.gather(table, cell, axis=0)
         inside = inside & (cell >= 0) & (cell < groups)
     return cell, inside
 
@@ -202,20 +223,25 @@ def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl
 @triton.jit(do_not_specialize=["tokens", "entries", "capacity"])
 def _small(
     hidden, slots, cells, num_slots, rows, position, offs, hidden_stride, slot_stride, tokens, entries, groups, width,
-    capacity, top_k: tl.constexpr, mapped: tl.constexpr, k_width: tl.constexpr, tile: tl.constexpr, ends: tl.constexpr,
-    block: tl.constexpr,
+    capacity, top_k: tl.constexpr, mapped: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr,
+    ends: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program a token, then programs that find the ends of groups."""
+    """A program a token, then programs that find the ends of groups.
+
+    Each reads the whole table of cells, `held` of them or none, beside the slots, and not each slot's cell behind it.
+    """
     program = tl.program_id(0)
+    table = slots
+    if mapped:
+        slot = tl.arange(0, held)
+        table = tl.load(cells + slot, mask=slot < num_slots, other=-1)
     if program < tokens:
         k = tl.arange(0, k_width)
-        cell, inside = _cell(
-            slots, cells, num_slots, slot_stride, program * top_k + k, k < top_k, groups, top_k, mapped
+        cell, inside = _cell_in(
+            table, slots, num_slots, slot_stride, program * top_k + k, k < top_k, groups, top_k, mapped
         )
         limit = tl.where(inside, cell * entries + program * top_k + k, -1)
-        place = _before(
-            slots, cells, num_slots, slot_stride, entries, groups, limit, k_width, top_k, mapped, tile
-        )  # fmt: skip
+        place = _before(table, slots, num_slots, slot_stride, entries, groups, limit, k_width, top_k, mapped, tile)
         place = tl.where(inside, place, -1)
         once = (k < top_k) & (tl.program_id(1) == 0)
         tl.store(position + program * top_k + k, place, mask=once)
@@ -227,15 +253,13 @@ def _small(
     elif tl.program_id(1) == 0:
         group = (program - tokens) * ends + tl.arange(0, ends)
         limit = (group + 1) * entries
-        end = _before(
-            slots, cells, num_slots, slot_stride, entries, groups, limit, ends, top_k, mapped, tile
-        )  # fmt: skip
+        end = _before(table, slots, num_slots, slot_stride, entries, groups, limit, ends, top_k, mapped, tile)
         tl.store(offs + group, end, mask=group < groups)
 
 
 @triton.jit
 def _before(
-    slots, cells, num_slots, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
+    table, slots, num_slots, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
     mapped: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """For each limit, how many entries have a smaller key; an entry's key is cell * entries + its number."""
@@ -243,7 +267,7 @@ def _before(
     begin = 0
     while begin < entries:
         at = begin + tl.arange(0, tile)
-        cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+        cell, inside = _cell_in(table, slots, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
         key = tl.where(inside, cell * entries + at, 0x7FFFFFFF)
         found += tl.sum((key[None, :] < limit[:, None]).to(tl.int32), axis=1)
         begin += tile
