@@ -76,19 +76,19 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] | None = None, link: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
-    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying)
+    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying, link)
     return rows, position, offs
 
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] | None = None, link: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
+    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying, link)
     return rows, scale, position, offs
 
 
@@ -104,21 +104,23 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return values, scale
 
 
-def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def combine(
+    output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, link: Tensor | None = None
+) -> Tensor:
     """See `plain.combine`."""
-    total: Tensor = _at(output).combine(output, position, scales, dtype)
+    total: Tensor = _at(output).combine(output, position, scales, dtype, link)
     return total
 
 
-def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype, link: Tensor | None = None) -> Tensor:
     """See `plain.add_blocks`."""
-    total: Tensor = _at(blocks).add_blocks(blocks, tokens, dtype)
+    total: Tensor = _at(blocks).add_blocks(blocks, tokens, dtype, link)
     return total
 
 
-def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
+def pack_rows(columns: Sequence[Tensor], rows: Tensor, link: Tensor | None = None) -> None:
     """See `plain.pack_rows`."""
-    _at(rows).pack_rows(columns, rows)
+    _at(rows).pack_rows(columns, rows, link)
 
 
 def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int) -> tuple[Tensor, Tensor]:
@@ -127,9 +129,11 @@ def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int
     return place, token_at
 
 
-def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int) -> None:
+def send_rows(
+    columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int, link: Tensor | None = None
+) -> None:
     """See `plain_sends.send_rows`."""
-    _at(rows).send_rows(columns, token_at, rows, rank=rank)
+    _at(rows).send_rows(columns, token_at, rows, rank=rank, link=link)
 
 
 def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per_rank: int) -> Arrived:
@@ -138,7 +142,9 @@ def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per
     return arrived
 
 
-def add_returned(hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int) -> Tensor:
+def add_returned(
+    hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int, link: Tensor | None = None
+) -> Tensor:
     """See `plain_sends.add_returned`."""
-    total: Tensor = _at(hidden).add_returned(hidden, marks, place, rank=rank, block=block)
+    total: Tensor = _at(hidden).add_returned(hidden, marks, place, rank=rank, block=block, link=link)
     return total
