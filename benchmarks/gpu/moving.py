@@ -1,4 +1,4 @@
-"""Steps of four MoE layers on one GPU, or on several, while experts move.
+"""Steps of four MoE layers on one GPU, or on several, while experts of every other layer move.
 
     python -m benchmarks.gpu.moving --out FILE.json
     torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --tokens 4096 --slots 44 --out FILE.json
@@ -6,9 +6,9 @@
 
 On one GPU weights come from host memory, on several each expert comes from the GPU before. Four variants in turns, in
 blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy of as many bytes a step; a
-balancer that idles; a balancer that moves experts in every step, `--slots` of each of `--updates` layers. All replay
-CUDA graphs. A step's time is its slowest rank's. The outputs of the moving layers are compared with the static ones'
-after each round of blocks. Exit 2 where there is no GPU, 1 where outputs differ.
+balancer that idles; a balancer that moves experts in every step, those of a layer in every other one. All replay CUDA
+graphs. A step's time is its slowest rank's. The outputs of the moving layers are compared with the static ones' after
+each round of blocks. Exit 2 where there is no GPU, 1 where outputs differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -37,15 +37,14 @@ from moe_eplb.core.events import NullSink
 from moe_eplb.device.copier import Copier
 from moe_eplb.device.cuda import CudaDevice
 from moe_eplb.device.cuda_copier import CudaCopier
-from moe_eplb.device.giving_way import CopiesInParts
 
 __all__ = ["main", "summary"]
-
-T = TypeVar("T")
 
 _MODELS = {"qwen3-30b": "qwen3-30b, 8192 tokens", "deepseek-v3": "deepseek-v3 slice, 4096 tokens"}
 """The case of each; of a slice's experts each rank has as many."""
 _LAYERS = 4
+_UPDATES, _DELAY = 2, 2
+"""Every other layer hands over in an iteration; a layer is free again two iterations later."""
 _FILL = 5
 _ASKED = {"p99_to_plain_copy": 1.02, "median_to_idle": 1.01, "of_link": 0.70}
 _OF_PLAIN_COPY = {"host": 0.95, "peer": 0.90}
@@ -60,31 +59,21 @@ class TimedCopies(CudaDevice):
         super().__init__(NullSink(), index=index)
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def new_copier(self, begun: Tensor | None = None) -> Copier:
-        return _TimedCopier(self._copies, self._in_parts(begun), self.spans)
+    def new_copier(self) -> Copier:
+        return _TimedCopier(self._copies, self.spans)
 
 
 class _TimedCopier(CudaCopier):
-    def __init__(
-        self, stream: torch.cuda.Stream, in_parts: CopiesInParts | None,
-        spans: list[tuple[torch.cuda.Event, torch.cuda.Event]],
-    ) -> None:  # fmt: skip
-        super().__init__(stream, in_parts)
+    def __init__(self, stream: torch.cuda.Stream, spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        super().__init__(stream)
         self._spans = spans
 
-    def give_way(self, copies: Sequence[tuple[Tensor, Tensor]], until: int) -> bool:
-        return self._timed(lambda: super(_TimedCopier, self).give_way(copies, until))
-
     def _copy(self, *columns: NDArray[np.uint64]) -> None:
-        self._timed(lambda: super(_TimedCopier, self)._copy(*columns))
-
-    def _timed(self, work: Callable[[], T]) -> T:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(self._stream)
-        done = work()
+        super()._copy(*columns)
         end.record(self._stream)
         self._spans.append((begin, end))
-        return done
 
 
 @click.command()
@@ -93,27 +82,16 @@ class _TimedCopier(CudaCopier):
 @click.option("--steps", type=click.IntRange(min=200), default=2000, show_default=True, help="Steps of each variant.")
 @click.option("--block", type=click.IntRange(min=10), default=100, show_default=True, help="Steps without a change.")
 @click.option("--slots", type=click.IntRange(min=2), default=14, show_default=True, help="Slots that move in a layer.")
-@click.option(
-    "--updates",
-    type=click.Choice(["1", "2"]),
-    default="2",
-    show_default=True,
-    help="Layers that move in a step; a layer is free again when all have. With 1 copies have time to give way.",
-)
-@click.option("--at-once", is_flag=True, help="Copies from another GPU do not give way to what ranks exchange.")
 @click.option("--awake", is_flag=True, help="The updater's thread waits awake.")
 @click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each rank.")
-def main(
-    out: Path, model: str, steps: int, block: int, slots: int, updates: str, at_once: bool, awake: bool, tokens: int
-) -> None:  # fmt: skip
+def main(out: Path, model: str, steps: int, block: int, slots: int, awake: bool, tokens: int) -> None:
     """Time steps while experts move."""
     if not torch.cuda.is_available():
         click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
         raise SystemExit(2)
     with torch.inference_mode(), joined() as ranks:
         measured = ceilings()
-        moves = Moving(int(updates), slots, give_way=not at_once, awake=awake)
-        found = _measure(_case(model, tokens, ranks.size), ranks, steps, block, moves)
+        found = _measure(_case(model, tokens, ranks.size), ranks, steps, block, slots, awake)
         result = {**machine("benchmarks.gpu.moving", ranks.size), "ceilings": measured, **found}
         if ranks.rank == 0:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -129,38 +107,23 @@ def _case(model: str, tokens: int, ranks: int) -> Case:
     return replace(case, name=f"{model}, {tokens} tokens", tokens=tokens, experts=experts)
 
 
-class Moving(NamedTuple):
-    """What moves in a step: so many slots in so many layers, of which each is free again when all have moved."""
-
-    updates: int
-    slots: int
-    give_way: bool
-    awake: bool
-
-    @property
-    def delay(self) -> int:
-        """Iterations from hand-over to commit."""
-        return _LAYERS // self.updates
-
-
-def _measure(case: Case, ranks: Ranks, steps: int, block: int, moves: Moving) -> dict[str, Any]:
-    slots = moves.slots
+def _measure(case: Case, ranks: Ranks, steps: int, block: int, slots: int, awake: bool) -> dict[str, Any]:
     device = TimedCopies(ranks.rank)
     source: Literal["host", "peer"] = "host" if ranks.size == 1 else "peer"
     options = ForcedOptions(
-        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source,
-        commit_delay=moves.delay, awake_updater=moves.awake, give_way=moves.give_way,
+        resident=True, spare_slots=slots, forced=slots, empty_group="never", weights_from=source, commit_delay=_DELAY,
+        awake_updater=awake,
     )  # fmt: skip
     # Between ranks an expert moves that the other does not have: without replicas.
     held = case.experts if ranks.size > 1 else case.experts + case.experts // 16
     static, moving = (
         build(case, _LAYERS, device, updates=updates, slots=held, options=options, ranks=ranks)
-        for updates in (0, moves.updates)
+        for updates in (0, _UPDATES)
     )
     try:
         for stack in (static, moving):
             stack.capture()
-        plain = PlainCopies(moving, moves, ranks)
+        plain = PlainCopies(moving, slots, ranks)
         samples, differ = _in_blocks(static, moving, plain, steps, block, ranks)
         staged = moving.moves.bytes / _copied_s(device) / 1e9
         alone = plain.alone()
@@ -172,12 +135,10 @@ def _measure(case: Case, ranks: Ranks, steps: int, block: int, moves: Moving) ->
     step_bytes = counted.bytes / (steps * (1 + _FILL / block))
     return {
         "case": case.name, "layers": _LAYERS, "ranks": ranks.size, "weights_from": source,
-        "layers_per_step": moves.updates, "commit_delay": moves.delay, "awake": moves.awake,
-        "give_way": moves.give_way and ranks.size > 1,
+        "layers_per_step": _UPDATES, "commit_delay": _DELAY, "awake": awake,
         "slots_moved_per_layer": slots, "block": block,
-        "bytes_per_step": plain.bytes_of_layer * moves.updates, "commits": counted.commits,
-        "slots_moved": counted.slots, "bytes_moved": counted.bytes, "drops": counted.drops,
-        "waits_s": sorted(counted.stalls)[-20:],
+        "bytes_per_step": plain.bytes_of_layer * _UPDATES, "commits": counted.commits, "slots_moved": counted.slots,
+        "bytes_moved": counted.bytes, "drops": counted.drops, "waits_s": sorted(counted.stalls)[-20:],
         "waits": len(counted.stalls), "outputs_differ": any(ranks.all(differ)), "plain_copy_gb_per_s": alone,
         "plain_copy_beside_compute_gb_per_s": beside,
         "staged_gb_per_s": staged, **summary(samples, step_bytes, alone, beside, staged, limit),
@@ -190,13 +151,12 @@ class PlainCopies:
     GPU's cells.
     """
 
-    def __init__(self, stack: Stack, moves: Moving, ranks: Ranks) -> None:
-        self._layers = moves.updates
+    def __init__(self, stack: Stack, slots: int, ranks: Ranks) -> None:
         self._stream = torch.cuda.Stream()
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
         layer = stack.balancer.layers[0]
-        for number, cell in enumerate(stack.layers[0].experts.by_cell()[: moves.slots]):
+        for number, cell in enumerate(stack.layers[0].experts.by_cell()[:slots]):
             if ranks.size == 1:
                 source = {name: layer.updates.host.host_tensor(number, name) for name in cell}
             else:
@@ -208,7 +168,7 @@ class PlainCopies:
         """A layer's copies for each layer that moves, once the current stream has come here."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(self._layers):
+            for _ in range(_UPDATES):
                 self._timed_copy()
 
     def beside(self) -> float:

@@ -31,8 +31,6 @@ class BalancerOptions:
         awake_updater: Whether the updater's thread uses a core while it waits for such a device, to hear it sooner.
         weights_from: Where an expert that moves is copied from: "host", the copies that all ranks of the node share, or
             "peer", a slot of this or another rank that holds it, which needs `resident` and no copies on the host.
-        give_way: Whether copies between GPUs wait while ranks exchange rows over the same link, until the iteration
-            before the one in which their plan is due: so with a `commit_delay` of 3 or more they have a whole one.
         policy, moves_per_update, min_gain: See `moe_eplb.planning.online.Planning`.
         overlap: How the balancer's work uses the streams: "after" is `LayerStream`, "before" `OlderChoreography`.
         reduction: Whether each "layer" sums its counts and votes over the ranks, or all layers together once an
@@ -51,7 +49,6 @@ class BalancerOptions:
     run_ahead: int = 4
     awake_updater: bool = False
     weights_from: Literal["host", "peer"] = "host"
-    give_way: bool = True
     policy: OnlinePolicy = "reference"
     moves_per_update: int | None = None
     min_gain: float = 0.0

@@ -60,12 +60,6 @@ class ResidentLayer(ResidentPlans):
         spare = self._owner.options.spare_slots
         return self.slot_count_per_rank if spare is None else spare
 
-    @property
-    def gives_way(self) -> bool:
-        """Whether copies of its weights give way to what ranks exchange, over the link that both take."""
-        options = self._owner.options
-        return options.give_way and options.weights_from == "peer" and self.ep_size > 1
-
     def register_weight_cells(self, table: Tensor, cells: Sequence[Mapping[str, Tensor]]) -> None:
         """Tell the cells of this rank: their tensors, and the int32 [S] that says which are live."""
         self.cells = CellWeights(table, cells)

@@ -42,9 +42,9 @@ class _Sheet:
         copier: What copies from here.
     """
 
-    def __init__(self, device: Device, state: LayerState, begun: torch.Tensor | None) -> None:
+    def __init__(self, device: Device, state: LayerState) -> None:
         self.pending = device.host_visible(tuple(state.pending.shape), torch.int32)
-        self.copier = device.new_copier(begun)
+        self.copier = device.new_copier()
         self._pending = self.pending.numpy()
 
     def write(self, tables: np.ndarray, cells: np.ndarray) -> None:
@@ -100,9 +100,8 @@ class Publisher:
         self._live = CellView(placement, first)
         self._proposed: CellView | None = None
         # In turns, so that to write the next plan rarely means to wait for the copies of the one before.
+        self._sheets = deque(_Sheet(device, state) for _ in range(2))
         model = layer.resident.model
-        begun = model.begun if layer.gives_way else None
-        self._sheets = deque(_Sheet(device, state, begun) for _ in range(2))
         self.seen = _Seen(model, state)
         # Of one element each, made once: see `_Seen`.
         self._lanes = [state.lanes[at : at + 1] for at in range(LANES)]
@@ -162,8 +161,6 @@ class Publisher:
         """Enqueue copies of weights, tables and vote, and last of the word that says that all are there."""
         sheet = self._sheets[0]
         self._sheets.rotate()
-        if sheet.copier.give_way(copies, due - 1):
-            copies = []
         sheet.copier.wait()
         if tables is not None and cells is not None:
             sheet.write(tables, cells)

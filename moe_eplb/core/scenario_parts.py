@@ -126,10 +126,8 @@ class Balancer(Section):
     and where each spare slot takes the memory of one. `run_ahead`: how many iterations the host may then be ahead;
     `awake_updater`: whether its updater may use a core while it waits for the device, to hear it sooner.
     `weights_from`: whether an expert that moves is copied from the ``host``, which has a copy of each, or from a slot
-    of this rank or a ``peer`` that holds it. `give_way`: whether copies from peers wait, on GPUs, while ranks exchange
-    rows, until the iteration before the one in which their plan is due. `reduction`: whether each ``layer`` sums its
-    counts and votes over the ranks, or all layers together once an ``iteration``, with the state on the device and
-    statistics of local ids.
+    of this rank or a ``peer`` that holds it. `reduction`: whether each ``layer`` sums its counts and votes over the
+    ranks, or all layers together once an ``iteration``, with the state on the device and statistics of local ids.
     `policy`: how a layer is planned, by the ``reference``'s rules from scratch, ``incremental`` with as few moves as a
     plan so balanced takes, or ``robust`` for what the layer's last loads let expect; `moves_per_update`: how many slots
     of a layer these two change at most, over all ranks. `min_gain`: share by which a plan has to make the balancedness
@@ -154,7 +152,6 @@ class Balancer(Section):
     run_ahead: int = Field(default=4, ge=1, le=1024)
     awake_updater: bool = False
     weights_from: Literal["host", "peer"] = "host"
-    give_way: bool = True
     reduction: Literal["layer", "iteration"] = "layer"
     alone: bool = False
     policy: Literal["reference", "incremental", "robust"] = "reference"

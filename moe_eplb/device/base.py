@@ -61,10 +61,6 @@ class Device(abc.ABC):
     has_graphs = False
     """Whether work can be captured."""
 
-    link: Tensor | None = None
-    """int32 [1] on the device where copies can give way to what ranks exchange: 1 from the kernel before a dispatch or
-    combine until the first one behind it, else 0. None where copies are made by the host."""
-
     def __init__(self, sink: EventSink) -> None:
         self.sink = sink
         self.iteration = -1
@@ -172,13 +168,8 @@ class Device(abc.ABC):
         """A thread calls this once before it enqueues copies or waits for a bell."""
         return None
 
-    def new_copier(self, begun: Tensor | None = None) -> Copier:
-        """What another thread copies with, beside the model's streams.
-
-        Args:
-            begun: Host-visible, int64 [1], the iteration that the device has begun last; for copies that may give way,
-                see `Copier.give_way`.
-        """
+    def new_copier(self) -> Copier:
+        """What another thread copies with, beside the model's streams."""
         return CopierAtOnce()
 
     def pin(self, memory: Tensor) -> Callable[[], None]:

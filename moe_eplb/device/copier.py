@@ -23,14 +23,6 @@ class Copier(abc.ABC):
             words: int64 [1] each, with what it is to hold; in order, each behind all copies.
         """
 
-    def give_way(self, copies: Sequence[tuple[Tensor, Tensor]], until: int) -> bool:
-        """Copy (target, source) pairs in order, each only while ranks exchange nothing over the link that it takes,
-        until the device has begun iteration `until`. Returns when all are done.
-
-        Whether that was done: where copies do not give way, they are the caller's to enqueue.
-        """
-        return False
-
     @abc.abstractmethod
     def wait(self) -> bool:
         """Return when all that was enqueued here is done; whether that took a wait."""

@@ -23,7 +23,6 @@ from moe_eplb.device.cuda_sharing import SharedDeviceMemory
 from moe_eplb.device.cuda_stream import CudaEvent, CudaStream
 from moe_eplb.device.cuda_times import CudaTimes, timing_event
 from moe_eplb.device.environment import CONNECTIONS
-from moe_eplb.device.giving_way import CopiesInParts
 from moe_eplb.device.nvshmem import NvshmemSymmetric
 from moe_eplb.device.order import StreamOrder
 from moe_eplb.device.sanitizer import attach
@@ -66,10 +65,7 @@ class CudaDevice(Device):
         self._capture: CudaGraph[Any] | None = None
         self._graphs = 0
         self.graph_pool: Any = None
-        # Two of the few that torch has, made before all others: the one must pass when the other waits.
-        self._copies, self._opener = _new_stream(self.torch_device), _new_stream(self.torch_device)
-        self._giving_way: dict[int, CopiesInParts] = {}
-        self.link = torch.zeros(1, dtype=torch.int32, device=self.torch_device)
+        self._copies = _new_stream(self.torch_device)
         super().__init__(sink)
         self._times = CudaTimes(sink)
 
@@ -197,8 +193,6 @@ class CudaDevice(Device):
     def discard(self) -> int:
         """Enqueued work cannot be taken back; it is waited for, so that it is done alike on every rank."""
         self.synchronize()
-        assert self.link is not None
-        self.link.zero_()  # an exchange may have begun that nothing ends any more
         self._looks.clear()
         if self._order is not None:
             self._order.forget()
@@ -219,18 +213,8 @@ class CudaDevice(Device):
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.torch_device)
 
-    def new_copier(self, begun: Tensor | None = None) -> Copier:
-        return CudaCopier(self._copies, self._in_parts(begun))
-
-    def _in_parts(self, begun: Tensor | None) -> CopiesInParts | None:
-        """The same for all layers of a model."""
-        if begun is None or self.link is None:
-            return None
-        made = self._giving_way.get(begun.data_ptr())
-        if made is None:
-            made = CopiesInParts(self._copies, self._opener, self.link, begun)
-            self._giving_way[begun.data_ptr()] = made
-        return made
+    def new_copier(self) -> Copier:
+        return CudaCopier(self._copies)
 
     def submitted(self) -> Callable[[], bool]:
         done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moe_eplb.device.copier import Copier
 from moe_eplb.device.driver_calls import NOT_READY, addresses, driver_calls, require_success
-from moe_eplb.device.giving_way import CopiesInParts, Parts
 
 __all__ = ["CudaCopier"]
 
@@ -25,24 +24,16 @@ class CudaCopier(Copier):
 
     Args:
         stream: Where the copies go.
-        in_parts: Makes those that give way, on the same stream; None where none do.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, in_parts: CopiesInParts | None = None) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self._calls = stream, driver_calls()  # compiled before there is a plan that would wait for it
-        self._in_parts = in_parts
         self._done: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._done.record(stream)  # the driver's event exists from here on
 
     def enqueue(self, copies: Sequence[tuple[Tensor, Tensor]], words: Sequence[tuple[Tensor, int]] = ()) -> None:
         at = np.array([word.data_ptr() for word, _ in words], np.uint64)
         self._copy(*addresses(copies), at, np.array([value for _, value in words], np.int64).view(np.uint64))
-
-    def give_way(self, copies: Sequence[tuple[Tensor, Tensor]], until: int) -> bool:
-        if self._in_parts is None or not copies:
-            return False
-        self._in_parts(Parts(*addresses(copies)), until)
-        return True
 
     def wait(self) -> bool:
         code = self._calls.happened(self._done.cuda_event)

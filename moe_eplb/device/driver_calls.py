@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 
-__all__ = ["NOT_READY", "SIGNATURES", "DriverCalls", "addresses", "driver_calls", "driver_functions", "require_success"]
+__all__ = ["NOT_READY", "SIGNATURES", "DriverCalls", "addresses", "driver_calls", "require_success"]
 
 _U64, _U32 = ctypes.c_uint64, ctypes.c_uint32
 SIGNATURES: Mapping[str, tuple[Any, ...]] = {
@@ -25,8 +25,6 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "cuEventQuery": (_U64,),
     "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
     "cuStreamWriteValue64_v2": (_U64, _U64, _U64, _U32),
-    "cuStreamWriteValue32_v2": (_U64, _U64, _U32, _U32),
-    "cuStreamWaitValue32_v2": (_U64, _U64, _U32, _U32),
 }
 """Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
 NOT_READY = 600
@@ -51,18 +49,12 @@ class DriverCalls:
 @cache
 def driver_calls() -> DriverCalls:
     """Over the driver of this machine; compiled when first asked for."""
-    return DriverCalls(driver_functions())
-
-
-@cache
-def driver_functions() -> Mapping[str, Any]:
-    """Those of this machine's driver."""
     driver = ctypes.CDLL("libcuda.so.1")
     functions = {}
     for name, arguments in SIGNATURES.items():
         functions[name] = function = getattr(driver, name)
         function.argtypes, function.restype = arguments, ctypes.c_int
-    return functions
+    return DriverCalls(functions)
 
 
 def addresses(

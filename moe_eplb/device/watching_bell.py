@@ -6,6 +6,7 @@ heard only when the graph had ended.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,13 +15,16 @@ import numpy as np
 from torch import Tensor
 
 from moe_eplb.device.bell import Bell
-from moe_eplb.device.resting import resting
 
 __all__ = ["REST_US", "WatchingBell"]
 
 REST_US = 50
 """Between two looks of a thread that shall not take a core; the operating system adds what it takes to wake it."""
 
+_MONOTONIC = 1
+"""CLOCK_MONOTONIC."""
+_SET_TIMERSLACK, _GET_TIMERSLACK = 29, 30
+"""PR_SET_TIMERSLACK and PR_GET_TIMERSLACK, of the calling thread, in ns."""
 _LONGEST_S = 600.0
 """What is waited for are kernels that have been enqueued, behind whatever else the device has to do."""
 
@@ -54,7 +58,17 @@ def _compiled() -> Callable[[Any, int, int, int], bool]:
     """(word, count, us, ns): whether an int32 [1] becomes that large within the ns, looked at after rests of the us."""
     from numba import njit, types
 
-    now, sleep, slack = resting()
+    library = ctypes.CDLL(None)
+    clock: Any = library.clock_gettime
+    clock.argtypes, clock.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_int
+    sleep: Any = library.usleep
+    sleep.argtypes, sleep.restype = (ctypes.c_uint32,), ctypes.c_int
+    slack = _slack(library)
+
+    @njit(types.int64(types.int64[::1]))
+    def now(into):  # type: ignore[no-untyped-def]
+        clock(_MONOTONIC, into.ctypes)
+        return into[0] * 1_000_000_000 + into[1]
 
     @njit(types.boolean(types.int32[::1], types.int64, types.uint32, types.int64))
     def watch(word, count, rest_us, timeout_ns):  # type: ignore[no-untyped-def]
@@ -79,3 +93,25 @@ def _compiled() -> Callable[[Any, int, int, int], bool]:
 
     found: Callable[[Any, int, int, int], bool] = look
     return found
+
+
+def _slack(library: Any) -> Any:
+    """Compiled, (ns) -> ns: gives the calling thread that timer slack, and returns the former.
+
+    Where the kernel refuses, or is not Linux, rests only get longer: it returns 0, and given 0 it does nothing.
+    """
+    from numba import njit, types
+
+    prctl: Any = getattr(library, "prctl", None)
+    if prctl is None:
+        return njit(types.int64(types.int64))(lambda ns: 0)
+    prctl.argtypes, prctl.restype = (ctypes.c_int, *(ctypes.c_ulong,) * 4), ctypes.c_int
+
+    @njit(types.int64(types.int64))
+    def slack(ns):  # type: ignore[no-untyped-def]
+        former = prctl(_GET_TIMERSLACK, 0, 0, 0, 0)
+        if ns <= 0 or former <= 0 or prctl(_SET_TIMERSLACK, ns, 0, 0, 0) != 0:
+            return 0
+        return former
+
+    return slack

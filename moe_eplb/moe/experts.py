@@ -83,16 +83,14 @@ def entries_of(slots: Tensor, position: Tensor, offs: Tensor) -> Grouping:
     return Grouping(row, k, slots[row, k].to(torch.int32), offs, position)
 
 
-def sum_over_k(
-    output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, link: Tensor | None = None
-) -> Tensor:
+def sum_over_k(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weighted sum [M, D] of the entries' outputs [N, D] with `scales` float32 [M, K], zero without entries.
 
     `position` int32 [M, K] says where an entry's output is, -1 for none. The sum runs in float32 and in order of k
     whatever the order of the slots, so it does not depend on the device or the placement of the other experts; it is
-    rounded once, to `dtype`. `link`: see `ops.combine`.
+    rounded once, to `dtype`.
     """
-    return ops.combine(output, position, scales, dtype, link)
+    return ops.combine(output, position, scales, dtype)
 
 
 class ExpertSlots(nn.Module):
@@ -161,22 +159,21 @@ class ExpertSlots(nn.Module):
         ]
 
     def group(
-        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] | None = None,
-        link: Tensor | None = None,
-    ) -> Grouped:  # fmt: skip
+        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] | None = None
+    ) -> Grouped:
         """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
 
         Args:
             hidden: [M, D]; rows may be strided.
             slots: Local slots; those outside [0, S) have no entry.
             entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
-            copying, link: See `ops.permute_rows`.
+            copying: Called before the rows are copied.
         """
         cells, groups = self.slot_cells if self.spare else None, self.num_slots + self.spare
         if self.dtype is FP8:
-            rows, row_scale, position, offs = ops.permute_rows_fp8(hidden, slots, groups, cells, entries, copying, link)
+            rows, row_scale, position, offs = ops.permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
             return Grouped(rows, position, offs, row_scale)
-        return Grouped(*ops.permute_rows(hidden, slots, groups, cells, entries, copying, link))
+        return Grouped(*ops.permute_rows(hidden, slots, groups, cells, entries, copying))
 
     def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
         """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""

@@ -129,7 +129,6 @@ class WideEPMoE(nn.Module):
             top_k=shape.top_k,
             dtype=shape.dtype,
             static_shapes=self.device.kind == "cuda",
-            link=self.device.link,
             **options,
         )
 
@@ -265,7 +264,7 @@ class WideEPMoE(nn.Module):
         def compute() -> _Computed:
             beside_copying = partial(self._stages.mark_statistics, grouped=False)
             rows, position, offs, scale = self.experts.group(
-                received.hidden, received.slots, received.entries, beside_copying, self._dispatcher.ranks.link
+                received.hidden, received.slots, received.entries, beside_copying
             )
             self._stages.mark_statistics(grouped=True)
             return _Computed(self.experts.grouped_ffn(rows, offs, scale), position, offs)
@@ -291,8 +290,7 @@ class WideEPMoE(nn.Module):
         """Sum what this rank computed of each row and bring it back; weights may be handed over by now."""
 
         def combine() -> Tensor:
-            link, dtype = self._dispatcher.ranks.link, exchange.partial_dtype
-            sums = sum_over_k(computed.output, computed.position, received.scales, dtype, link)
+            sums = sum_over_k(computed.output, computed.position, received.scales, exchange.partial_dtype)
             return exchange.combine(sums)
 
         return self.device.run(Kind.COMBINE, self.layer_idx, combine, a=exchange.combine_bytes)

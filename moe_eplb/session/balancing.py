@@ -34,7 +34,7 @@ def make_balancer(scenario: Scenario, rank: int, device: Device, groups: Groups)
         preserve_slots=config.preserve_slots, update_timeout_s=config.update_timeout_s,
         replica_choice=ReplicaChoice(scenario.replica_choice), run_ahead=config.run_ahead,
         awake_updater=config.awake_updater, spare_slots=config.spare_slots,
-        weights_from=config.weights_from, give_way=config.give_way, reduction=config.reduction,
+        weights_from=config.weights_from, reduction=config.reduction,
         resident=config.state == "device", policy=config.policy, moves_per_update=config.moves_per_update,
         min_gain=config.min_gain, overlap="before" if scenario.overlap == "before" else "after",
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ from moe_eplb.balancer import BalancerOptions, MoeLoadBalancer
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import NullSink
 from moe_eplb.core.probe import NullProbe, Probes
-from moe_eplb.device import Device, get_device
-from moe_eplb.device.copier import CopierAtOnce
+from moe_eplb.device import get_device
 from tests.support.balanced import Rig
 from tests.support.ranks import RankError, run_ranks
 
@@ -57,44 +56,6 @@ def test_peers_give_what_the_host_gives(options: dict[str, Any]) -> None:
         assert set(peers) <= {"own", "peer"}
         assert peers["peer"] > 0
         assert sum(peers.values()) == sum(host.values())
-
-
-class GivesWay(CopierAtOnce):
-    """Keeps in front of which iterations copies were to be there, and whether they could give way."""
-
-    could: ClassVar[list[bool]] = []
-    until: ClassVar[list[int]] = []
-
-    def __init__(self, begun: torch.Tensor | None) -> None:
-        self._begun = begun
-        self.could.append(begun is not None)
-
-    def give_way(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], until: int) -> bool:
-        if self._begun is None:
-            return False
-        self.enqueue(copies)
-        self.until.append(until)
-        return True
-
-
-def _moved_giving_way(rank: int, size: int, options: dict[str, Any]) -> tuple[Any, list[bool], list[int]]:
-    Device.new_copier = lambda self, begun=None: GivesWay(begun)  # type: ignore[method-assign]
-    result, _ = moved(rank, size, options)
-    return result, GivesWay.could, GivesWay.until
-
-
-@pytest.mark.parametrize("options", [{}, {"give_way": False}, {"weights_from": "host"}], ids=["so", "not", "host"])
-def test_copies_from_peers_give_way_until_the_iteration_before_they_are_due(options: dict[str, Any]) -> None:
-    """What they give way to may take long: those of a plan have to be there when the ranks vote on it."""
-    options = {"weights_from": "peer", "commit_delay": 3, **options}
-    gives = options["weights_from"] == "peer" and options.get("give_way", True)
-    wanted = [result for result, _ in run_ranks(moved, 2, {"commit_delay": 3})]
-    for result, (found, could, until) in zip(wanted, run_ranks(_moved_giving_way, 2, options), strict=True):
-        assert found == result
-        assert set(could) == {gives}
-        assert bool(until) == gives
-        _, commits, _ = found
-        assert set(until) >= {taken + 2 for _, taken, _ in commits} if gives else not until
 
 
 def test_one_rank_copies_from_itself_and_keeps_no_copies_on_the_host() -> None:

@@ -73,36 +73,34 @@ def main() -> None:
 
 def sends() -> None:
     """Rows that go only to the ranks that need them."""
-    names = ("slot_ids", "place", "token_at", "first", "second", "third", "integers", "slots", "token", "marks", "link")
+    names = ("slot_ids", "place", "token_at", "first", "second", "third", "integers", "slots", "token", "marks")
     words = dict.fromkeys(names, "*i32") | {"scales": "*fp32", "checked": "*fp32"}
     build(triton_sends._order_sends, 4, words, top_k=8, tiles=2, tile=1024)
-    build(triton_sends._send_rows, 4, words | {"rows": "*i32"}, block=1024, tells=True)
+    build(triton_sends._send_rows, 4, words | {"rows": "*i32"}, block=1024)
     build(triton_sends._arrive, 4, words, top_k=6, columns=8, tile=32)
     for hidden in ("*bf16", "*fp32"):
-        build(
-            triton_sends._add_returned, 4, words | {"hidden": hidden, "total": hidden}, ranks=8, block=1024, tells=True
-        )
+        build(triton_sends._add_returned, 4, words | {"hidden": hidden, "total": hidden}, ranks=8, block=1024)
 
 
 def entries() -> None:
     """Expert ids, entries and their sums; numbers that are 1 become constants."""
     words = dict.fromkeys(("ids", "count", "start", "slots", "routed", "counts", "cells", "below", "first"), "*i32")
-    words |= dict.fromkeys(("position", "offs", "second", "third", "fourth", "link"), "*i32")
+    words |= dict.fromkeys(("position", "offs", "second", "third", "fourth"), "*i32")
     rows = dict.fromkeys(("hidden", "output", "blocks", "total", "rows"), "*bf16") | {"scales": "*fp32"}
     every(triton_choose._histogram, words, block=1024, nbins=16)
     for ids in ("*i32", "*i64"):
         every(triton_choose._route, words | {"ids": ids}, counting=True, block=1024, tile=64, others=256)
     for top_k, block in ((1, 256), (8, 2048)):
         for mapped in (True, False):
-            every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16, tells=mapped)
+            every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16)
             every(triton_group._place, words, top_k=top_k, mapped=mapped, block=128)
             constants = {"top_k": top_k, "mapped": mapped, "k_width": top_k, "tile": 1024, "ends": 16, "block": block}
-            every(triton_group._small, words | rows, held=128 if mapped else 0, tells=mapped, **constants)
+            every(triton_group._small, words | rows, held=128 if mapped else 0, **constants)
         every(triton_group._copy_rows, words | rows, top_k=top_k, block=block)
-        every(triton_rows._combine, words | rows, top_k=top_k, block=block, tells=top_k == 8)
+        every(triton_rows._combine, words | rows, top_k=top_k, block=block)
     every(triton_group._scan, words, chunk=2048)
-    every(triton_rows._add_blocks, words | {"blocks": "*bf16", "total": "*bf16"}, ranks=8, block=512, tells=True)
-    every(triton_rows._pack_rows, words | {"rows": "*i32"}, block=1024, tells=True)
+    every(triton_rows._add_blocks, {"blocks": "*bf16", "total": "*bf16"}, ranks=8, block=512)
+    every(triton_rows._pack_rows, words | {"rows": "*i32"}, block=1024)
 
 
 def every(kernel: Any, types: dict[str, str], **constants: Any) -> None:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_eplb.device.bell import Bell, CpuBell
-from moe_eplb.device.resting import slack_of
-from moe_eplb.device.watching_bell import WatchingBell
+from moe_eplb.device.watching_bell import WatchingBell, _slack
 
 T = TypeVar("T")
 AwakeBell = partial(WatchingBell, rest_us=0)
@@ -123,8 +122,8 @@ def test_where_no_slack_can_be_set_none_is() -> None:
     asked = list[int]()
     prctl = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, *(ctypes.c_ulong,) * 4)
     refuses = prctl(lambda *of: asked.append(of[0]) or -1)
-    assert slack_of(SimpleNamespace())(1) == 0
-    assert slack_of(SimpleNamespace(prctl=refuses))(1) == 0
+    assert _slack(SimpleNamespace())(1) == 0
+    assert _slack(SimpleNamespace(prctl=refuses))(1) == 0
     assert asked == [30]
 
 

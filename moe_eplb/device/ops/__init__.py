@@ -76,19 +76,19 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None, link: Tensor | None = None,
+    copying: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
-    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying, link)
+    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying)
     return rows, position, offs
 
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None, link: Tensor | None = None,
+    copying: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying, link)
+    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
     return rows, scale, position, offs
 
 
@@ -104,23 +104,21 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return values, scale
 
 
-def combine(
-    output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, link: Tensor | None = None
-) -> Tensor:
+def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `plain.combine`."""
-    total: Tensor = _at(output).combine(output, position, scales, dtype, link)
+    total: Tensor = _at(output).combine(output, position, scales, dtype)
     return total
 
 
-def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype, link: Tensor | None = None) -> Tensor:
+def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """See `plain.add_blocks`."""
-    total: Tensor = _at(blocks).add_blocks(blocks, tokens, dtype, link)
+    total: Tensor = _at(blocks).add_blocks(blocks, tokens, dtype)
     return total
 
 
-def pack_rows(columns: Sequence[Tensor], rows: Tensor, link: Tensor | None = None) -> None:
+def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
     """See `plain.pack_rows`."""
-    _at(rows).pack_rows(columns, rows, link)
+    _at(rows).pack_rows(columns, rows)
 
 
 def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int) -> tuple[Tensor, Tensor]:
@@ -129,11 +127,9 @@ def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int
     return place, token_at
 
 
-def send_rows(
-    columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int, link: Tensor | None = None
-) -> None:
+def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int) -> None:
     """See `plain_sends.send_rows`."""
-    _at(rows).send_rows(columns, token_at, rows, rank=rank, link=link)
+    _at(rows).send_rows(columns, token_at, rows, rank=rank)
 
 
 def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per_rank: int) -> Arrived:
@@ -142,9 +138,7 @@ def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per
     return arrived
 
 
-def add_returned(
-    hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int, link: Tensor | None = None
-) -> Tensor:
+def add_returned(hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int) -> Tensor:
     """See `plain_sends.add_returned`."""
-    total: Tensor = _at(hidden).add_returned(hidden, marks, place, rank=rank, block=block, link=link)
+    total: Tensor = _at(hidden).add_returned(hidden, marks, place, rank=rank, block=block)
     return total

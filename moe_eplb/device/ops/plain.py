@@ -109,7 +109,7 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None, link: Tensor | None = None,
+    copying: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute`, and the hidden states [M, D] (rows may be strided) copied to where their entries go.
 
@@ -117,13 +117,11 @@ def permute_rows(
         hidden, slots, groups, cells: As for `permute`.
         entries: N, how many entries have a slot; None when nobody knows, and then N is M * K.
         copying: Called before the rows are copied: what is submitted then runs beside that.
-        link: int32 [1], becomes 0: the exchange that brought the rows is over.
 
     Returns:
         rows: [N, D]; rows after the last group's end hold anything.
         position, offs: As for `permute`.
     """
-    _tell(link, 0)
     position, offs = permute(slots, groups, cells)
     source = _sources(position, slots.numel() if entries is None else entries)
     if copying is not None:
@@ -133,7 +131,7 @@ def permute_rows(
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None, link: Tensor | None = None,
+    copying: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute_rows` of the hidden states as `quantize_rows` gives them; each is quantised once for all its entries.
 
@@ -141,7 +139,6 @@ def permute_rows_fp8(
         rows: `FP8` [N, D] and scale: float32 [N]; both hold anything after the last group's end.
         position, offs: As for `permute`.
     """
-    _tell(link, 0)
     position, offs = permute(slots, groups, cells)
     source = _sources(position, slots.numel() if entries is None else entries)
     if copying is not None:
@@ -179,9 +176,7 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return quantize_rows(_swiglu(rows))
 
 
-def combine(
-    output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, link: Tensor | None = None
-) -> Tensor:
+def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weighted sum [M, D] over k of the entries' outputs; added in float32, in order of k, and rounded once to `dtype`.
 
     Args:
@@ -189,10 +184,7 @@ def combine(
         position: int32 [M, K]; -1 adds nothing.
         scales: float32 [M, K]; rows may be strided.
         dtype: Of the result.
-        link: int32 [1], becomes 1 where there are rows: ranks are about to exchange them.
     """
-    if position.shape[0] and output.shape[1]:
-        _tell(link, 1)
     total = torch.zeros(position.shape[0], output.shape[1], dtype=torch.float32, device=output.device)
     for k in range(position.shape[1]):
         here = position[:, k] >= 0
@@ -201,29 +193,21 @@ def combine(
     return total.to(dtype)
 
 
-def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype, link: Tensor | None = None) -> Tensor:
-    """Sum [T, D] over R of the first T rows of blocks [R, B, D], in float32, in order of R, rounded once to `dtype`.
-
-    `link` int32 [1] becomes 0: the exchange that brought the blocks is over.
-    """
-    _tell(link, 0)
+def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Sum [T, D] over R of the first T rows of blocks [R, B, D], in float32, in order of R, rounded once to `dtype`."""
     total = torch.zeros(tokens, blocks.shape[2], dtype=torch.float32, device=blocks.device)
     for block in blocks:
         total = total + block[:tokens].to(torch.float32)
     return total.to(dtype)
 
 
-def pack_rows(columns: Sequence[Tensor], rows: Tensor, link: Tensor | None = None) -> None:
+def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
     """Write columns int32 [T, W_i], at most four, side by side into rows int32 [B, W]; all other words become -1.
-
-    `link` int32 [1] becomes 1 where there are rows: ranks are about to exchange them.
 
     Raises:
         ValueError: When they do not fit.
     """
     require_columns(columns, rows)
-    if rows.numel():
-        _tell(link, 1)
     tokens, begin = columns[0].shape[0], 0
     rows.fill_(-1)
     for column in columns:
@@ -255,11 +239,6 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     elif method == "sigmoid":
         best = best.sigmoid()
     return ids.to(torch.int32), best.contiguous()
-
-
-def _tell(link: Tensor | None, busy: int) -> None:
-    if link is not None:
-        link.fill_(busy)
 
 
 def _swiglu(rows: Tensor) -> Tensor:

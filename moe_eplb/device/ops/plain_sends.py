@@ -69,9 +69,7 @@ def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int
     return place.int().contiguous(), token_at[:, :block].flatten().int()
 
 
-def send_rows(
-    columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int, link: Tensor | None = None
-) -> None:
+def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int) -> None:
     """Write the lines that are sent; of the others only slots and marks, which become -1.
 
     Args:
@@ -79,14 +77,11 @@ def send_rows(
         token_at: From `order_sends`.
         rows: int32 [R * B, W], W at least the sum of W_i and marks.
         rank: The source.
-        link: int32 [1], becomes 1 where there are rows: ranks are about to exchange them.
 
     Raises:
         ValueError: When they do not fit.
     """
     require_columns(columns, rows, MARKS)
-    if link is not None and rows.numel():
-        link.fill_(1)
     line = torch.arange(len(rows), device=rows.device)
     used = (token_at >= 0).unsqueeze(1)
     token, begin = token_at.clamp(min=0).long(), 0
@@ -122,9 +117,7 @@ def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per
     )
 
 
-def add_returned(
-    hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int, link: Tensor | None = None
-) -> Tensor:
+def add_returned(hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int) -> Tensor:
     """Sum [T, D] of a token's rows, in float32, in order of rank, rounded once; NaN where one is not the one meant.
 
     Args:
@@ -133,10 +126,7 @@ def add_returned(
         place: From `order_sends`.
         rank: The source.
         block: B.
-        link: int32 [1], becomes 0: the exchange that brought the sums is over.
     """
-    if link is not None:
-        link.fill_(0)
     total = torch.zeros(place.shape[1], hidden.shape[1], device=hidden.device)
     for receiver, at in enumerate(place):
         if not len(at):

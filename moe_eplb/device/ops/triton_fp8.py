@@ -34,10 +34,10 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None, link: Tensor | None = None,
+    copying: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    position, offs = permute_few(slots, groups, cells, link)
+    position, offs = permute_few(slots, groups, cells)
     if copying is not None:
         copying()
     size, width = slots.numel() if entries is None else entries, hidden.shape[1]

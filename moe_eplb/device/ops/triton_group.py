@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_eplb.device.ops.triton_link import tell_link
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["permute", "permute_few", "permute_rows", "with_dense_rows"]
@@ -36,14 +35,10 @@ _ENDS = 16
 """Groups whose ends one program of the small kernel finds."""
 
 
-def permute(
-    slots: Tensor, groups: int, cells: Tensor | None = None, link: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `plain.permute`."""
     position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
     if not slots.numel():
-        if link is not None:
-            link.zero_()
         return position, torch.zeros(groups, dtype=torch.int32, device=slots.device)
     slots = with_dense_rows(slots)
     entries, blocks = slots.numel(), triton.cdiv(slots.numel(), _BLOCK)
@@ -52,7 +47,7 @@ def permute(
     bins = max(16, triton.next_power_of_2(groups + 1))
     given = (slots, *_table(slots, groups, cells), slots.stride(0), entries, groups, blocks)
     how = (slots.shape[1], cells is not None, _BLOCK)
-    _count[(blocks,)](*given, below, slots if link is None else link, *how, bins, link is not None)
+    _count[(blocks,)](*given, below, *how, bins)
     _scan[(groups,)](below, first, offs, blocks, _CHUNK)
     _place[(blocks,)](*given, first, position, *how)
     return position, offs
@@ -60,14 +55,14 @@ def permute(
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None, link: Tensor | None = None,
+    copying: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
     size = slots.numel() if entries is None else entries
     hidden = with_dense_rows(hidden)
     rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if not slots.numel() or slots.numel() > _SMALL:
-        position, offs = permute(slots, groups, cells, link)
+        position, offs = permute(slots, groups, cells)
         if copying is not None:
             copying()
         if rows.numel():
@@ -75,17 +70,15 @@ def permute_rows(
         return rows, position, offs
     if copying is not None:
         copying()
-    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, rows, link))
+    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, rows))
 
 
-def permute_few(
-    slots: Tensor, groups: int, cells: Tensor | None = None, link: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`permute`, in one launch where there are few entries, as in a decode step."""
     if not slots.numel() or slots.numel() > _SMALL:
-        return permute(slots, groups, cells, link)
+        return permute(slots, groups, cells)
     nothing = torch.empty(slots.shape[0], 0, dtype=torch.float32, device=slots.device)
-    return _permute_small(nothing, with_dense_rows(slots), groups, cells, nothing, link)
+    return _permute_small(nothing, with_dense_rows(slots), groups, cells, nothing)
 
 
 def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
@@ -98,7 +91,7 @@ def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
 
 
 def _permute_small(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, rows: Tensor, link: Tensor | None
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     tokens, top_k = slots.shape
     position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
@@ -106,10 +99,9 @@ def _permute_small(
     block = _column_block(hidden.shape[1])
     grid = (tokens + triton.cdiv(groups, _ENDS), max(1, triton.cdiv(hidden.shape[1], block)))
     _small[grid](
-        hidden, slots, *_table(slots, groups, cells), rows, position, offs, offs if link is None else link,
-        hidden.stride(0), slots.stride(0), tokens, tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k,
-        cells is not None, triton.next_power_of_2(top_k),
-        0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE, _ENDS, link is not None, block,
+        hidden, slots, *_table(slots, groups, cells), rows, position, offs, hidden.stride(0), slots.stride(0), tokens,
+        tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k, cells is not None, triton.next_power_of_2(top_k),
+        0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE, _ENDS, block,
         num_warps=max(4, block // 256),
     )  # fmt: skip
     return position, offs
@@ -159,13 +151,12 @@ def _cell_in(table, slots, num_slots, slot_stride, at, real, groups, top_k: tl.c
     return cell, inside
 
 
-@declares(writes=["below"], words=["link"])
+@declares(writes=["below"])
 @triton.jit(do_not_specialize=["entries", "blocks"])
 def _count(
-    slots, cells, num_slots, slot_stride, entries, groups, blocks, below, link, top_k: tl.constexpr,
-    mapped: tl.constexpr, block: tl.constexpr, nbins: tl.constexpr, tells: tl.constexpr,
+    slots, cells, num_slots, slot_stride, entries, groups, blocks, below,
+    top_k: tl.constexpr, mapped: tl.constexpr, block: tl.constexpr, nbins: tl.constexpr,
 ):  # fmt: skip
-    tell_link(link, 0, tells)
     program = tl.program_id(0)
     at = program * block + tl.arange(0, block)
     cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
@@ -228,18 +219,17 @@ def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl
         tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
 
 
-@declares(writes=["rows", "position", "offs"], words=["link"])
+@declares(writes=["rows", "position", "offs"])
 @triton.jit(do_not_specialize=["tokens", "entries", "capacity"])
 def _small(
-    hidden, slots, cells, num_slots, rows, position, offs, link, hidden_stride, slot_stride, tokens, entries, groups,
-    width, capacity, top_k: tl.constexpr, mapped: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr,
-    tile: tl.constexpr, ends: tl.constexpr, tells: tl.constexpr, block: tl.constexpr,
+    hidden, slots, cells, num_slots, rows, position, offs, hidden_stride, slot_stride, tokens, entries, groups, width,
+    capacity, top_k: tl.constexpr, mapped: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr,
+    ends: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A program a token, then programs that find the ends of groups.
 
     Each reads the whole table of cells, `held` of them or none, beside the slots, and not each slot's cell behind it.
     """
-    tell_link(link, 0, tells)
     program = tl.program_id(0)
     table = slots
     if mapped:

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_eplb.device.ops.plain_rows import require_columns
-from moe_eplb.device.ops.triton_link import tell_link
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["add_blocks", "combine", "pack_rows", "swiglu", "word_of"]
@@ -41,9 +40,7 @@ def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
     return result
 
 
-def combine(
-    output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, link: Tensor | None = None
-) -> Tensor:
+def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `plain.combine`."""
     rows, width = position.shape[0], output.shape[1]
     total = torch.empty(rows, width, dtype=dtype, device=output.device)
@@ -51,29 +48,25 @@ def combine(
         block = _dividing(width, (2048, 1024, 512))
         scales = scales if scales.stride(1) == 1 else scales.contiguous()
         _combine[(rows, triton.cdiv(width, block))](
-            output.contiguous(), position.contiguous(), scales, total, total if link is None else link,
-            scales.stride(0), width, output.shape[0], position.shape[1], link is not None, block,
-            num_warps=block // 256,
+            output.contiguous(), position.contiguous(), scales, total, scales.stride(0), width, output.shape[0],
+            position.shape[1], block, num_warps=block // 256,
         )  # fmt: skip
     return total
 
 
-def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype, link: Tensor | None = None) -> Tensor:
+def add_blocks(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """See `plain.add_blocks`."""
     ranks, rows, width = blocks.shape
     total = torch.empty(tokens, width, dtype=dtype, device=blocks.device)
     if total.numel():
         block = _dividing(width, (2048, 1024, 512))
         _add_blocks[(tokens, triton.cdiv(width, block))](
-            blocks.contiguous(), total, total if link is None else link, rows, width, ranks, link is not None, block,
-            num_warps=block // 256,
-        )  # fmt: skip
-    elif link is not None:
-        link.zero_()
+            blocks.contiguous(), total, rows, width, ranks, block, num_warps=block // 256
+        )
     return total
 
 
-def pack_rows(columns: Sequence[Tensor], rows: Tensor, link: Tensor | None = None) -> None:
+def pack_rows(columns: Sequence[Tensor], rows: Tensor) -> None:
     """See `plain.pack_rows`."""
     require_columns(columns, rows)
     if not rows.numel():
@@ -83,9 +76,8 @@ def pack_rows(columns: Sequence[Tensor], rows: Tensor, link: Tensor | None = Non
     given += [rows] * (_COLUMNS - len(given))  # of width 0: nothing reads them
     block = 1024
     _pack_rows[(rows.shape[0], triton.cdiv(rows.shape[1], block))](
-        *given, rows, rows if link is None else link, columns[0].shape[0], rows.shape[1], *widths, link is not None,
-        block,
-    )  # fmt: skip
+        *given, rows, columns[0].shape[0], rows.shape[1], *widths, block
+    )
 
 
 def _dividing(width: int, blocks: tuple[int, ...]) -> int:
@@ -112,13 +104,11 @@ def _swiglu(
         tl.store(result + at * width + column[None, :], value.to(result.dtype.element_ty), mask=mask)
 
 
-@declares(writes=["total"], words=["link"])
+@declares(writes=["total"])
 @triton.jit(do_not_specialize=["entries"])
 def _combine(
-    output, position, scales, total, link, scale_stride, width, entries, top_k: tl.constexpr, tells: tl.constexpr,
-    block: tl.constexpr,
+    output, position, scales, total, scale_stride, width, entries, top_k: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
-    tell_link(link, 1, tells)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     mask = column < width
@@ -132,12 +122,9 @@ def _combine(
     tl.store(total + row * width + column, value.to(total.dtype.element_ty), mask=mask)
 
 
-@declares(writes=["total"], words=["link"])
+@declares(writes=["total"])
 @triton.jit
-def _add_blocks(
-    blocks, total, link, rows, width, ranks: tl.constexpr, tells: tl.constexpr, block: tl.constexpr
-):  # fmt: skip
-    tell_link(link, 0, tells)
+def _add_blocks(blocks, total, rows, width, ranks: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     mask = column < width
@@ -147,13 +134,11 @@ def _add_blocks(
     tl.store(total + row * width + column, value.to(total.dtype.element_ty), mask=mask)
 
 
-@declares(writes=["rows"], words=["link"])
+@declares(writes=["rows"])
 @triton.jit(do_not_specialize=["tokens"])
 def _pack_rows(
-    first, second, third, fourth, rows, link, tokens, words, width1, width2, width3, width4, tells: tl.constexpr,
-    block: tl.constexpr,
+    first, second, third, fourth, rows, tokens, words, width1, width2, width3, width4, block: tl.constexpr
 ):  # fmt: skip
-    tell_link(link, 1, tells)
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * block + tl.arange(0, block)
     real = row < tokens

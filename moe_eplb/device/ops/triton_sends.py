@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.ops.plain_sends import MARKS, Arrived
-from moe_eplb.device.ops.triton_link import tell_link
 from moe_eplb.device.ops.triton_rows import word_of
 from moe_eplb.device.sanitizer import declares
 
@@ -33,9 +32,7 @@ def order_sends(slot_ids: Tensor, *, ranks: int, slots_per_rank: int, block: int
     return place, token_at
 
 
-def send_rows(
-    columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int, link: Tensor | None = None
-) -> None:
+def send_rows(columns: Sequence[Tensor], token_at: Tensor, rows: Tensor, *, rank: int) -> None:
     """See `plain_sends.send_rows`."""
     require_columns(columns, rows, MARKS)
     if not rows.numel():
@@ -43,9 +40,8 @@ def send_rows(
     first, second, third = (column.contiguous() for column in columns)
     widths = [column.shape[1] for column in columns]
     _send_rows[(rows.shape[0], triton.cdiv(sum(widths) + MARKS, _WORDS))](
-        first, second, third, token_at, rows, rows if link is None else link, *widths, rows.shape[1], rank,
-        link is not None, _WORDS,
-    )  # fmt: skip
+        first, second, third, token_at, rows, *widths, rows.shape[1], rank, _WORDS
+    )
 
 
 def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per_rank: int) -> Arrived:
@@ -63,19 +59,14 @@ def arrive(scales: Tensor, integers: Tensor, *, rank: int, block: int, slots_per
     return Arrived(slots, checked, token, marks)
 
 
-def add_returned(
-    hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int, link: Tensor | None = None
-) -> Tensor:
+def add_returned(hidden: Tensor, marks: Tensor, place: Tensor, *, rank: int, block: int) -> Tensor:
     """See `plain_sends.add_returned`."""
     (ranks, tokens), width = place.shape, hidden.shape[1]
     total = torch.empty(tokens, width, dtype=hidden.dtype, device=hidden.device)
     if total.numel():
         _add_returned[(tokens, triton.cdiv(width, _COLUMNS))](
-            hidden, marks, place, total, total if link is None else link, tokens, width, hidden.stride(0),
-            marks.stride(0), rank, block, ranks, link is not None, _COLUMNS,
-        )  # fmt: skip
-    elif link is not None:
-        link.zero_()
+            hidden, marks, place, total, tokens, width, hidden.stride(0), marks.stride(0), rank, block, ranks, _COLUMNS
+        )
     return total
 
 
@@ -110,13 +101,11 @@ def _order_sends(
         tl.store(lines + line, line * 0 - 1, mask=(line >= count) & (line < most))
 
 
-@declares(writes=["rows"], words=["link"])
+@declares(writes=["rows"])
 @triton.jit
 def _send_rows(
-    first, second, third, token_at, rows, link, width1, width2, width3, words, rank, tells: tl.constexpr,
-    block: tl.constexpr,
+    first, second, third, token_at, rows, width1, width2, width3, words, rank, block: tl.constexpr
 ):  # fmt: skip
-    tell_link(link, 1, tells)
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_at + row).to(tl.int64)
     used = token >= 0
@@ -161,13 +150,12 @@ def _arrive(
     tl.store(checked + at[:, None] * top_k + k[None, :], tl.where(right[:, None], scale, float("nan")), mask=mask)
 
 
-@declares(writes=["total"], words=["link"])
+@declares(writes=["total"])
 @triton.jit(do_not_specialize=["tokens"])
 def _add_returned(
-    hidden, marks, place, total, link, tokens, width, stride, mark_stride, rank, most, ranks: tl.constexpr,
-    tells: tl.constexpr, block: tl.constexpr,
+    hidden, marks, place, total, tokens, width, stride, mark_stride, rank, most, ranks: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
-    tell_link(link, 0, tells)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     mask = column < width

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_eplb.device import ops
 from moe_eplb.moe.dispatch.base import Received
 from moe_eplb.moe.dispatch.blocks import gather_block, gather_riders
 from moe_eplb.moe.dispatch.collectives import Ranks
@@ -39,9 +38,8 @@ class AllGather:
         dtype: torch.dtype,
         gather_ids: bool = False,
         static_shapes: bool = False,
-        link: Tensor | None = None,
     ) -> None:
-        self.ranks = Ranks(group, link)
+        self.ranks = Ranks(group)
         self.static_shapes = static_shapes
         self.slots_per_rank = slots_per_rank
         self.hidden_size = hidden_size
@@ -146,7 +144,5 @@ class AllGatherExchange:
 
     def combine(self, partial: Tensor) -> Tensor:
         """See `Exchange`."""
-        ranks, tokens = self._owner.ranks, self._counts[self._owner.ranks.rank]
-        if ranks.size == 1:
-            return partial[:tokens].to(self._owner.dtype)
-        return ops.add_blocks(ranks.reduce_scatter(partial).unsqueeze(0), tokens, self._owner.dtype, ranks.link)
+        total = self._owner.ranks.reduce_scatter(partial)
+        return total[: self._counts[self._owner.ranks.rank]].to(self._owner.dtype)

@@ -38,9 +38,8 @@ class AllToAll:
         top_k: int,
         dtype: torch.dtype,
         static_shapes: bool = False,
-        link: Tensor | None = None,
     ) -> None:
-        self.ranks = Ranks(group, link)
+        self.ranks = Ranks(group)
         self.static_shapes = static_shapes
         self.slots_per_rank = slots_per_rank
         self.hidden_size = hidden_size
@@ -107,7 +106,7 @@ class AllToAllExchange:
         """See `Exchange`."""
         owner, token = self._owner, self._token
         local = self._local_slots()
-        rows = owner.row.pack(x[token], scales[token], local, token.int().unsqueeze(1), link=owner.ranks.link)
+        rows = owner.row.pack(x[token], scales[token], local, token.int().unsqueeze(1))
         rows = owner.ranks.all_to_all(rows, self._plan.send_counts, self._plan.receive_counts)
         hidden, scales, integers = owner.row.unpack(rows)
         slots = integers[:, :-1]
@@ -129,6 +128,4 @@ class AllToAllExchange:
         tokens, blocks = (torch.split(rows, list(plan.send_counts)) for rows in (self._token, returned))
         for token, rows in zip(tokens, blocks, strict=True):
             total.index_add_(0, token, rows.float())
-        if owner.ranks.link is not None:
-            owner.ranks.link.zero_()
         return total.to(owner.dtype)

@@ -36,7 +36,7 @@ def gather_block(
     """
     if ranks.size == 1 and block == x.shape[0]:
         return Gathered(x, scales, tuple(integers))
-    rows = row.pack_block(block, x, scales, *integers, link=ranks.link)
+    rows = row.pack_block(block, x, scales, *integers)
     if riders is not None:
         rows[-1, : 2 * riders.numel()] = riders.view(torch.int32)
     gathered = ranks.all_gather(rows)

@@ -19,16 +19,12 @@ _reduce_scatter = cast("Callable[..., Any]", getattr(dist, "reduce_scatter_singl
 
 
 class Ranks:
-    """The expert-parallel ranks: `rank` of this process and `size` R of the group.
+    """The expert-parallel ranks: `rank` of this process and `size` R of the group."""
 
-    `link` is the device's, see `moe_eplb.device.Device.link`; None for a single rank, which exchanges nothing.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, link: Tensor | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
-        self.link = link if self.size > 1 else None
 
     def all_gather(self, block: Tensor) -> Tensor:
         """Blocks [N, W] of all ranks, in order of rank, as [R * N, W]. N and W are the same on all ranks."""

@@ -81,5 +81,5 @@ class FixedBlocksExchange:
         blocks = (self._block,) * ranks.size
         returned = ranks.all_to_all(partial, blocks, blocks)
         return ops.add_blocks(
-            returned.view(ranks.size, self._block, self._owner.hidden_size), tokens, self._owner.dtype, ranks.link
+            returned.view(ranks.size, self._block, self._owner.hidden_size), tokens, self._owner.dtype
         )

@@ -38,17 +38,15 @@ class RowFormat:
         self.nbytes = _WORD * self.words
         self.hidden_words = self._widths[0]
 
-    def pack(self, x: Tensor, scales: Tensor, *integers: Tensor, link: Tensor | None = None) -> Tensor:
+    def pack(self, x: Tensor, scales: Tensor, *integers: Tensor) -> Tensor:
         """Rows int32 [M, words] of hidden states [M, D], scales float32 [M, K] and integer columns int32 [M, ...]."""
-        return self.pack_block(x.shape[0], x, scales, *integers, link=link)
+        return self.pack_block(x.shape[0], x, scales, *integers)
 
-    def pack_block(
-        self, block: int, x: Tensor, scales: Tensor, *integers: Tensor, link: Tensor | None = None
-    ) -> Tensor:
-        """Rows int32 [B, words] of T <= B rows as for `pack`; the others are all -1. `link`: see `ops.pack_rows`."""
+    def pack_block(self, block: int, x: Tensor, scales: Tensor, *integers: Tensor) -> Tensor:
+        """Rows int32 [B, words] of T <= B rows as for `pack`; the others are all -1."""
         rows = torch.empty(block, self.words, dtype=torch.int32, device=x.device)
         columns = (x.contiguous().view(torch.int32), scales.contiguous().view(torch.int32), *integers)
-        ops.pack_rows(columns, rows, link)
+        ops.pack_rows(columns, rows)
         return rows
 
     def unpack(self, rows: Tensor) -> Columns:

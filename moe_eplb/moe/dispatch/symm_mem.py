@@ -45,9 +45,8 @@ class SymmMem:
         top_k: int,
         dtype: torch.dtype,
         static_shapes: bool = False,
-        link: Tensor | None = None,
     ) -> None:
-        self.ranks = Ranks(group, link)
+        self.ranks = Ranks(group)
         self.symmetric = symmetric
         self.static_shapes = static_shapes
         self.slots_per_rank = slots_per_rank
@@ -119,7 +118,7 @@ class SymmMemExchange:
             self._slot_ids, ranks=owner.ranks.size, slots_per_rank=owner.slots_per_rank, block=block
         )
         columns = (x.contiguous().view(torch.int32), scales.contiguous().view(torch.int32), self._slot_ids)
-        ops.send_rows(columns, token_at, window.send[: self._rows], rank=rank, link=owner.ranks.link)
+        ops.send_rows(columns, token_at, window.send[: self._rows], rank=rank)
         self._symmetric.exchange(window, self._rows)
         hidden, sent_scales, integers = owner.row.unpack(window.received[: self._rows])
         arrived = ops.arrive(sent_scales, integers, rank=rank, block=block, slots_per_rank=owner.slots_per_rank)
@@ -142,6 +141,4 @@ class SymmMemExchange:
         ops.pack_rows((sums, self._marks), window.send[: self._rows])
         self._symmetric.exchange(window, self._rows)
         hidden, _, marks = owner.returned.unpack(window.received[: self._rows])
-        return ops.add_returned(
-            hidden, marks, self._place, rank=owner.ranks.rank, block=self._block, link=owner.ranks.link
-        )
+        return ops.add_returned(hidden, marks, self._place, rank=owner.ranks.rank, block=self._block)
