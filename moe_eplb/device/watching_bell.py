@@ -16,10 +16,13 @@ from torch import Tensor
 
 from moe_eplb.device.bell import Bell
 
-__all__ = ["REST_US", "WatchingBell"]
+__all__ = ["REST_US", "SHORT_REST_US", "WatchingBell", "compiled_looks"]
 
 REST_US = 50
 """Between two looks of a thread that shall not take a core; the operating system adds what it takes to wake it."""
+SHORT_REST_US = 20
+"""The longest rest at first: what is waited for is enqueued, and mostly comes within a few iterations."""
+_AT_FIRST_NS = 20_000_000
 
 _MONOTONIC = 1
 """CLOCK_MONOTONIC."""
@@ -37,14 +40,15 @@ class WatchingBell(Bell):
 
     Args:
         word: See the base class.
-        rest_us: How long the thread sleeps between two looks; with 0 it stays awake, and takes a core.
+        rest_us: How long the thread sleeps between two looks; with 0 it stays awake, and takes a core. For the first
+            20 ms of a wait no longer than `SHORT_REST_US`.
         longest_s: That bound, in s.
     """
 
     def __init__(self, word: Tensor, *, rest_us: int = REST_US, longest_s: float = _LONGEST_S) -> None:
         super().__init__(word)
         self._rest_us, self._longest_ns = rest_us, round(longest_s * 1e9)
-        self._rung, self._look = word.numpy(), _compiled()
+        self._rung, self._look = word.numpy(), _of_this_machine()
 
     def wait(self, count: int, timeout_s: float) -> bool:
         return self._look(self._rung, count, self._rest_us, self._longest_ns)
@@ -54,16 +58,22 @@ class WatchingBell(Bell):
 
 
 @cache
-def _compiled() -> Callable[[Any, int, int, int], bool]:
-    """(word, count, us, ns): whether an int32 [1] becomes that large within the ns, looked at after rests of the us."""
+def _of_this_machine() -> Callable[[Any, int, int, int], bool]:
+    return compiled_looks(ctypes.CDLL(None))
+
+
+def compiled_looks(library: Any) -> Callable[[Any, int, int, int], bool]:
+    """(word, count, us, ns): whether an int32 [1] becomes that large within the ns, looked at after rests of the us.
+
+    `library` has C's `clock_gettime` and `usleep`, and may have `prctl`.
+    """
     from numba import njit, types
 
-    library = ctypes.CDLL(None)
     clock: Any = library.clock_gettime
     clock.argtypes, clock.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_int
     sleep: Any = library.usleep
     sleep.argtypes, sleep.restype = (ctypes.c_uint32,), ctypes.c_int
-    slack = _slack(library)
+    slack, short = _slack(library), np.uint32(SHORT_REST_US)
 
     @njit(types.int64(types.int64[::1]))
     def now(into):  # type: ignore[no-untyped-def]
@@ -73,13 +83,14 @@ def _compiled() -> Callable[[Any, int, int, int], bool]:
     @njit(types.boolean(types.int32[::1], types.int64, types.uint32, types.int64))
     def watch(word, count, rest_us, timeout_ns):  # type: ignore[no-untyped-def]
         into = np.zeros(2, np.int64)
-        end = now(into) + timeout_ns
+        begun = now(into)
         # The clock is a function that the compiler knows nothing of, so that the word is read anew after each call.
         while word[0] < count:
-            if now(into) >= end:
+            waited = now(into) - begun
+            if waited >= timeout_ns:
                 return word[0] >= count
             if rest_us:
-                sleep(rest_us)
+                sleep(min(rest_us, short) if waited < _AT_FIRST_NS else rest_us)
         return True
 
     @njit(types.boolean(types.int32[::1], types.int64, types.uint32, types.int64), nogil=True)

@@ -12,12 +12,13 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from moe_eplb.device.bell import Bell, CpuBell
-from moe_eplb.device.watching_bell import WatchingBell, _slack
+from moe_eplb.device.watching_bell import WatchingBell, _slack, compiled_looks
 
 T = TypeVar("T")
 AwakeBell = partial(WatchingBell, rest_us=0)
@@ -116,6 +117,36 @@ def test_rests_are_short_whatever_the_slack_of_the_thread_which_keeps_it() -> No
         pytest.skip("the kernel lets no thread set the slack of its timers")
     assert short
     assert ended == former
+
+
+def test_rests_are_shorter_at_first() -> None:
+    rests, clock = list[int](), [0]
+
+    def now(_: int, into: int) -> int:
+        seconds_and_ns = ctypes.cast(into, ctypes.POINTER(ctypes.c_int64))
+        seconds_and_ns[0], seconds_and_ns[1] = divmod(clock[0], 10**9)
+        return 0
+
+    def rest(us: int) -> int:
+        rests.append(us)
+        clock[0] += 1000 * us
+        return 0
+
+    library = SimpleNamespace(  # compiled code knows addresses alone, so that it has to stay
+        clock_gettime=ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p)(now),
+        usleep=ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32)(rest),
+    )
+    look = compiled_looks(library)
+    word = np.zeros(1, np.int32)
+    assert not look(word, 1, 50, 30_000_000)
+    assert rests == [20] * 1000 + [50] * 200
+    rests.clear()
+    assert not look(word, 1, 7, 21_000)
+    assert rests == [7] * 3
+    assert not look(word, 1, 0, 0)
+    word[0] = 1
+    assert look(word, 1, 50, 10**9)
+    assert rests == [7] * 3
 
 
 def test_where_no_slack_can_be_set_none_is() -> None:
