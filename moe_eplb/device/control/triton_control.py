@@ -119,7 +119,9 @@ def _acquired(word):
 
     Each thread loads it and none waits for another, as all would with an atomic operation, so that the warps of a
     program end their wait apart. What comes of it is written by the first warp alone: stores of single values, and of
-    blocks of no more elements than a warp has threads, are made once, by the threads that hold them first.
+    blocks of no more elements than a warp has threads, are made once, by the threads that hold them first. Should
+    threads of that warp part where the time is just over, the vote would be a torn one: the ranks see digests that
+    differ, and drop the plan.
     """
     return tl.inline_asm_elementwise(
         "ld.acquire.sys.global.s64 $0, [$1];", "=l,l,~{memory}", [word.to(tl.int64)], dtype=tl.int64, is_pure=False,
