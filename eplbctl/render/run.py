@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eplbctl.render.run_tables import balance_and_moves
+from eplbctl.render.run_tables import balance_and_moves, plans_waited_for
 from eplbctl.render.text import check_table
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ __all__ = ["next_commands", "reproduction_text", "result_text"]
 
 
 def result_text(scenario: Scenario, result: RunResult, report: Report) -> str:
-    """Headline, checks, balancedness, moves, run folder."""
+    """Headline, checks, balancedness, moves, plans that were waited for, run folder."""
     parts = [_headline(scenario, result), check_table(result.verdict), balance_and_moves(report)]
+    parts += plans_waited_for(report)
     parts += [f"run folder: {result.folder}"]
     return "\n\n".join(part for part in parts if part)
 

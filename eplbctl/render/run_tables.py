@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moe_eplb.analysis.moves import LayerMoves
     from moe_eplb.analysis.stages import Report
 
-__all__ = ["balance_and_moves", "remarks", "tables"]
+__all__ = ["balance_and_moves", "plans_waited_for", "remarks", "tables"]
 
 
 def tables(report: Report) -> Iterator[Table]:
@@ -22,10 +22,21 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def remarks(report: Report) -> Iterator[str]:
-    """The first violation of the call order, and what is missing."""
+    """The first violation of the call order, what is missing, and plans that came late."""
     yield f"First violation of the call order: {report.violation or 'none'}"
     if report.incomplete:
         yield f"Incomplete: {report.incomplete}"
+    yield from plans_waited_for(report)
+
+
+def plans_waited_for(report: Report) -> Iterator[str]:
+    """That a GPU's run waited for plans, which makes steps longer and changes no result."""
+    waits = report.waits
+    if waits is not None and waits.waited:
+        yield (
+            f"Waited for {waits.waited} of {waits.plans} plans, {waits.longest_ms:.1f} ms at most: with a larger "
+            "balancer.commit_delay they have more time"
+        )
 
 
 def balance_and_moves(report: Report) -> str:

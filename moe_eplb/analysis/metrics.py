@@ -13,7 +13,7 @@ from moe_eplb.analysis.balance import (
     routed_counts,
 )
 from moe_eplb.analysis.measures import Measures
-from moe_eplb.analysis.moves import late_commits, layer_moves
+from moe_eplb.analysis.moves import late_commits, layer_moves, plan_waits
 from moe_eplb.analysis.overlap import PAIRS, measure
 from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.analysis.trace import OPEN, Trace
@@ -65,6 +65,7 @@ def _moves(folder: RunFolder, measures: Measures) -> None:
     moves = layer_moves(folder)
     slots = sum(layer.slots for layer in moves)
     rows = folder.evidence
+    waits = plan_waits(folder)
     measures.single |= {
         "moves.slots": sum(layer.moved_slots for layer in moves),
         "moves.bytes": sum(layer.bytes for layer in moves),
@@ -73,6 +74,8 @@ def _moves(folder: RunFolder, measures: Measures) -> None:
         "commits": sum(layer.commits for layer in moves),
         "commits.late": late_commits(folder),
         "plans.dropped": len({(row["layer"], row["due"]) for row in rows.rows(Row.DROPPED)}),
+        "plans.waited": waits.waited,
+        "plans.longest_wait_ms": waits.longest_ms,
         "updates": len({(row["layer"], row["taken"]) for row in rows.rows(Row.PLAN)}),
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 from moe_eplb.analysis.run_folder import EvidenceRow, Place, RunFolder
 from moe_eplb.core.evidence import Row
 
-__all__ = ["LayerMoves", "late_commits", "layer_moves"]
+__all__ = ["LayerMoves", "PlanWaits", "late_commits", "layer_moves", "plan_waits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,29 @@ class LayerMoves:
     cross_rank_net_slots: int
     by_source: dict[str, int] = field(default_factory=dict)
     idle_commits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanWaits:
+    """For how many of the plans a rank waited more than `LONG_MS`, its device or its thread, and how long at most."""
+
+    plans: int
+    waited: int
+    longest_ms: float
+
+
+LONG_MS = 0.1
+
+
+def plan_waits(folder: RunFolder) -> PlanWaits:
+    """Over all layers."""
+    longest: dict[tuple[int, int], float] = defaultdict(float)
+    for kind in (Row.PLAN, Row.DROPPED):
+        for row in folder.evidence.rows(kind):
+            wait = max(row["stall_us"], row.get("awaited_us", 0)) / 1e3
+            longest[row["layer"], row["due"]] = max(longest[row["layer"], row["due"]], wait)
+    waits = longest.values()
+    return PlanWaits(len(waits), sum(wait > LONG_MS for wait in waits), max(waits, default=0.0))
 
 
 def layer_moves(folder: RunFolder) -> list[LayerMoves]:

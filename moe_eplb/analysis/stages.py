@@ -14,7 +14,7 @@ from moe_eplb.analysis.balance import (
     predicted_rank_loads,
     routed_counts,
 )
-from moe_eplb.analysis.moves import LayerMoves, layer_moves
+from moe_eplb.analysis.moves import LayerMoves, PlanWaits, layer_moves, plan_waits
 from moe_eplb.analysis.run_folder import RunFolder
 from moe_eplb.analysis.trace import OPEN, Records
 from moe_eplb.core.events import HOST, KINDS, STREAMS, UPDATER
@@ -46,13 +46,17 @@ class BalanceRow:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All tables of a run. `violation` describes the first illegal call, empty when there is none."""
+    """All tables of a run. `violation` describes the first illegal call, empty when there is none.
+
+    `waits` is None for a run on CPUs, whose times say nothing of those on a GPU.
+    """
 
     stages: tuple[StageRow, ...]
     moves: tuple[LayerMoves, ...]
     balance: tuple[BalanceRow, ...]
     violation: str
     incomplete: str
+    waits: PlanWaits | None = None
 
 
 def make_report(folder: RunFolder) -> Report:
@@ -64,6 +68,7 @@ def make_report(folder: RunFolder) -> Report:
         balance=_balance_rows(folder),
         violation=_first_violation(folder),
         incomplete=trace.incomplete() if trace else "the run left no trace",
+        waits=plan_waits(folder) if folder.scenario.device == "cuda" else None,
     )
 
 

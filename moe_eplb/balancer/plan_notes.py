@@ -31,7 +31,12 @@ class PlanNotes:
         self._layer = layer
 
     def planned(self, update: ResidentUpdate, report: Sequence[int]) -> None:
-        """A plan was due; `report` [REPORT] says whether it was ready here, and how long the device waited."""
+        """A plan was due; `report` [REPORT] says whether it was ready here, and how long the device waited.
+
+        The thread that launches may have waited too, before the device could come to it.
+        """
+        if update.waited_s:
+            self._probe.awaited(update.layer, update.waited_s)
         waited = max(0, report[Report.WAITED_NS])
         if waited:
             self._probe.stalled(update.layer, waited / 1e9)

@@ -107,7 +107,9 @@ class Resident:
         if self._late is not None and not self._late.done.is_set():
             return
         self.plan_waits += 1
+        begun = time.monotonic()
         self._late = None if update.done.wait(self.timeout_ns / 1e9) else update
+        update.waited_s += time.monotonic() - begun
 
     @property
     def wait(self) -> Callable[[int, int, int], int] | None:

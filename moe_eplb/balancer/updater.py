@@ -28,6 +28,7 @@ class Update:
     """One update of one layer: taken at the end of iteration `taken`, to be committed at the start of `due`.
 
     `done` is set when the updater has finished, one way or the other: `plan` and `staged` are there, or `error` is.
+    `waited_s` is how long the thread that launches the model waited for it, before it enqueued what needs the plan.
     `agreed` is None until the ranks have voted, and False also when the update is given up before. `generation`: see
     `Updater.forget`.
     """
@@ -43,6 +44,7 @@ class Update:
     error: BaseException | None = None
     agreed: bool | None = None
     generation: int = 0
+    waited_s: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> bool:

@@ -71,6 +71,7 @@ class EvidenceGatherer:
         self._written_digest: dict[int, int] = {}
         self._to_attest: dict[int, list[int]] = {}
         self._stall_us: dict[int, int] = {}
+        self._awaited_us: dict[int, int] = {}
         self._sources: dict[int, dict[str, int]] = {}
         self.iteration = -1
         self.topk_ids: TopkIds | None = None
@@ -136,10 +137,13 @@ class EvidenceGatherer:
     def stalled(self, layer: int, seconds: float) -> None:
         self._stall_us[layer] = round(seconds * 1e6)
 
+    def awaited(self, layer: int, seconds: float) -> None:
+        self._awaited_us[layer] = round(seconds * 1e6)
+
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         self._write(
             Row.PLAN, layer, taken=taken, due=due, digest=plan.placement.digest(), changed=plan.changed.tolist(),
-            bytes=staged_bytes, predicted=plan.predicted.tolist(), stall_us=self._stall_us.pop(layer, 0),
+            bytes=staged_bytes, predicted=plan.predicted.tolist(), **self._waits(layer),
         )  # fmt: skip
 
     def copied(self, layer: int, by_source: Mapping[str, int]) -> None:
@@ -158,8 +162,12 @@ class EvidenceGatherer:
     def dropped(self, layer: int, due: int, ready: int, digests_differ: bool, reason: str) -> None:
         self._write(
             Row.DROPPED, layer, due=due, ready=ready, ranks=self._ranks, digests_differ=digests_differ, reason=reason,
-            stall_us=self._stall_us.pop(layer, 0),
+            **self._waits(layer),
         )  # fmt: skip
+
+    def _waits(self, layer: int) -> dict[str, int]:
+        """For the plan that comes to its end now."""
+        return {"stall_us": self._stall_us.pop(layer, 0), "awaited_us": self._awaited_us.pop(layer, 0)}
 
     def iterated(self, iteration: int) -> None:
         return None

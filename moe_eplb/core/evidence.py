@@ -32,10 +32,11 @@ class Row(enum.StrEnum):
     PLACEMENT    digest (int), slots [P]: the placement whose tables this iteration's route used; slots only when they
                  differ from the rank's previous row of the layer
     PLAN         taken, due, digest, changed [global slot ids], bytes, predicted [R] rank loads, stall_us (how long
-                 the model waited for it)
+                 the model waited for it), awaited_us (how long the thread that launches did, while the device may
+                 have had work)
     COMMIT       digest, changed [global slot ids], local_changed [local slot ids], bytes, sources {host, own or peer:
                  bytes}: whether they were copied from the host, from this rank's or from another rank's slots
-    DROPPED      due, ready, ranks, digests_differ (bool), reason, stall_us
+    DROPPED      due, ready, ranks, digests_differ (bool), reason, stall_us, awaited_us
     ATTEST       slots (checked), mismatched [[global slot, expected expert, found digest]], changed_bytes (how many
                  slots have another digest than at the previous attestation); the first one is made in iteration -1
     EQUALITY     max_abs, max_ref, ratio, tolerance, tokens, misrouted (tokens sent to other experts than the twin of

@@ -40,6 +40,10 @@ class Probe(Protocol):
     def stalled(self, layer: int, seconds: float) -> None:
         """The model waited so long for an update of the layer that was not ready when it was needed."""
 
+    def awaited(self, layer: int, seconds: float) -> None:
+        """The thread that launches the model waited so long for an update of the layer, before it enqueued what needs
+        it; the device may have had work meanwhile."""
+
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         """A plan is put to the vote; this rank has staged so many bytes for it."""
 
@@ -78,6 +82,9 @@ class NullProbe:
         return None
 
     def stalled(self, layer: int, seconds: float) -> None:
+        return None
+
+    def awaited(self, layer: int, seconds: float) -> None:
         return None
 
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
@@ -129,6 +136,10 @@ class Probes:
     def stalled(self, layer: int, seconds: float) -> None:
         for probe in self._probes:
             probe.stalled(layer, seconds)
+
+    def awaited(self, layer: int, seconds: float) -> None:
+        for probe in self._probes:
+            probe.awaited(layer, seconds)
 
     def planned(self, layer: int, taken: int, due: int, plan: Plan, staged_bytes: int) -> None:
         for probe in self._probes:

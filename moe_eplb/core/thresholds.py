@@ -58,6 +58,8 @@ METRICS: dict[str, Metric] = {
     "commits": Metric("commits, over all layers"),
     "commits.late": Metric("commits that came after their iteration"),
     "plans.dropped": Metric("plans given up by all ranks"),
+    "plans.waited": Metric("plans for which a rank waited more than 0.1 ms: its device, or the thread that launches"),
+    "plans.longest_wait_ms": Metric("the longest of these waits; a larger commit_delay leaves plans more time", "ms"),
     "updates": Metric("updates taken, over all layers"),
 }
 

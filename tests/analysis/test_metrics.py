@@ -10,6 +10,7 @@ import pytest
 from moe_eplb.analysis.balance import mean_over_max, measured_loads, predicted_rank_loads
 from moe_eplb.analysis.measures import Measures
 from moe_eplb.analysis.metrics import measure_run
+from moe_eplb.analysis.moves import PlanWaits, plan_waits
 from moe_eplb.analysis.run_folder import load
 from moe_eplb.core.thresholds import METRICS
 from tests.support.run_folders import ITERATIONS, good_run
@@ -47,6 +48,31 @@ def test_a_commit_in_another_iteration_than_planned_is_late(tmp_path: Path) -> N
     for row in run.find("plan", layer=1):
         row["due"] = 1
     assert measure_run(load(run.write(tmp_path))).single["commits.late"] == 1
+
+
+def test_a_plan_was_waited_for_if_a_rank_waited_longer_than_a_tenth_of_a_millisecond(tmp_path: Path) -> None:
+    run = good_run()
+    plans = run.find("plan")
+    for row in plans:
+        row["stall_us"], row["awaited_us"] = 100, 90
+    measured = measure_run(load(run.write(tmp_path / "short"))).single
+    assert (measured["plans.waited"], measured["plans.longest_wait_ms"]) == (0, 0.1)
+    first = [row for row in plans if (row["layer"], row["due"]) == (plans[0]["layer"], plans[0]["due"])]
+    assert len(first) == 2, "one of each rank"
+    first[0]["stall_us"], first[1]["awaited_us"] = 300, 2500
+    other = next(row for row in plans if row not in first)
+    other["awaited_us"] = 101
+    folder = load(run.write(tmp_path / "long"))
+    measured = measure_run(folder).single
+    assert (measured["plans.waited"], measured["plans.longest_wait_ms"]) == (2, 2.5)
+    assert plan_waits(folder) == PlanWaits(3, 2, 2.5)
+
+
+def test_a_folder_of_before_the_thread_that_launches_was_timed_is_measured(tmp_path: Path) -> None:
+    run = good_run()
+    for row in run.find("plan"):
+        row.pop("awaited_us", None)
+    assert measure_run(load(run.write(tmp_path))).single["plans.waited"] == 0
 
 
 def test_balancedness_is_over_ranks(tmp_path: Path) -> None:

@@ -43,15 +43,17 @@ def test_a_plan_that_is_done_is_not_waited_for(resident: Resident) -> None:
     update.done.set()
     assert timed(resident, update) < TIMEOUT_S / 2
     assert resident.plan_waits == 0
+    assert update.waited_s == 0
 
 
 def test_the_host_goes_on_when_the_plan_is_done(resident: Resident) -> None:
     update = an_update()
     timer = threading.Timer(TIMEOUT_S / 4, update.done.set)
     timer.start()
-    assert timed(resident, update) < TIMEOUT_S
+    assert TIMEOUT_S / 5 < (took := timed(resident, update)) < TIMEOUT_S
     timer.join()
     assert resident.plan_waits == 1
+    assert TIMEOUT_S / 5 < update.waited_s <= took
 
 
 def test_after_a_wait_in_vain_nobody_waits_until_that_plan_is_done(resident: Resident) -> None:

@@ -27,9 +27,11 @@ def test_a_stall_belongs_to_the_plan_that_was_waited_for(end: str, tmp_path: Pat
             gatherer.dropped(layer, 1, 0, False, "late")
 
     gatherer.stalled(1, 0.25)
+    gatherer.awaited(1, 0.5)
     for layer in (0, 1, 1):
         finish(layer)
     writer.close()
     rows = list(read_evidence(tmp_path / "evidence"))
     assert {row["row"] for row in rows} == {Row.PLAN if end == "planned" else Row.DROPPED}
-    assert [(row["layer"], row["stall_us"]) for row in rows] == [(0, 0), (1, 250_000), (1, 0)]
+    waits = [(row["layer"], row["stall_us"], row["awaited_us"]) for row in rows]
+    assert waits == [(0, 0, 0), (1, 250_000, 500_000), (1, 0, 0)]

@@ -18,7 +18,7 @@ from eplbctl.render.run_tables import balance_and_moves
 from eplbctl.render.tables import escaped
 from moe_eplb.analysis import stages
 from moe_eplb.analysis.measures import Measures
-from moe_eplb.analysis.moves import LayerMoves
+from moe_eplb.analysis.moves import LayerMoves, PlanWaits
 from moe_eplb.analysis.report import Report
 from moe_eplb.analysis.stages import BalanceRow, StageRow
 
@@ -42,6 +42,16 @@ def test_text_has_every_table_of_a_run() -> None:
     assert _cells(text) >= {"route", "12", "1.2", "12,345", "4 of 24", "0.500", "0.875"}
     assert "First violation of the call order: error[E101]: layer 0 route" in text
     assert "Incomplete: rank 1 dropped 3 records" in text
+
+
+@pytest.mark.parametrize(
+    ("waits", "told"), [(None, False), (PlanWaits(8, 0, 0.05), False), (PlanWaits(8, 3, 1.26), True)]
+)
+def test_plans_that_were_waited_for_are_told_with_a_way_out(waits: PlanWaits | None, told: bool) -> None:
+    text = render.text(dataclasses.replace(REPORT, run=dataclasses.replace(RUN, waits=waits)))
+    hint = "Waited for 3 of 8 plans, 1.3 ms at most: with a larger balancer.commit_delay they have more time"
+    assert (hint in text) == told
+    assert ("Waited for" in text) == told
 
 
 def test_markdown_has_the_same_cells() -> None:

@@ -222,7 +222,8 @@ def _commit(run: RunBuilder, layer: int, iteration: int, made: Plan) -> Placemen
         local = [slot - rank * PER_RANK for slot in changed if slot // PER_RANK == rank]
         fields = {"taken": iteration - 1, "digest": made.placement.digest(), "changed": changed}
         fields["bytes"] = len(local) * SLOT_BYTES
-        run.add("plan", rank, layer, iteration - 1, due=iteration, predicted=made.predicted.tolist(), **fields)
+        plan = fields | {"predicted": made.predicted.tolist(), "stall_us": 0, "awaited_us": 0}
+        run.add("plan", rank, layer, iteration - 1, due=iteration, **plan)
         sources = {"host": len(local) * SLOT_BYTES}
         run.add("commit", rank, layer, iteration, local_changed=local, sources=sources, **fields)
         run.add("attest", rank, layer, iteration, slots=PER_RANK, mismatched=[], changed_bytes=len(local))
