@@ -19,6 +19,7 @@ from moe_eplb.balancer.options import BalancerOptions
 from moe_eplb.balancer.peers import PeerCells
 from moe_eplb.balancer.resident import Resident
 from moe_eplb.balancer.resident_calls import ResidentCalls
+from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.balancer.single_layer import SingleLayerMoeLoadBalancer
 from moe_eplb.balancer.updater import Updater
 from moe_eplb.core.errors import BalancerError
@@ -87,6 +88,7 @@ class MoeLoadBalancer(ResidentCalls, BuildContext):
         self._schedule: UpdateSchedule | None = None
         self.counts_now = False
         self._resident: Resident | None = None
+        self._resident_layers: list[ResidentLayer] = []
         self._peers: PeerCells | None = None
         self._unpin: list[Callable[[], None]] = []
         self._group_now: tuple[int, ...] = ()

@@ -37,6 +37,7 @@ class ResidentCalls:
     counts_now: bool
     _iter: IterState
     _resident: Resident | None
+    _resident_layers: list[ResidentLayer]
     _peers: PeerCells | None
     _unpin: list[Callable[[], None]]
     _group_now: tuple[int, ...]
@@ -65,11 +66,9 @@ class ResidentCalls:
         """Whether the state lives on the device, so that no forward waits for the host."""
         return self.is_dynamic_routing() and self.options.resident
 
-    def _residents(self) -> list[ResidentLayer]:
-        return [layer for layer in self.layers if isinstance(layer, ResidentLayer)]
-
     def _make_resident(self) -> None:
-        options, layers = self.options, self._residents()
+        options = self.options
+        layers = self._resident_layers = [layer for layer in self.layers if isinstance(layer, ResidentLayer)]
         self._resident = Resident(
             self.device, len(layers), run_ahead=options.run_ahead, timeout_s=options.update_timeout_s,
             awake=options.awake_updater,
@@ -88,7 +87,7 @@ class ResidentCalls:
     def expect(self, layer: int) -> None:
         """The hand-over of a layer is enqueued; where it is the layer's turn, the updater waits for it."""
         if layer in self._group_now:
-            self._residents()[layer].expect(self.device.iteration)
+            self._resident_layers[layer].expect(self.device.iteration)
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
@@ -136,12 +135,12 @@ class ResidentCalls:
     def await_plans(self) -> None:
         """Return when all plans on which the device votes in this iteration are enqueued; see `Resident`."""
         if not self.device.immediate and not self.device.capturing:
-            for layer in self._residents():
+            for layer in self._resident_layers:
                 layer.await_plan(self.iter_id)
 
     def collect_layer(self, layer: int) -> None:
         """See `collect`; the layer has begun this iteration."""
-        self._residents()[layer].collect(self.device.iteration)
+        self._resident_layers[layer].collect(self.device.iteration)
 
     def collect(self) -> None:
         """Take note of what a device that works later has done in this iteration; it has finished."""
@@ -157,7 +156,7 @@ class ResidentCalls:
             for stage, iteration in enumerate(iterations):
                 self.device.sink.mark(Kind.DEVICE_STAGE, index, iteration, HOST, a=stage)
         if self.counts_now and type(self.probe) is not NullProbe:  # to look at the counts takes a copy each
-            for layer, iterations in zip(self._residents(), stages, strict=True):
+            for layer, iterations in zip(self._resident_layers, stages, strict=True):
                 if iterations[Stage.FOLD] == self.device.iteration:  # not where it was aborted before
                     layer.report_counts()
 
@@ -182,5 +181,5 @@ class ResidentCalls:
         self._resident.expected = int(self._resident.model.rung)
 
     def _collect(self, iteration: int) -> None:
-        for layer in self._residents():
+        for layer in self._resident_layers:
             layer.collect_until(iteration)
