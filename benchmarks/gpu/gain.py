@@ -56,7 +56,7 @@ def _scenario(model: str, layers: int, name: str, tokens: int) -> dict[str, Any]
         # the hand-over to that vote, and every other step waited 0.6 to 1 ms for it.
         "balancer": {
             "num_slots": _SLOTS[model], "layer_updates_per_iter": layers, "empty_group": "never", "state": "device",
-            "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 3, "min_gain": 0.02,
+            "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 3, "min_gain": 0.005,
         },
     }  # fmt: skip
 
