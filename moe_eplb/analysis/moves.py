@@ -44,6 +44,7 @@ class PlanWaits:
 
 
 LONG_MS = 0.1
+"""What is shorter is the look for a plan that is there, and no wait for one."""
 
 
 def plan_waits(folder: RunFolder) -> PlanWaits:

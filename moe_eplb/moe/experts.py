@@ -159,7 +159,7 @@ class ExpertSlots(nn.Module):
         ]
 
     def group(
-        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] | None = None
+        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] = lambda: None
     ) -> Grouped:
         """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
 

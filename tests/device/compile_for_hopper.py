@@ -94,7 +94,7 @@ def entries() -> None:
         for mapped in (True, False):
             every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16)
             every(triton_group._place, words, top_k=top_k, mapped=mapped, block=128)
-            constants = {"top_k": top_k, "mapped": mapped, "k_width": top_k, "tile": 1024, "ends": 16, "block": block}
+            constants = {"top_k": top_k, "k_width": top_k, "tile": 1024, "ends": 16, "block": block}
             every(triton_group._small, words | rows, held=128 if mapped else 0, **constants)
         every(triton_group._copy_rows, words | rows, top_k=top_k, block=block)
         every(triton_rows._combine, words | rows, top_k=top_k, block=block)

@@ -216,7 +216,7 @@ class Rig:
         return slots
 
     def residents(self) -> list[ResidentLayer]:
-        return [layer for layer in self.layers if isinstance(layer, ResidentLayer)]
+        return self.balancer._resident_layers
 
     def replay(self) -> None:
         """What a graph of all layers does."""

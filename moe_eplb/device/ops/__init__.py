@@ -76,7 +76,7 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
     rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying)
@@ -85,7 +85,7 @@ def permute_rows(
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
     rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying)

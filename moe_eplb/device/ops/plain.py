@@ -109,7 +109,7 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute`, and the hidden states [M, D] (rows may be strided) copied to where their entries go.
 
@@ -124,14 +124,13 @@ def permute_rows(
     """
     position, offs = permute(slots, groups, cells)
     source = _sources(position, slots.numel() if entries is None else entries)
-    if copying is not None:
-        copying()
+    copying()
     return hidden[source], position, offs
 
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute_rows` of the hidden states as `quantize_rows` gives them; each is quantised once for all its entries.
 
@@ -141,8 +140,7 @@ def permute_rows_fp8(
     """
     position, offs = permute(slots, groups, cells)
     source = _sources(position, slots.numel() if entries is None else entries)
-    if copying is not None:
-        copying()
+    copying()
     rows, scale = quantize_rows(hidden)
     return rows[source], scale[source], position, offs
 

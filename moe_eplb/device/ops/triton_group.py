@@ -55,7 +55,7 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] | None = None,
+    copying: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
     size = slots.numel() if entries is None else entries
@@ -63,13 +63,11 @@ def permute_rows(
     rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if not slots.numel() or slots.numel() > _SMALL:
         position, offs = permute(slots, groups, cells)
-        if copying is not None:
-            copying()
+        copying()
         if rows.numel():
             _copy(hidden, position, rows)
         return rows, position, offs
-    if copying is not None:
-        copying()
+    copying()
     return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, rows))
 
 
@@ -100,7 +98,7 @@ def _permute_small(
     grid = (tokens + triton.cdiv(groups, _ENDS), max(1, triton.cdiv(hidden.shape[1], block)))
     _small[grid](
         hidden, slots, *_table(slots, groups, cells), rows, position, offs, hidden.stride(0), slots.stride(0), tokens,
-        tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k, cells is not None, triton.next_power_of_2(top_k),
+        tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k, triton.next_power_of_2(top_k),
         0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE, _ENDS, block,
         num_warps=max(4, block // 256),
     )  # fmt: skip
@@ -126,27 +124,17 @@ def _column_block(width: int) -> int:
 
 
 @triton.jit
-def _cell(slots, cells, num_slots, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr):
-    """The cell of each entry and whether it has one."""
+def _cell(
+    slots, cells, num_slots, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr,
+    held: tl.constexpr,
+):  # fmt: skip
+    """The cell of each entry and whether it has one; `cells` is where the table lies, or `held`, what it holds."""
     token = (at // top_k).to(tl.int64)
     slot = tl.load(slots + token * slot_stride + at % top_k, mask=real, other=-1)
     inside = (slot >= 0) & (slot < num_slots)
     cell = tl.where(inside, slot, 0).to(tl.int32)
     if mapped:
-        cell = tl.load(cells + cell, mask=inside, other=-1)
-        inside = inside & (cell >= 0) & (cell < groups)
-    return cell, inside
-
-
-@triton.jit
-def _cell_in(table, slots, num_slots, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr):
-    """`_cell` by a table that has been read: only the slots have still to come."""
-    token = (at // top_k).to(tl.int64)
-    slot = tl.load(slots + token * slot_stride + at % top_k, mask=real, other=-1)
-    inside = (slot >= 0) & (slot < num_slots)
-    cell = tl.where(inside, slot, 0).to(tl.int32)
-    if mapped:
-        cell = tl.gather(table, cell, axis=0)
+        cell = tl.gather(cells, cell, axis=0) if held else tl.load(cells + cell, mask=inside, other=-1)
         inside = inside & (cell >= 0) & (cell < groups)
     return cell, inside
 
@@ -159,7 +147,7 @@ def _count(
 ):  # fmt: skip
     program = tl.program_id(0)
     at = program * block + tl.arange(0, block)
-    cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+    cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped, False)
     # The last bin takes what belongs to nobody; it is never written.
     found = tl.histogram(tl.where(inside, cell, nbins - 1), nbins)
     bins = tl.arange(0, nbins)
@@ -199,7 +187,7 @@ def _place(
     program = tl.program_id(0)
     index = tl.arange(0, block)
     at = program * block + index
-    cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+    cell, inside = _cell(slots, cells, num_slots, slot_stride, at, at < entries, groups, top_k, mapped, False)
     # No two keys are equal, so that one comparison ranks by cell and then by arrival. A thread keeps the column of its
     # own entry, so that it adds up alone.
     key = tl.where(inside, cell * block + index, 0x7FFFFFFF)
@@ -223,8 +211,8 @@ def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl
 @triton.jit(do_not_specialize=["tokens", "entries", "capacity"])
 def _small(
     hidden, slots, cells, num_slots, rows, position, offs, hidden_stride, slot_stride, tokens, entries, groups, width,
-    capacity, top_k: tl.constexpr, mapped: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr,
-    ends: tl.constexpr, block: tl.constexpr,
+    capacity, top_k: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr, ends: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     """A program a token, then programs that find the ends of groups.
 
@@ -232,16 +220,16 @@ def _small(
     """
     program = tl.program_id(0)
     table = slots
-    if mapped:
+    if held > 0:
         slot = tl.arange(0, held)
         table = tl.load(cells + slot, mask=slot < num_slots, other=-1)
     if program < tokens:
         k = tl.arange(0, k_width)
-        cell, inside = _cell_in(
-            table, slots, num_slots, slot_stride, program * top_k + k, k < top_k, groups, top_k, mapped
+        cell, inside = _cell(
+            slots, table, num_slots, slot_stride, program * top_k + k, k < top_k, groups, top_k, held > 0, True
         )
         limit = tl.where(inside, cell * entries + program * top_k + k, -1)
-        place = _before(table, slots, num_slots, slot_stride, entries, groups, limit, k_width, top_k, mapped, tile)
+        place = _before(slots, table, num_slots, slot_stride, entries, groups, limit, k_width, top_k, held > 0, tile)
         place = tl.where(inside, place, -1)
         once = (k < top_k) & (tl.program_id(1) == 0)
         tl.store(position + program * top_k + k, place, mask=once)
@@ -253,13 +241,13 @@ def _small(
     elif tl.program_id(1) == 0:
         group = (program - tokens) * ends + tl.arange(0, ends)
         limit = (group + 1) * entries
-        end = _before(table, slots, num_slots, slot_stride, entries, groups, limit, ends, top_k, mapped, tile)
+        end = _before(slots, table, num_slots, slot_stride, entries, groups, limit, ends, top_k, held > 0, tile)
         tl.store(offs + group, end, mask=group < groups)
 
 
 @triton.jit
 def _before(
-    table, slots, num_slots, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
+    slots, table, num_slots, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
     mapped: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """For each limit, how many entries have a smaller key; an entry's key is cell * entries + its number."""
@@ -267,7 +255,7 @@ def _before(
     begin = 0
     while begin < entries:
         at = begin + tl.arange(0, tile)
-        cell, inside = _cell_in(table, slots, num_slots, slot_stride, at, at < entries, groups, top_k, mapped)
+        cell, inside = _cell(slots, table, num_slots, slot_stride, at, at < entries, groups, top_k, mapped, True)
         key = tl.where(inside, cell * entries + at, 0x7FFFFFFF)
         found += tl.sum((key[None, :] < limit[:, None]).to(tl.int32), axis=1)
         begin += tile
