@@ -51,6 +51,8 @@ class ResidentLayer(ResidentPlans):
     _held: list[Callable[[], None]] | None = None
     _few = True
     _following: ResidentLayer
+    _before: ResidentLayer | None = None
+    """The layer that has run before it in the same iteration."""
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +73,8 @@ class ResidentLayer(ResidentPlans):
     def finish_setup(self, resident: Resident, following: ResidentLayer, source: WeightSource) -> None:
         """All layers are there and weights are loaded; `following` runs next, weights that move come from `source`."""
         self.resident, self._following, self._flying = resident, following, {}
+        if following.layer_idx > self.layer_idx:
+            following._before = self
         self.state = self._new_state()
         self.statistic_flag_tensor = resident.model.turn[1:2]
         self._statistics.use(self.state.counts)
@@ -131,6 +135,18 @@ class ResidentLayer(ResidentPlans):
         """See the base class."""
         self.release_statistics()
         super().start_set_cpu_stage()
+
+    def _submit_take_over(self) -> None:
+        """Right behind the hand-over of the layer before, beside the end of that layer, where both are in one queue.
+
+        It needs nothing of what the current stream has done since: what read the layer's tables in the last iteration
+        has ended before the layer's own hand-over then. The first layer of an iteration follows the current stream.
+        """
+        stream, before = self._our_stream, None if self._before is None else self._before._our_stream
+        if stream is not None and before is not None and stream.shares(before):
+            stream.submit_next(Kind.START_WAIT_GPU_STAGE, self._take_over)
+        else:
+            super()._submit_take_over()
 
     def _take_over(self) -> None:
         control.take_over(self.resident.model, self.state)

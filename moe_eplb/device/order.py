@@ -47,7 +47,8 @@ class _Work(NamedTuple):
 class StreamOrder:
     """Follows the work of all streams of a device.
 
-    The rules, for each layer: route, experts and statistics come after the wait for the layer; the vote, which takes
+    The rules, for each layer: the wait for the layer comes after its hand-over in the iteration before; route, experts
+    and statistics come after the wait; the vote, which takes
     the counts along, comes after whatever has counted, in all layers where it takes those of all; the hand-over comes
     after all of them, on whatever stream; the next layer's top-k comes after every result of the layer before and after
     its hand-over.
@@ -60,6 +61,7 @@ class StreamOrder:
     def forget(self) -> None:
         """Drop what the layers have begun, after an iteration that was aborted."""
         self._wait: dict[int, _Work] = {}
+        self._handed: dict[int, _Work] = {}
         self._reads: defaultdict[int, list[_Work]] = defaultdict(list)
         self._results: defaultdict[int, list[_Work]] = defaultdict(list)
         self._counts: defaultdict[int, list[_Work]] = defaultdict(list)
@@ -102,7 +104,9 @@ class StreamOrder:
             self._results[layer].append(work)
         elif kind is Kind.START_WAIT_GPU_STAGE:
             self._wait[layer] = work
+            return [self._handed[layer]] if layer in self._handed else []
         elif kind is Kind.START_SET_CPU_STAGE:
+            self._handed[layer] = work
             self._results[layer].append(work)
             return self._reads.pop(layer, [])
         elif kind is Kind.TOPK:

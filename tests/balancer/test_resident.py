@@ -311,6 +311,37 @@ def test_what_several_ranks_hold_of_few_ids_begins_with_the_products_and_all_els
         rig.balancer.shutdown()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_behind_the_first_are_taken_over_without_a_wait_for_the_current_stream(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they share the queue of the layer before, whose hand-over has waited for all that has to be over."""
+    waits, follow = list[int](), LayerStream._follow
+    monkeypatch.setattr(LayerStream, "_follow", lambda self, of: (waits.append(self._layer), follow(self, of))[1])
+    rig = resident(layers=3, updates=3, commit_delay=2, seed=1, check_order=True, sink=(marks := Marks()))
+    first, *others = (resident_layer(rig, index)._our_stream for index in range(3))
+    for stream in others:
+        assert stream is not None
+        assert first is not None
+        stream._aux = first._aux if shared else stream._aux
+    seen: list[list[int]] = []
+    call = ResidentLayer.start_wait_gpu_stage
+
+    def begin(self: ResidentLayer) -> None:
+        before = len(waits)
+        call(self)
+        seen.append(waits[before:])
+
+    monkeypatch.setattr(ResidentLayer, "start_wait_gpu_stage", begin)
+    try:
+        rig.iterate(2)
+        assert seen == ([[0], [], []] if shared else [[0], [1], [2]]) * 2
+        assert marks.unordered == []
+        rig.assert_weights_match()
+    finally:
+        rig.balancer.shutdown()
+
+
 def test_a_held_vote_that_does_not_wait_for_the_mark_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerStream, "follow_mark", lambda self: None)
     rig = resident(layers=1, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))

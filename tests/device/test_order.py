@@ -29,6 +29,19 @@ def test_readers_come_after_the_wait_for_the_layer(kind: Kind, joined: bool) -> 
 
 
 @pytest.mark.parametrize("joined", [True, False])
+def test_the_wait_for_a_layer_comes_after_its_hand_over_before(joined: bool) -> None:
+    order, (main, _, balancer) = StreamOrder(), _streams()
+    order.work(balancer, Kind.START_SET_CPU_STAGE, LAYER)
+    if joined:
+        order.wait(main, order.mark(balancer))
+    assert order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER + 1) is None
+    found = order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER)
+    assert found == (None if joined else Unordered(Kind.START_SET_CPU_STAGE, balancer))
+    order.forget()
+    assert order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER) is None, "nothing of an iteration that was aborted"
+
+
+@pytest.mark.parametrize("joined", [True, False])
 def test_the_hand_over_comes_after_every_reading_stream(joined: bool) -> None:
     order, (main, chunk, balancer) = StreamOrder(), _streams()
     for stream in (chunk, main):
