@@ -53,6 +53,8 @@ class ResidentLayer(ResidentPlans):
     _following: ResidentLayer
     _before: ResidentLayer | None = None
     """The layer that has run before it in the same iteration."""
+    _begun_in: int | None = None
+    """The capture in which it was taken over last, None for none."""
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -137,16 +139,21 @@ class ResidentLayer(ResidentPlans):
         super().start_set_cpu_stage()
 
     def _submit_take_over(self) -> None:
-        """Right behind the hand-over of the layer before, beside the end of that layer, where both are in one queue.
+        """Right behind the hand-over of the layer before, beside the end of that layer, where both are in one queue and
+        in one graph or none.
 
         It needs nothing of what the current stream has done since: what read the layer's tables in the last iteration
         has ended before the layer's own hand-over then. The first layer of an iteration follows the current stream.
         """
-        stream, before = self._our_stream, None if self._before is None else self._before._our_stream
-        if stream is not None and before is not None and stream.shares(before):
+        stream, self._begun_in = self._our_stream, self._device.capture_number
+        if stream is not None and self._before is not None and self._before.leads_to(stream, self._begun_in):
             stream.submit_next(Kind.START_WAIT_GPU_STAGE, self._take_over)
         else:
             super()._submit_take_over()
+
+    def leads_to(self, stream: LayerStream, capture: int | None) -> bool:
+        """Whether what is put on that stream now comes behind this layer's hand-over, in that capture or in none."""
+        return self._our_stream is not None and self._our_stream.shares(stream) and self._begun_in == capture
 
     def _take_over(self) -> None:
         control.take_over(self.resident.model, self.state)

@@ -342,6 +342,27 @@ def test_layers_behind_the_first_are_taken_over_without_a_wait_for_the_current_s
         rig.balancer.shutdown()
 
 
+def test_a_layer_is_not_taken_over_behind_one_of_another_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put on a stream that nothing has led into a capture runs at once, and is in no graph."""
+    rig, follows = resident(layers=2, updates=2, commit_delay=2), list[int]()
+    first, second = (resident_layer(rig, index) for index in range(2))
+    assert first._our_stream is not None
+    assert second._our_stream is not None
+    second._our_stream._aux = first._our_stream._aux
+    follow = LayerStream._follow
+    monkeypatch.setattr(LayerStream, "_follow", lambda self, of: (follows.append(self._layer), follow(self, of))[1])
+    try:
+        rig.balancer.start_iter()
+        rig.run_layer(0)
+        first._begun_in = 7
+        follows.clear()
+        second.start_wait_gpu_stage()
+        assert follows == [1]
+    finally:
+        rig.balancer.abort_iter()
+        rig.balancer.shutdown()
+
+
 def test_a_held_vote_that_does_not_wait_for_the_mark_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerStream, "follow_mark", lambda self: None)
     rig = resident(layers=1, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))

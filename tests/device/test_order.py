@@ -41,6 +41,18 @@ def test_the_wait_for_a_layer_comes_after_its_hand_over_before(joined: bool) -> 
     assert order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER) is None, "nothing of an iteration that was aborted"
 
 
+@pytest.mark.parametrize("kind", [Kind.START_WAIT_GPU_STAGE, Kind.LOAD_UPDATE, Kind.SETTLE_VOTE])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_wait_for_a_layer_comes_after_that_for_the_one_before_and_after_its_vote(kind: Kind, joined: bool) -> None:
+    """The first layer begins the iteration, and each settles the vote on the plan of the next."""
+    order, (main, _, balancer) = StreamOrder(), _streams()
+    order.work(balancer, kind, LAYER - 1)
+    if joined:
+        order.wait(main, order.mark(balancer))
+    found = order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER)
+    assert found == (None if joined else Unordered(kind, balancer))
+
+
 @pytest.mark.parametrize("joined", [True, False])
 def test_the_hand_over_comes_after_every_reading_stream(joined: bool) -> None:
     order, (main, chunk, balancer) = StreamOrder(), _streams()
