@@ -91,11 +91,10 @@ def test_statistics_are_submitted_behind_the_experts(few: int, known: bool, monk
 
 def test_what_follows_a_mark_in_the_middle_of_work_does_not_come_after_it() -> None:
     """Else a hand-over that forgot to wait for the experts would look as if it had."""
-    marks = Unordered()
-    device = get_device("cpu", marks, check_order=True)
-    aux, event = device.stream(AuxStreamType.MoeBalancer), device.new_event()
     for within in (True, False):
-        marks.found.clear()
+        marks = Unordered()
+        device = get_device("cpu", marks, check_order=True)
+        aux, event = device.stream(AuxStreamType.MoeBalancer), device.new_event()
         device.submit(device.main, Kind.START_WAIT_GPU_STAGE, 0, lambda: None)
         device.run(Kind.EXPERTS, 0, partial(device.record, event, device.main, within=within))
         device.wait(aux, event)
