@@ -16,7 +16,7 @@ from moe_eplb.balancer.resident_plans import ResidentPlans
 from moe_eplb.balancer.resident_update import Publisher
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
-from moe_eplb.core.events import ROUTE_COUNTS, Kind
+from moe_eplb.core.events import ROUTE_COUNTS, VOTES, Kind
 from moe_eplb.core.placement import balancedness
 from moe_eplb.device import control, ops
 from moe_eplb.device.control import LayerState
@@ -26,8 +26,8 @@ __all__ = ["ResidentLayer"]
 _FEW = 4096
 """So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides.
 
-What several ranks hold of so few begins with the first product, which is busy with weights; of more with the copying of
-rows, since there a product needs every processor from its begin on.
+One rank goes on at once, beside the grouping. What several hold of so few begins with the first product, which is busy
+with weights; of more with the copying of rows, since there a product needs every processor from its begin on.
 """
 
 
@@ -174,12 +174,12 @@ class ResidentLayer(ResidentPlans):
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
         reduce = partial(self._reduce, allreduce)
-        if self._held is not None:
-            self._held.append(reduce)
-        elif self._late is None:
-            reduce()
-        else:
+        if self._late is not None and (self._held is None or self.ep_size == 1):
             self._late.reduce = reduce
+        elif self._held is not None:
+            self._held.append(reduce)
+        else:
+            reduce()
 
     def _route(self, choose: Callable[..., Tensor], ids: Tensor, flags: int = 0) -> Tensor:
         late, stream = self._late, self._our_stream
@@ -202,14 +202,16 @@ class ResidentLayer(ResidentPlans):
                 late.reduce()
 
     def _reduce(self, allreduce: AllReduce | None) -> None:
+        if allreduce is None:
+            self._stream.submit_next(Kind.LOAD_UPDATE, self._vote_and_fold, a=self._carries | VOTES)
+            return
         self._stream.submit_next(Kind.VOTE, self._vote, a=self._carries)
-        if allreduce is not None:
-            self._stream.submit_next(Kind.STATISTIC_REDUCE, partial(allreduce, self._message), collective=True)
-        self._stream.submit_next(Kind.LOAD_UPDATE, self._settle_and_fold)
+        self._stream.submit_next(Kind.STATISTIC_REDUCE, partial(allreduce, self._message), collective=True)
+        self._stream.submit_next(Kind.LOAD_UPDATE, self._settle_and_fold, a=self._carries)
 
     @property
     def _carries(self) -> int:
-        """Payload of the records of its votes."""
+        """Payload of the records of its votes and load updates."""
         return 0
 
     @property
@@ -226,11 +228,24 @@ class ResidentLayer(ResidentPlans):
 
     def _vote(self) -> None:
         resident = self.resident
-        if not self._device.immediate and not self._device.capturing:
-            self._following.await_plan(self._device.iteration)
+        self._await_following()
         control.vote(
             resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait
         )
+
+    def _vote_and_fold(self) -> None:
+        """Of one rank, which sums with nobody."""
+        resident = self.resident
+        self._await_following()
+        control.vote_and_fold(
+            resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait,
+            decay=self._owner.options.decay,
+        )  # fmt: skip
+        self._folded()
+
+    def _await_following(self) -> None:
+        if not self._device.immediate and not self._device.capturing:
+            self._following.await_plan(self._device.iteration)
 
     def _settle(self, lanes: Tensor) -> None:
         control.settle(self.resident.model, self._following.state, lanes, ranks=self.ep_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from moe_eplb.core.events import ALL_LAYERS, ROUTE_COUNTS, Kind
+from moe_eplb.core.events import ALL_LAYERS, ROUTE_COUNTS, VOTES, Kind
 from moe_eplb.device.base import Stream
 
 __all__ = ["Clock", "StreamOrder", "Unordered"]
@@ -103,7 +103,8 @@ class StreamOrder:
             self._settled[layer] = work
         if kind in _BEFORE_HAND_OVER:
             self._reads[layer].append(work)
-            counted = self._counted(layer, a) if kind is Kind.VOTE else []
+            votes = kind is Kind.VOTE or (kind is Kind.LOAD_UPDATE and a & VOTES)
+            counted = self._counted(layer, a) if votes else []
             return [self._wait[layer], *counted] if layer in self._wait else counted
         if kind in _RESULTS:
             self._results[layer].append(work)

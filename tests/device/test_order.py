@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_eplb.core.events import ROUTE_COUNTS, Kind, NullSink
+from moe_eplb.core.events import ROUTE_COUNTS, VOTES, Kind, NullSink
 from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.order import StreamOrder, Unordered
 
@@ -81,15 +81,19 @@ def test_the_next_layer_comes_after_every_result(kind: Kind, joined: bool) -> No
     ("kind", "flags"), [(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, 0), (Kind.ROUTE, ROUTE_COUNTS), (Kind.ROUTE, 0)]
 )
 @pytest.mark.parametrize("joined", [True, False])
-def test_the_vote_comes_after_whatever_has_counted(kind: Kind, flags: int, joined: bool) -> None:
+@pytest.mark.parametrize("vote", [(Kind.VOTE, LAYER), (Kind.LOAD_UPDATE, LAYER, VOTES)])
+def test_the_vote_comes_after_whatever_has_counted(
+    vote: tuple[Kind, int, int], kind: Kind, flags: int, joined: bool
+) -> None:
     order, (main, chunk, balancer) = StreamOrder(), _streams()
     order.work(chunk, kind, LAYER, flags)
     if joined:
         order.wait(balancer, order.mark(chunk))
-    found = order.work(balancer, Kind.VOTE, LAYER)
+    assert order.work(main, Kind.LOAD_UPDATE, LAYER) is None, "what the vote has taken along"
+    found = order.work(balancer, *vote)
     counts = kind is not Kind.ROUTE or flags == ROUTE_COUNTS
     assert found == (Unordered(kind, chunk) if counts and not joined else None)
-    assert order.work(main, Kind.VOTE, LAYER) is None, "told once"
+    assert order.work(main, *vote) is None, "told once"
 
 
 def test_waiting_reaches_through_other_streams() -> None:
