@@ -43,6 +43,10 @@ class LayerStream:
         self._marked = False
         self._readers: list[Stream] = []
 
+    def shares(self, other: LayerStream) -> bool:
+        """Whether both layers' balancer work is in one queue."""
+        return self._aux is other._aux
+
     def submit(self, kind: Kind, work: Callable[[], None]) -> None:
         """Put work on the balancer stream, after what the current stream has submitted so far."""
         self._follow(self._device.current)

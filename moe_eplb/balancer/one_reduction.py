@@ -102,6 +102,10 @@ class OneReductionLayer(ResidentLayer):
             if isinstance(layer, OneReductionLayer):
                 layer._folded()
 
+    def _vote_and_fold(self) -> None:
+        self._vote()
+        self._settle_and_fold()
+
     def _hand_over(self) -> None:
         if not self._is_last:
             return

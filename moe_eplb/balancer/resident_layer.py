@@ -16,7 +16,7 @@ from moe_eplb.balancer.resident_plans import ResidentPlans
 from moe_eplb.balancer.resident_update import Publisher
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
-from moe_eplb.core.events import ROUTE_COUNTS, Kind
+from moe_eplb.core.events import ROUTE_COUNTS, VOTES, Kind
 from moe_eplb.core.placement import balancedness
 from moe_eplb.device import control, ops
 from moe_eplb.device.control import LayerState
@@ -26,8 +26,8 @@ __all__ = ["ResidentLayer"]
 _FEW = 4096
 """So many expert ids are counted where they are routed: a kernel beside costs such short ones more than it hides.
 
-What several ranks hold of so few begins with the first product, which is busy with weights; of more with the copying of
-rows, since there a product needs every processor from its begin on.
+One rank goes on at once, beside the grouping. What several hold of so few begins with the first product, which is busy
+with weights; of more with the copying of rows, since there a product needs every processor from its begin on.
 """
 
 
@@ -51,6 +51,10 @@ class ResidentLayer(ResidentPlans):
     _held: list[Callable[[], None]] | None = None
     _few = True
     _following: ResidentLayer
+    _before: ResidentLayer | None = None
+    """The layer that has run before it in the same iteration."""
+    _begun_in: int | None = None
+    """The capture in which it was taken over last, None for none."""
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +75,8 @@ class ResidentLayer(ResidentPlans):
     def finish_setup(self, resident: Resident, following: ResidentLayer, source: WeightSource) -> None:
         """All layers are there and weights are loaded; `following` runs next, weights that move come from `source`."""
         self.resident, self._following, self._flying = resident, following, {}
+        if following.layer_idx > self.layer_idx:
+            following._before = self
         self.state = self._new_state()
         self.statistic_flag_tensor = resident.model.turn[1:2]
         self._statistics.use(self.state.counts)
@@ -132,6 +138,23 @@ class ResidentLayer(ResidentPlans):
         self.release_statistics()
         super().start_set_cpu_stage()
 
+    def _submit_take_over(self) -> None:
+        """Right behind the hand-over of the layer before, beside the end of that layer, where both are in one queue and
+        in one graph or none.
+
+        It needs nothing of what the current stream has done since: what read the layer's tables in the last iteration
+        has ended before the layer's own hand-over then. The first layer of an iteration follows the current stream.
+        """
+        stream, self._begun_in = self._our_stream, self._device.capture_number
+        if stream is not None and self._before is not None and self._before.leads_to(stream, self._begun_in):
+            stream.submit_next(Kind.START_WAIT_GPU_STAGE, self._take_over)
+        else:
+            super()._submit_take_over()
+
+    def leads_to(self, stream: LayerStream, capture: int | None) -> bool:
+        """Whether what is put on that stream now comes behind this layer's hand-over, in that capture or in none."""
+        return self._our_stream is not None and self._our_stream.shares(stream) and self._begun_in == capture
+
     def _take_over(self) -> None:
         control.take_over(self.resident.model, self.state)
         if self._device.immediate:
@@ -151,12 +174,12 @@ class ResidentLayer(ResidentPlans):
 
     def _submit_reduction(self, allreduce: AllReduce | None) -> None:
         reduce = partial(self._reduce, allreduce)
-        if self._held is not None:
-            self._held.append(reduce)
-        elif self._late is None:
-            reduce()
-        else:
+        if self._late is not None and (self._held is None or self.ep_size == 1):
             self._late.reduce = reduce
+        elif self._held is not None:
+            self._held.append(reduce)
+        else:
+            reduce()
 
     def _route(self, choose: Callable[..., Tensor], ids: Tensor, flags: int = 0) -> Tensor:
         late, stream = self._late, self._our_stream
@@ -179,14 +202,16 @@ class ResidentLayer(ResidentPlans):
                 late.reduce()
 
     def _reduce(self, allreduce: AllReduce | None) -> None:
+        if allreduce is None:
+            self._stream.submit_next(Kind.LOAD_UPDATE, self._vote_and_fold, a=self._carries | VOTES)
+            return
         self._stream.submit_next(Kind.VOTE, self._vote, a=self._carries)
-        if allreduce is not None:
-            self._stream.submit_next(Kind.STATISTIC_REDUCE, partial(allreduce, self._message), collective=True)
-        self._stream.submit_next(Kind.LOAD_UPDATE, self._settle_and_fold)
+        self._stream.submit_next(Kind.STATISTIC_REDUCE, partial(allreduce, self._message), collective=True)
+        self._stream.submit_next(Kind.LOAD_UPDATE, self._settle_and_fold, a=self._carries)
 
     @property
     def _carries(self) -> int:
-        """Payload of the records of its votes."""
+        """Payload of the records of its votes and load updates."""
         return 0
 
     @property
@@ -203,11 +228,24 @@ class ResidentLayer(ResidentPlans):
 
     def _vote(self) -> None:
         resident = self.resident
-        if not self._device.immediate and not self._device.capturing:
-            self._following.await_plan(self._device.iteration)
+        self._await_following()
         control.vote(
             resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait
         )
+
+    def _vote_and_fold(self) -> None:
+        """Of one rank, which sums with nobody."""
+        resident = self.resident
+        self._await_following()
+        control.vote_and_fold(
+            resident.model, self.state, self._following.state, timeout_ns=resident.timeout_ns, wait=resident.wait,
+            decay=self._owner.options.decay,
+        )  # fmt: skip
+        self._folded()
+
+    def _await_following(self) -> None:
+        if not self._device.immediate and not self._device.capturing:
+            self._following.await_plan(self._device.iteration)
 
     def _settle(self, lanes: Tensor) -> None:
         control.settle(self.resident.model, self._following.state, lanes, ranks=self.ep_size)

@@ -88,8 +88,11 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         """Begin to take the layer's weights and tables; a due plan is committed on the balancer stream."""
         with self._call(Call.START_WAIT_GPU_STAGE):
             if self.updates_enabled:
-                self._stream.submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
+                self._submit_take_over()
                 self._stream.mark()
+
+    def _submit_take_over(self) -> None:
+        self._stream.submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
 
     def done_wait_gpu_stage(self) -> None:
         """From here on the current stream may read weights and tables."""

@@ -113,6 +113,8 @@ ROUTE_COUNTS = 8
 
 ALL_LAYERS = 1
 """Payload `a` of a vote that takes the counts of all layers along."""
+VOTES = 2
+"""Payload `a` of a load update that is the vote, too, since there is nothing to be summed over ranks in between."""
 
 KINDS: dict[Kind, KindInfo] = {
     Kind.START_WAIT_GPU_STAGE: KindInfo("start_wait_gpu_stage", Role.EPLB_WAIT, _FLAGS),
@@ -131,7 +133,7 @@ KINDS: dict[Kind, KindInfo] = {
     Kind.END_ITER: KindInfo("end_iter", Role.OTHER),
     Kind.ABORT_ITER: KindInfo("abort_iter", Role.OTHER),
     Kind.STATISTIC_REDUCE: KindInfo("statistic_reduce", Role.EPLB_ALLREDUCE, "bytes"),
-    Kind.LOAD_UPDATE: KindInfo("load_update", Role.EPLB_STATISTIC),
+    Kind.LOAD_UPDATE: KindInfo("load_update", Role.EPLB_STATISTIC, "1 of all layers, 2 votes too"),
     Kind.PLAN: KindInfo("plan", Role.OTHER, "changed slots", "digest"),
     Kind.STAGE_WEIGHTS: KindInfo("stage_weights", Role.EPLB_MIGRATE, "bytes", "slots"),
     Kind.COMMIT: KindInfo("commit", Role.EPLB_MIGRATE, "changed slots", "digest"),

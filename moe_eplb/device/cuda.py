@@ -150,6 +150,10 @@ class CudaDevice(Device):
         token = self.sink.begin(Kind.CAPTURE, -1, CAPTURED, HOST, graph.number)
         try:
             graph.capture(partial(self._captured, work))
+        except BaseException:
+            if self._order is not None:
+                self._order.forget()
+            raise
         finally:
             self.sink.end(token)
             self._capture, self.iteration = None, before
@@ -169,9 +173,9 @@ class CudaDevice(Device):
                 stream.queue = main
 
     @property
-    def capturing(self) -> bool:
+    def capture_number(self) -> int | None:
         """See the base class."""
-        return self._capture is not None
+        return None if self._capture is None else self._capture.number
 
     def replayed(self, graph: CudaGraph[Any]) -> None:
         """A replay was enqueued in this iteration."""

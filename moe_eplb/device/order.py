@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from moe_eplb.core.events import ALL_LAYERS, ROUTE_COUNTS, Kind
+from moe_eplb.core.events import ALL_LAYERS, ROUTE_COUNTS, VOTES, Kind
 from moe_eplb.device.base import Stream
 
 __all__ = ["Clock", "StreamOrder", "Unordered"]
@@ -28,6 +28,8 @@ _COUNTS = (
     Kind.SETTLE_VOTE,
 )  # fmt: skip
 """What an update is made from and agreed by."""
+_SETTLES = (Kind.LOAD_UPDATE, Kind.SETTLE_VOTE)
+"""What decides on the plan of the layer that runs next."""
 _BEFORE_HAND_OVER = frozenset(_READS + _COUNTS)
 
 
@@ -47,10 +49,11 @@ class _Work(NamedTuple):
 class StreamOrder:
     """Follows the work of all streams of a device.
 
-    The rules, for each layer: route, experts and statistics come after the wait for the layer; the vote, which takes
-    the counts along, comes after whatever has counted, in all layers where it takes those of all; the hand-over comes
-    after all of them, on whatever stream; the next layer's top-k comes after every result of the layer before and after
-    its hand-over.
+    The rules, for each layer: the wait for the layer comes after its hand-over in the iteration before, after the wait
+    for the layer before it, and after the vote on its plan, which that layer settles; route, experts and statistics
+    come after the wait for the layer; the vote, which takes the counts along, comes after whatever has counted, in all
+    layers where it takes those of all; the hand-over comes after all of them, on whatever stream; the next layer's
+    top-k comes after every result of the layer before and after its hand-over.
     """
 
     def __init__(self) -> None:
@@ -60,6 +63,8 @@ class StreamOrder:
     def forget(self) -> None:
         """Drop what the layers have begun, after an iteration that was aborted."""
         self._wait: dict[int, _Work] = {}
+        self._handed: dict[int, _Work] = {}
+        self._settled: dict[int, _Work] = {}
         self._reads: defaultdict[int, list[_Work]] = defaultdict(list)
         self._results: defaultdict[int, list[_Work]] = defaultdict(list)
         self._counts: defaultdict[int, list[_Work]] = defaultdict(list)
@@ -94,15 +99,21 @@ class StreamOrder:
     def _earlier(self, work: _Work, layer: int, a: int) -> list[_Work]:
         """What `work` must come after, while it takes its place among the layer's work."""
         kind = work.kind
+        if kind in _SETTLES:
+            self._settled[layer] = work
         if kind in _BEFORE_HAND_OVER:
             self._reads[layer].append(work)
-            counted = self._counted(layer, a) if kind is Kind.VOTE else []
+            votes = kind is Kind.VOTE or (kind is Kind.LOAD_UPDATE and a & VOTES)
+            counted = self._counted(layer, a) if votes else []
             return [self._wait[layer], *counted] if layer in self._wait else counted
         if kind in _RESULTS:
             self._results[layer].append(work)
         elif kind is Kind.START_WAIT_GPU_STAGE:
             self._wait[layer] = work
+            before = (self._handed.get(layer), self._wait.get(layer - 1), self._settled.get(layer - 1))
+            return [earlier for earlier in before if earlier is not None]
         elif kind is Kind.START_SET_CPU_STAGE:
+            self._handed[layer] = work
             self._results[layer].append(work)
             return self._reads.pop(layer, [])
         elif kind is Kind.TOPK:

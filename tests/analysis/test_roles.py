@@ -46,6 +46,7 @@ def _roles(capture: Capture) -> list[str]:
         ("_hand_over", "eplb_signal"),
         ("_vote_all", "eplb_wait"),
         ("_settle_and_fold_all", "eplb_statistic"),
+        ("_vote_and_fold", "eplb_statistic"),
         ("_send_rows", "compute"),
         ("void c10d::nvshmem_extension::allToAllV(void*, void*, long*, unsigned long)", "comm"),
         ("void alltoall_on_stream_kernel<char>(int, char*, char const*, unsigned long)", "comm"),

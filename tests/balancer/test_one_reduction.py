@@ -266,13 +266,16 @@ def test_a_count_beyond_int32_names_its_layer() -> None:
 # -- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_vote_that_does_not_wait_for_the_last_route_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("ranks", "vote"), [(1, Kind.LOAD_UPDATE), (2, Kind.VOTE)])
+def test_a_vote_that_does_not_wait_for_the_last_route_is_seen(
+    ranks: int, vote: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marks = Marks()
-    rig = one_reduction(layers=2, seed=1, sink=marks, check_order=True)
+    rig = one_reduction(layers=2, ranks=ranks, seed=1, sink=marks, check_order=True)
     monkeypatch.setattr("moe_eplb.balancer.layer_stream.LayerStream.follow", lambda self: None)
     try:
         rig.iterate()
-        assert marks.unordered == [Kind.VOTE], "all others are joined before the last layer begins"
+        assert marks.unordered == [vote], "all others are joined before the last layer begins"
     finally:
         rig.balancer.shutdown()
 

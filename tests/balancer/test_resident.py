@@ -167,13 +167,16 @@ def test_few_ids_are_counted_where_they_are_routed(few: bool, monkeypatch: pytes
         rig.balancer.shutdown()
 
 
-def test_a_vote_that_does_not_wait_for_the_route_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("ranks", "vote"), [(1, Kind.LOAD_UPDATE), (2, Kind.VOTE)])
+def test_a_vote_that_does_not_wait_for_the_route_is_seen(
+    ranks: int, vote: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marks = Marks()
-    rig = resident(layers=2, seed=1, sink=marks, check_order=True)
+    rig = resident(layers=2, ranks=ranks, seed=1, sink=marks, check_order=True)
     monkeypatch.setattr("moe_eplb.balancer.layer_stream.LayerStream.follow", lambda self: None)
     try:
         rig.iterate()
-        assert marks.unordered == [Kind.VOTE, Kind.VOTE]
+        assert marks.unordered == [vote, vote]
     finally:
         rig.balancer.shutdown()
 
@@ -294,7 +297,7 @@ def test_held_statistics_come_after_the_route_and_beside_the_experts(
 
 @pytest.mark.parametrize("few", [0, 10**6])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_several_ranks_hold_of_few_ids_begins_with_the_products_and_all_else_with_the_grouping(
+def test_few_ids_are_held_until_the_products_by_several_ranks_only_and_all_else_until_the_grouping(
     few: int, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident_layer_module, "_FEW", few)
@@ -306,14 +309,66 @@ def test_what_several_ranks_hold_of_few_ids_begins_with_the_products_and_all_els
     monkeypatch.setattr(LayerStream, "mark_within", lambda self: seen.append(asked[-1]))
     try:
         rig.iterate(2)
-        assert seen == [few > 0 and ranks > 1] * 2
+        assert seen == ([] if few and ranks == 1 else [few > 0] * 2)
     finally:
+        rig.balancer.shutdown()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_behind_the_first_are_taken_over_without_a_wait_for_the_current_stream(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they share the queue of the layer before, whose hand-over has waited for all that has to be over."""
+    waits, follow = list[int](), LayerStream._follow
+    monkeypatch.setattr(LayerStream, "_follow", lambda self, of: (waits.append(self._layer), follow(self, of))[1])
+    rig = resident(layers=3, updates=3, commit_delay=2, seed=1, check_order=True, sink=(marks := Marks()))
+    first, *others = (resident_layer(rig, index)._our_stream for index in range(3))
+    for stream in others:
+        assert stream is not None
+        assert first is not None
+        stream._aux = first._aux if shared else stream._aux
+    seen: list[list[int]] = []
+    call = ResidentLayer.start_wait_gpu_stage
+
+    def begin(self: ResidentLayer) -> None:
+        before = len(waits)
+        call(self)
+        seen.append(waits[before:])
+
+    monkeypatch.setattr(ResidentLayer, "start_wait_gpu_stage", begin)
+    try:
+        rig.iterate(2)
+        assert seen == ([[0], [], []] if shared else [[0], [1], [2]]) * 2
+        assert marks.unordered == []
+        rig.assert_weights_match()
+    finally:
+        rig.balancer.shutdown()
+
+
+def test_a_layer_is_not_taken_over_behind_one_of_another_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put on a stream that nothing has led into a capture runs at once, and is in no graph."""
+    rig, follows = resident(layers=2, updates=2, commit_delay=2), list[int]()
+    first, second = (resident_layer(rig, index) for index in range(2))
+    assert first._our_stream is not None
+    assert second._our_stream is not None
+    second._our_stream._aux = first._our_stream._aux
+    follow = LayerStream._follow
+    monkeypatch.setattr(LayerStream, "_follow", lambda self, of: (follows.append(self._layer), follow(self, of))[1])
+    try:
+        rig.balancer.start_iter()
+        rig.run_layer(0)
+        first._begun_in = 7
+        follows.clear()
+        second.start_wait_gpu_stage()
+        assert follows == [1]
+    finally:
+        rig.balancer.abort_iter()
         rig.balancer.shutdown()
 
 
 def test_a_held_vote_that_does_not_wait_for_the_mark_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerStream, "follow_mark", lambda self: None)
-    rig = resident(layers=1, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))
+    rig = resident(layers=1, ranks=2, commit_delay=2, seed=1, holds=True, check_order=True, sink=(marks := Marks()))
     try:
         rig.iterate()
         assert marks.unordered == [Kind.VOTE]

@@ -64,6 +64,7 @@ def main() -> None:
         assert "ld.acquire.sys" in text, "what is published behind the word may be read before it"
         assert "bar.sync" not in text, "warps that end their wait apart wait for each other"
     for window in (1, 4):
+        build(triton_control._vote_and_fold, 8, words, window=window, block=256, spin=True)
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
         build(triton_load._fold, 4, words, rows=8, window=window, block=256)
     tables = {"tables": "*i32", "cells": "*i32", "pending": "*i32"}

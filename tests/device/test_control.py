@@ -164,6 +164,25 @@ def test_settling_and_folding_at_once_is_both(layers: int, seed: int, ranks: int
     assert_equal(fast, slow)
 
 
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("layers", [1, 3])
+def test_voting_and_folding_at_once_is_both(layers: int, seed: int) -> None:
+    fast, slow = twins(seed, layers=layers)
+    for world, ops in ((fast, triton_control), (slow, plain)):
+        model, state, following = world.model, world.layers[0], world.layers[1 % layers]
+        model.due[following.layer], model.decision[following.layer] = 5 + (following.layer == 0), -1
+        model.ready[following.layer] = 9 if seed % 2 else -1
+        following.lanes.copy_(torch.tensor([1, 3, 9, seed, seed**2]))
+        state.counts[seed % state.experts] = -5 if seed % 5 == 0 else 5
+        if ops is plain:
+            ops.vote(model, state, following, timeout_ns=TIMEOUT_NS, wait=no_wait)
+            ops.settle_and_fold(model, state, following, state.message, ranks=1, decay=0.95)
+        else:
+            ops.vote_and_fold(model, state, following, timeout_ns=TIMEOUT_NS, wait=WAIT, decay=0.95)
+        assert int(model.decision[following.layer]) == seed % 2
+    assert_equal(fast, slow)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("seed", range(24))
 def test_steps_of_all_layers_equal_their_twins(seed: int, ranks: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_eplb.core.events import ROUTE_COUNTS, Kind, NullSink
+from moe_eplb.core.events import ROUTE_COUNTS, VOTES, Kind, NullSink
 from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.order import StreamOrder, Unordered
 
@@ -26,6 +26,31 @@ def test_readers_come_after_the_wait_for_the_layer(kind: Kind, joined: bool) -> 
     if joined:
         order.wait(chunk, mark)
     assert order.work(chunk, kind, LAYER) == (None if joined else Unordered(Kind.START_WAIT_GPU_STAGE, balancer))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_wait_for_a_layer_comes_after_its_hand_over_before(joined: bool) -> None:
+    order, (main, _, balancer) = StreamOrder(), _streams()
+    order.work(balancer, Kind.START_SET_CPU_STAGE, LAYER)
+    if joined:
+        order.wait(main, order.mark(balancer))
+    assert order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER + 1) is None
+    found = order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER)
+    assert found == (None if joined else Unordered(Kind.START_SET_CPU_STAGE, balancer))
+    order.forget()
+    assert order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER) is None, "nothing of an iteration that was aborted"
+
+
+@pytest.mark.parametrize("kind", [Kind.START_WAIT_GPU_STAGE, Kind.LOAD_UPDATE, Kind.SETTLE_VOTE])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_wait_for_a_layer_comes_after_that_for_the_one_before_and_after_its_vote(kind: Kind, joined: bool) -> None:
+    """The first layer begins the iteration, and each settles the vote on the plan of the next."""
+    order, (main, _, balancer) = StreamOrder(), _streams()
+    order.work(balancer, kind, LAYER - 1)
+    if joined:
+        order.wait(main, order.mark(balancer))
+    found = order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER)
+    assert found == (None if joined else Unordered(kind, balancer))
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -56,15 +81,19 @@ def test_the_next_layer_comes_after_every_result(kind: Kind, joined: bool) -> No
     ("kind", "flags"), [(Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS, 0), (Kind.ROUTE, ROUTE_COUNTS), (Kind.ROUTE, 0)]
 )
 @pytest.mark.parametrize("joined", [True, False])
-def test_the_vote_comes_after_whatever_has_counted(kind: Kind, flags: int, joined: bool) -> None:
+@pytest.mark.parametrize("vote", [(Kind.VOTE, LAYER), (Kind.LOAD_UPDATE, LAYER, VOTES)])
+def test_the_vote_comes_after_whatever_has_counted(
+    vote: tuple[Kind, int, int], kind: Kind, flags: int, joined: bool
+) -> None:
     order, (main, chunk, balancer) = StreamOrder(), _streams()
     order.work(chunk, kind, LAYER, flags)
     if joined:
         order.wait(balancer, order.mark(chunk))
-    found = order.work(balancer, Kind.VOTE, LAYER)
+    assert order.work(main, Kind.LOAD_UPDATE, LAYER) is None, "what the vote has taken along"
+    found = order.work(balancer, *vote)
     counts = kind is not Kind.ROUTE or flags == ROUTE_COUNTS
     assert found == (Unordered(kind, chunk) if counts and not joined else None)
-    assert order.work(main, Kind.VOTE, LAYER) is None, "told once"
+    assert order.work(main, *vote) is None, "told once"
 
 
 def test_waiting_reaches_through_other_streams() -> None:

@@ -201,7 +201,9 @@ class Rig:
         layer.done_set_cpu_stage()
         return slots
 
-    def _stand_in(self, layer: int, iteration: int) -> StandIn:
+    def _stand_in(self, layer: int, iteration: int) -> StandIn | None:
+        if self.ranks == 1:
+            return None
         if self.balancer.options.reduction == "layer":
             return StandIn(self.ranks, self.others(layer, iteration))
         return StandIn(self.ranks, torch.stack([self.others(one, iteration) for one in range(len(self.layers))]))

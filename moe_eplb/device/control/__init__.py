@@ -28,6 +28,7 @@ __all__ = [
     "take_over",
     "vote",
     "vote_all",
+    "vote_and_fold",
 ]
 
 
@@ -75,6 +76,14 @@ def settle_and_fold(
 ) -> None:
     """See `plain.settle_and_fold`."""
     _for(model).settle_and_fold(model, layer, following, message, ranks=ranks, decay=decay)
+
+
+def vote_and_fold(
+    model: ModelState, layer: LayerState, following: LayerState, *, timeout_ns: int,
+    wait: Callable[[int, int, int], int] | None, decay: float,
+) -> None:  # fmt: skip
+    """See `plain.vote_and_fold`."""
+    _for(model).vote_and_fold(model, layer, following, timeout_ns=timeout_ns, wait=wait, decay=decay)
 
 
 def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:

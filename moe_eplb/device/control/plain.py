@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_eplb.device.control.state import LayerState, ModelState, Outcome, Report, Stage
 
-__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote", "vote_and_fold"]
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
@@ -117,6 +117,15 @@ def settle_and_fold(
     summed = message.unsqueeze(0)
     settle(model, following, summed[:, layer.experts :], ranks=ranks)
     fold(model, layer, summed[:, : layer.experts], decay=decay)
+
+
+def vote_and_fold(
+    model: ModelState, layer: LayerState, following: LayerState, *, timeout_ns: int,
+    wait: Callable[[int, int, int], int], decay: float,
+) -> None:  # fmt: skip
+    """`vote` and `settle_and_fold` of one rank, which has nobody to sum with."""
+    vote(model, layer, following, timeout_ns=timeout_ns, wait=wait)
+    settle_and_fold(model, layer, following, layer.message, ranks=1, decay=decay)
 
 
 def hand_over(model: ModelState, layer: LayerState, *, delay: int) -> None:

@@ -18,7 +18,7 @@ from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 from moe_eplb.device.control.triton_load import _add_to_load, block_of, fold, hand_over
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote"]
+__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote", "vote_and_fold"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
@@ -67,6 +67,22 @@ def settle_and_fold(
         model.turn, model.due, model.decision, model.reports, model.stages, message, layer.load, layer.recent,
         layer.folded, layer.reduced, decay, layer.layer, following.layer, model.layers, model.reports.shape[0], ranks,
         layer.experts, window=layer.recent.shape[0], block=block_of(layer.experts), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def vote_and_fold(
+    model: ModelState, layer: LayerState, following: LayerState, *, timeout_ns: int,
+    wait: Callable[[int, int, int], int] | None = None, decay: float,
+) -> None:  # fmt: skip
+    """See `plain.vote_and_fold`; one launch, which a short kernel of the model beside it hides where two would not."""
+    if wait is not None:  # see `vote`
+        wait(following.layer, int(model.due[following.layer]), timeout_ns)
+    _vote_and_fold[(1,)](
+        model.turn, model.due, model.decision, model.ready, model.overdue, model.stages, model.reports, model.overflow,
+        layer.counts, following.lanes, layer.message, layer.load, layer.recent, layer.folded, layer.reduced, decay,
+        layer.layer, following.layer, model.layers, model.reports.shape[0], layer.experts, timeout_ns,
+        window=layer.recent.shape[0], block=block_of(layer.experts), spin=wait is None, num_warps=8,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -213,3 +229,24 @@ def _settle_and_fold(
 ):  # fmt: skip
     _settle(turn, due, decision, reports, message + experts, 0, following, layers, kept, ranks, 1, False)
     _add_to_load(turn, stages, message, 0, load, recent, folded, reduced, decay, layer, experts, 1, window, block)
+
+
+@declares(
+    writes=[
+        "decision", "overdue", "stages", "reports", "overflow", "message", "load", "recent", "folded", "reduced",
+    ],
+    words=["ready", "overdue", "lanes"],
+)  # fmt: skip
+@triton.jit(do_not_specialize=["decay", "layer", "following", "layers", "kept", "experts", "timeout_ns"])
+def _vote_and_fold(
+    turn, due, decision, ready, overdue, stages, reports, overflow, counts, lanes, message, load, recent, folded,
+    reduced, decay, layer, following, layers, kept, experts, timeout_ns, window: tl.constexpr, block: tl.constexpr,
+    spin: tl.constexpr,
+):  # fmt: skip
+    _vote(
+        turn, due, decision, ready, overdue, stages, reports, overflow, counts, lanes, message, layer, following,
+        layers, kept, experts, timeout_ns, block, spin, False,
+    )  # fmt: skip
+    tl.debug_barrier()  # what is settled is the vote that the first warp has written, whenever others ended their wait
+    _settle(turn, due, decision, reports, message + experts, 0, following, layers, kept, 1, 1, False)
+    _add_to_load(turn, stages, counts, 0, load, recent, folded, reduced, decay, layer, experts, 1, window, block)

@@ -87,15 +87,15 @@ def _hand_over(
     turn, due, decision, stages, rung, bell, load, handed_load, handed, layer, experts, delay, block: tl.constexpr,
     releases: tl.constexpr,
 ):  # fmt: skip
-    iteration = tl.load(turn)
+    expert = tl.arange(0, block)
+    # All is read at once, also for a layer whose turn it is not: one after the other would take three times as long.
+    iteration, asked, gives = tl.load(turn), tl.load(turn + 2 + layer) != 0, tl.load(due + layer) < 0
+    given, count = tl.load(load + expert, mask=expert < experts, other=0.0), tl.load(rung) + 1
     tl.store(stages + layer * 4 + 3, iteration)
-    if tl.load(turn + 2 + layer) != 0:
-        gives = tl.load(due + layer) < 0
-        expert = tl.arange(0, block)
+    if asked:
         mask = (expert < experts) & gives
-        tl.store(handed_load + expert, tl.load(load + expert, mask=mask, other=0.0), mask=mask)
+        tl.store(handed_load + expert, given, mask=mask)
         tl.store(handed, iteration, mask=gives)
-        count = tl.load(rung) + 1
         tl.debug_barrier()  # the load is read, and what the host shall see is on its way
         tl.store(load + expert, tl.zeros([block], dtype=tl.float32), mask=mask)
         tl.store(due + layer, iteration + delay, mask=gives)
