@@ -52,9 +52,7 @@ class ResidentLayer(ResidentPlans):
     _few = True
     _following: ResidentLayer
     _before: ResidentLayer | None = None
-    """The layer that has run before it in the same iteration."""
-    _begun_in: int | None = None
-    """The capture in which it was taken over last, None for none."""
+    """The layer that runs before it in the same iteration."""
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -139,21 +137,31 @@ class ResidentLayer(ResidentPlans):
         super().start_set_cpu_stage()
 
     def _submit_take_over(self) -> None:
-        """Right behind the hand-over of the layer before, beside the end of that layer, where both are in one queue and
-        in one graph or none.
-
-        It needs nothing of what the current stream has done since: what read the layer's tables in the last iteration
-        has ended before the layer's own hand-over then. The first layer of an iteration follows the current stream.
-        """
-        stream, self._begun_in = self._our_stream, self._device.capture_number
-        if stream is not None and self._before is not None and self._before.leads_to(stream, self._begun_in):
-            stream.submit_next(Kind.START_WAIT_GPU_STAGE, self._take_over)
+        """The first layer of an iteration follows the current stream; the others have been taken over by now."""
+        if self._our_stream is not None and self._is_taken_early:
+            self._our_stream.follow()
         else:
             super()._submit_take_over()
 
-    def leads_to(self, stream: LayerStream, capture: int | None) -> bool:
-        """Whether what is put on that stream now comes behind this layer's hand-over, in that capture or in none."""
-        return self._our_stream is not None and self._our_stream.shares(stream) and self._begun_in == capture
+    @property
+    def _is_taken_early(self) -> bool:
+        """Whether the layer before takes it over, as it does where both have one queue.
+
+        Not where an exception discards what is enqueued: one rank might have committed what another forgets.
+        """
+        ours, before = self._our_stream, self._before._our_stream if self._before else None
+        return ours is not None and before is not None and before.shares(ours) and not self._device.immediate
+
+    def _submit_hand_over(self) -> None:
+        """Behind the next layer's take-over, which the products of this one hide.
+
+        That one needs nothing but the vote: what read the next layer's tables in the last iteration has ended before
+        the next layer's own hand-over then.
+        """
+        following = self._following
+        if following._before is self and following._is_taken_early:
+            following._stream.submit_next(Kind.START_WAIT_GPU_STAGE, following._take_over)
+        super()._submit_hand_over()
 
     def _take_over(self) -> None:
         control.take_over(self.resident.model, self.state)

@@ -181,9 +181,12 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         """Begin to hand the layer over: the experts have been computed, weights are no longer read."""
         with self._call(Call.START_SET_CPU_STAGE):
             if self.updates_enabled:
-                self._stream.end_reading()
-                self._stream.submit(Kind.START_SET_CPU_STAGE, self._hand_over)
+                self._submit_hand_over()
                 self._stream.mark()
+
+    def _submit_hand_over(self) -> None:
+        self._stream.end_reading()
+        self._stream.submit(Kind.START_SET_CPU_STAGE, self._hand_over)
 
     def done_set_cpu_stage(self) -> None:
         """The layer's iteration is over; all call counts are zero again."""

@@ -70,12 +70,7 @@ class Device(abc.ABC):
     @property
     def capturing(self) -> bool:
         """Whether work is being captured into a graph and does not run."""
-        return self.capture_number is not None
-
-    @property
-    def capture_number(self) -> int | None:
-        """Of the capture that is under way; what one holds comes after nothing outside of it."""
-        return None
+        return False
 
     def stream(self, kind: AuxStreamType) -> Stream:
         """A new auxiliary stream of that kind."""

@@ -173,9 +173,9 @@ class CudaDevice(Device):
                 stream.queue = main
 
     @property
-    def capture_number(self) -> int | None:
+    def capturing(self) -> bool:
         """See the base class."""
-        return None if self._capture is None else self._capture.number
+        return self._capture is not None
 
     def replayed(self, graph: CudaGraph[Any]) -> None:
         """A replay was enqueued in this iteration."""

@@ -23,8 +23,9 @@ from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.core.planner import Plan
+from moe_eplb.device import CpuDevice, Stream
 from moe_eplb.device.control import Stage
-from tests.balancer.test_iter_context import STEPS, fail_at
+from tests.balancer.test_iter_context import STEPS, Fault, fail_at, raise_in
 from tests.support.balanced import Rig, ids_of
 from tests.support.ranks import run_ranks
 
@@ -314,55 +315,68 @@ def test_few_ids_are_held_until_the_products_by_several_ranks_only_and_all_else_
         rig.balancer.shutdown()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_layers_behind_the_first_are_taken_over_without_a_wait_for_the_current_stream(
-    shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where they share the queue of the layer before, whose hand-over has waited for all that has to be over."""
-    waits, follow = list[int](), LayerStream._follow
-    monkeypatch.setattr(LayerStream, "_follow", lambda self, of: (waits.append(self._layer), follow(self, of))[1])
-    rig = resident(layers=3, updates=3, commit_delay=2, seed=1, check_order=True, sink=(marks := Marks()))
-    first, *others = (resident_layer(rig, index)._our_stream for index in range(3))
+def with_one_queue(rig: Rig) -> Rig:
+    """All layers put their balancer work on one stream, as those of a model do."""
+    first, *others = (resident_layer(rig, index)._our_stream for index in range(len(rig.layers)))
     for stream in others:
         assert stream is not None
         assert first is not None
-        stream._aux = first._aux if shared else stream._aux
-    seen: list[list[int]] = []
-    call = ResidentLayer.start_wait_gpu_stage
+        stream._aux = first._aux
+    return rig
 
-    def begin(self: ResidentLayer) -> None:
-        before = len(waits)
-        call(self)
-        seen.append(waits[before:])
 
-    monkeypatch.setattr(ResidentLayer, "start_wait_gpu_stage", begin)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("reduction", ["layer", "iteration"])
+def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_before(
+    shared: bool, later: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they share its queue, and where an exception discards nothing of what is enqueued."""
+    options: dict[str, Any] = {"layers": 3, "updates": 3, "commit_delay": 3, "reduction": reduction}
+    rig = resident(**options, check_order=True, sink=(marks := Marks()))
+    names = {Kind.START_WAIT_GPU_STAGE: "take", Kind.START_SET_CPU_STAGE: "hand"}
+    seen, submit = list[str](), CpuDevice.submit
+
+    def watch(self: CpuDevice, stream: Stream, kind: Kind, layer: int, *rest: Any, **options: Any) -> None:
+        seen.extend([f"{names[kind]} {layer}"] if kind in names else [])
+        submit(self, stream, kind, layer, *rest, **options)
+
+    monkeypatch.setattr(CpuDevice, "submit", watch)
+    monkeypatch.setattr(rig.balancer.device, "immediate", not later)
+    if shared:
+        with_one_queue(rig)
+    early = ["take 0", "take 1", "hand 0", "take 2", "hand 1", "hand 2"]
+    plain = ["take 0", "hand 0", "take 1", "hand 1", "take 2", "hand 2"]
     try:
-        rig.iterate(2)
-        assert seen == ([[0], [], []] if shared else [[0], [1], [2]]) * 2
+        rig.iterate(6)
+        assert seen == (early if shared and later else plain) * 6
         assert marks.unordered == []
+        rig.balancer.device.synchronize()
+        rig.balancer.collect()
         rig.assert_weights_match()
+        assert rig.journal.commits
     finally:
         rig.balancer.shutdown()
 
 
-def test_a_layer_is_not_taken_over_behind_one_of_another_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is put on a stream that nothing has led into a capture runs at once, and is in no graph."""
-    rig, follows = resident(layers=2, updates=2, commit_delay=2), list[int]()
-    first, second = (resident_layer(rig, index) for index in range(2))
-    assert first._our_stream is not None
-    assert second._our_stream is not None
-    second._our_stream._aux = first._our_stream._aux
-    follow = LayerStream._follow
-    monkeypatch.setattr(LayerStream, "_follow", lambda self, of: (follows.append(self._layer), follow(self, of))[1])
+@pytest.mark.parametrize("ran", [1, 2])
+def test_what_was_taken_over_early_is_noted_when_its_layer_does_not_come(
+    ran: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = with_one_queue(resident(layers=3, updates=3, commit_delay=2, ranks=2, empty_group="never"))
+    monkeypatch.setattr(rig.balancer.device, "immediate", False)
+    monkeypatch.setattr(rig.balancer.device, "discard", rig.balancer.device.synchronize)
     try:
-        rig.balancer.start_iter()
-        rig.run_layer(0)
-        first._begun_in = 7
-        follows.clear()
-        second.start_wait_gpu_stage()
-        assert follows == [1]
+        rig.iterate(2)
+        with pytest.raises(Fault):
+            raise_in(rig, *(partial(rig.run_layer, index) for index in range(ran)))
+        rig.assert_weights_match()
+        assert rig.journal.commits == [(layer, 0, 2) for layer in range(ran + 1)]
+        rig.iterate(3)
+        rig.balancer.collect()
+        rig.assert_weights_match()
+        assert len(rig.journal.commits) > 3
     finally:
-        rig.balancer.abort_iter()
         rig.balancer.shutdown()
 
 

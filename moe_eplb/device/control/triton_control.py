@@ -95,14 +95,16 @@ def _take_over(
     turns, turn, begun, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept,
     tables_size, cells_size, experts, block: tl.constexpr, begins: tl.constexpr,
 ):  # fmt: skip
-    iteration = tl.load(turn)
-    if begins:
-        iteration = _begin(turns, turn, begun, iteration, 2 + layers, kept, block)
-    at_due = tl.load(due + layer)
-    ends = (at_due >= 0) & (at_due <= iteration)
-    commits = ends & (at_due == iteration) & (tl.load(decision + layer) == 1)
     at = tl.arange(0, block)
-    value = tl.load(pending + at, mask=(at < tables_size + cells_size) & commits, other=0)
+    # All is read at once: the host's row has a long way.
+    iteration, at_due, agreed = tl.load(turn), tl.load(due + layer), tl.load(decision + layer) == 1
+    if begins:
+        row = tl.load(turns + (iteration + 1) % kept * (2 + layers) + at, mask=at < 2 + layers, other=0, volatile=True)
+    value = tl.load(pending + at, mask=(at < tables_size + cells_size) & agreed, other=0)
+    if begins:
+        iteration = _begin(turn, begun, iteration, row, 2 + layers, block)
+    ends = (at_due >= 0) & (at_due <= iteration)
+    commits = ends & (at_due == iteration) & agreed
     tl.store(tables + at, value, mask=(at < tables_size) & commits)
     tl.store(cells + at - tables_size, value, mask=(at >= tables_size) & (at < tables_size + cells_size) & commits)
     tl.store(counts + at, tl.zeros([block], dtype=tl.int32), mask=at < experts)
@@ -118,10 +120,9 @@ def _take_over(
 
 
 @triton.jit
-def _begin(turns, turn, begun, last, width, kept, block: tl.constexpr):
+def _begin(turn, begun, last, row, width, block: tl.constexpr):
     """Take the row of the iteration behind `last` where it is there; the iteration under way."""
     at = tl.arange(0, block)
-    row = tl.load(turns + (last + 1) % kept * width + at, mask=at < width, other=0, volatile=True)
     written = tl.sum(tl.where(at == 0, row, 0), axis=0) == last + 1
     tl.debug_barrier()  # every thread has read the last iteration before one of them changes it
     tl.store(turn + at, row, mask=(at < width) & written)
