@@ -1,9 +1,9 @@
 """The balancer of one MoE layer: the ten stage calls that a forward makes around its own work.
 
 Choreography after TensorRT-LLM's online EPLB for Hopper: everything but `route` goes to the balancer stream, ordered
-against the caller's stream by reusable events. The wait overlaps the top-k (a `ResidentLayer`'s the experts of the layer
-before), statistics and their reduction overlap route, dispatch and experts (those that are held the experts alone), the
-hand-over overlaps combine. `OlderChoreography` is what that is compared with.
+against the caller's stream by reusable events. The wait overlaps the top-k (a `ResidentLayer`'s the experts of the
+layer before), statistics and their reduction overlap route, dispatch and experts (those that are held the experts
+alone), the hand-over overlaps combine. `OlderChoreography` is what that is compared with.
 """
 
 from __future__ import annotations
