@@ -85,10 +85,12 @@ class Resident:
 
     def _write(self, iteration: int, counts: bool, group: Sequence[int]) -> None:
         row = self._turns[iteration % len(self._turns)]
-        row[:] = 0
-        row[0], row[1] = iteration, int(counts)
+        row[0] = -1
+        row[1:] = 0
+        row[1] = int(counts)
         for layer in group:
             row[2 + layer] = 1
+        row[0] = iteration  # last: the device may look for it at any time
 
     def report(self, layer: int, due: int) -> list[int]:
         """What the device says of the plan of a layer that is due in that iteration, [REPORT]."""

@@ -263,8 +263,11 @@ class ResidentLayer(ResidentPlans):
         self._folded()
 
     def _folded(self) -> None:
-        if self._device.immediate and self._owner.counts_now:
-            self.report_counts()
+        if self._device.immediate:
+            if self._owner.counts_now:
+                self.report_counts()
+        elif self._following._before is not self:  # the last layer, beside whose experts there is time for it
+            control.look_ahead(self.resident.model)
 
     def _hand_over(self) -> None:
         control.hand_over(self.resident.model, self.state, delay=self._owner.options.commit_delay)

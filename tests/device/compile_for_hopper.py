@@ -47,7 +47,7 @@ def main() -> None:
     entries()
     words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
     words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes", "committed"), "*i64")
-    words |= dict.fromkeys(("turns", "begun"), "*i64")
+    words |= dict.fromkeys(("turns", "coming", "begun"), "*i64")
     words |= dict.fromkeys(("rung", "bell", "counts"), "*i32")
     words |= {"load": "*fp32", "handed_load": "*fp32", "decay": "fp32"}
     for hand_over, constants in ((triton_load._hand_over, {}), (triton_all._hand_over_all, {"layers": 58})):
@@ -67,6 +67,8 @@ def main() -> None:
         build(triton_control._vote_and_fold, 8, words, window=window, block=256, spin=True)
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
         build(triton_load._fold, 4, words, rows=8, window=window, block=256)
+    text = build(triton_control._look_ahead, 1, words, block=64, acquires=True)
+    assert text.index("ld.acquire.sys") < text.index("ld.volatile"), "the row may be read before its number"
     tables = {"tables": "*i32", "cells": "*i32", "pending": "*i32"}
     for begins in (False, True):
         build(triton_control._take_over, 4, words | tables, block=1024, begins=begins)

@@ -132,6 +132,29 @@ def test_the_first_layer_takes_the_next_iterations_row_where_it_is_there(layers:
     assert_equal(fast, slow)
 
 
+@pytest.mark.parametrize("looked", [True, False])
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("layers", [1, 61])
+def test_a_row_that_was_seen_ahead_is_taken_and_one_that_was_not_yet_there_is_read(
+    layers: int, written: bool, looked: bool
+) -> None:
+    fast, slow = twins(0, layers=layers, experts=3, slots=4)
+    row, other = torch.arange(6, 8 + layers), torch.full((2 + layers,), 9)
+    for world, ops in ((fast, triton_control), (slow, plain)):
+        model = world.model
+        model.turn[0] = 5
+        model.coming.copy_(torch.arange(5, 7 + layers))  # of the iteration under way
+        if written:
+            model.row(6).copy_(row)
+        if looked:
+            ops.look_ahead(model)
+        model.row(6).copy_(other if written and looked else row)
+        ops.take_over(model, world.layers[0])
+        assert model.turn.tolist() == row.tolist()
+        assert int(model.begun) == 6
+    assert_equal(fast, slow)
+
+
 @pytest.mark.parametrize("kept", [2, 3, 8])
 def test_rows_are_taken_one_after_the_other(kept: int) -> None:
     fast, slow = twins(0)

@@ -124,6 +124,8 @@ def launch_control(seed: int, layer: int) -> None:
     model.row(5).copy_(model.turn)
     model.turn[0] = 4
     model.turn[1:] = -1
+    if seed % 2:
+        triton_control.look_ahead(model)
     triton_control.take_over(model, world.layers[0])
     state.counts[0] = -5 if seed == 3 else 5
     model.due[at], model.decision[at], model.ready[at] = 5 + (at == 0), -1, 9 if seed % 2 else -1
@@ -181,7 +183,7 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
         name for module in MODULES for name in re.findall(r"^ +(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
-    assert len(launched) == 28
+    assert len(launched) == 29
 
 
 def test_a_report_knows_the_role_of_every_kernel() -> None:

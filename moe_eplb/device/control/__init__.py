@@ -22,6 +22,7 @@ __all__ = [
     "fold",
     "hand_over",
     "hand_over_all",
+    "look_ahead",
     "settle",
     "settle_and_fold",
     "settle_and_fold_all",
@@ -46,6 +47,11 @@ def _for_all(model: ModelState) -> ModuleType:
     from moe_eplb.device.control import triton_all
 
     return triton_all
+
+
+def look_ahead(model: ModelState) -> None:
+    """See `plain.look_ahead`."""
+    _for(model).look_ahead(model)
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:

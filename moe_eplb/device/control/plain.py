@@ -9,7 +9,15 @@ from torch import Tensor
 
 from moe_eplb.device.control.state import LayerState, ModelState, Outcome, Report, Stage
 
-__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote", "vote_and_fold"]
+__all__ = ["fold", "hand_over", "look_ahead", "settle", "settle_and_fold", "take_over", "vote", "vote_and_fold"]
+
+
+def look_ahead(model: ModelState) -> None:
+    """Keep the row of the iteration that comes, where the host has written it: it has a long way."""
+    following = int(model.turn[0]) + 1
+    row = model.row(following)
+    if int(row[0]) == following:
+        model.coming.copy_(row)
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
@@ -20,7 +28,7 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     layer.counts.zero_()
     if layer.layer == 0:
         following = int(model.turn[0]) + 1
-        row = model.row(following)
+        row = model.coming if int(model.coming[0]) == following else model.row(following)
         if int(row[0]) == following:
             model.turn.copy_(row)
             model.begun.copy_(row[:1])

@@ -69,6 +69,8 @@ class ModelState:
             modulo N. A row is the iteration, whether it counts, and for each layer whether it hands its load over.
         turn: int64 [2 + L], the row of the iteration under way, which the first layer takes; before, its iteration
             is -1.
+        coming: int64 [2 + L], the row of the iteration that comes, where the device has looked for it and found it; or
+            an older one, at first that of iteration -1.
         begun: int64 [1], host-visible, the iteration that the first layer has begun last, -1 for none.
         due: int64 [L], the iteration in which a layer's plan is to be committed, -1 without one.
         decision: int64 [L], the vote on that plan: -1 not yet, 0 no, 1 agreed.
@@ -84,6 +86,7 @@ class ModelState:
 
     turns: Tensor
     turn: Tensor
+    coming: Tensor
     begun: Tensor
     due: Tensor
     decision: Tensor
@@ -104,7 +107,8 @@ class ModelState:
         turn = torch.zeros(2 + layers, dtype=long, device=device)
         turn[0] = -1
         return ModelState(
-            turns=host_visible((kept, 2 + layers), long).fill_(-1), turn=turn, begun=host_visible((1,), long).fill_(-1),
+            turns=host_visible((kept, 2 + layers), long).fill_(-1), turn=turn, coming=turn.clone(),
+            begun=host_visible((1,), long).fill_(-1),
             due=none[0], decision=none[1], ready=none[2],
             overdue=torch.zeros(1, dtype=long, device=device),
             rung=torch.zeros(1, dtype=torch.int32, device=device),

@@ -18,11 +18,20 @@ from moe_eplb.device.control.state import LANES, REPORT, LayerState, ModelState
 from moe_eplb.device.control.triton_load import _add_to_load, block_of, fold, hand_over
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["fold", "hand_over", "settle", "settle_and_fold", "take_over", "vote", "vote_and_fold"]
+__all__ = ["fold", "hand_over", "look_ahead", "settle", "settle_and_fold", "take_over", "vote", "vote_and_fold"]
 
 _REPORT = tl.constexpr(REPORT)
 _LANES = tl.constexpr(LANES)
 _LANES_BLOCK = tl.constexpr(triton.next_power_of_2(LANES))
+
+
+def look_ahead(model: ModelState) -> None:
+    """See `plain.look_ahead`."""
+    width = model.turn.numel()
+    _look_ahead[(1,)](
+        model.turns, model.turn, model.coming, width, model.turns.shape[0], block=block_of(width),
+        acquires=model.turn.is_cuda, num_warps=1,
+    )  # fmt: skip
 
 
 def take_over(model: ModelState, layer: LayerState) -> None:
@@ -30,9 +39,10 @@ def take_over(model: ModelState, layer: LayerState) -> None:
     tables, cells = layer.tables.numel(), layer.cells.numel()
     sizes = (layer.experts, tables + cells, *([2 + model.layers] if layer.layer == 0 else []))
     _take_over[(1,)](
-        model.turns, model.turn, model.begun, model.due, model.decision, model.stages, model.reports, model.committed,
-        layer.pending, layer.tables, layer.cells, layer.counts, layer.layer, model.layers, model.reports.shape[0],
-        tables, cells, layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0, num_warps=4,
+        model.turns, model.turn, model.coming, model.begun, model.due, model.decision, model.stages, model.reports,
+        model.committed, layer.pending, layer.tables, layer.cells, layer.counts, layer.layer, model.layers,
+        model.reports.shape[0], tables, cells, layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -92,17 +102,15 @@ def vote_and_fold(
 )
 @triton.jit(do_not_specialize=["layer", "layers", "kept", "tables_size", "cells_size", "experts"])
 def _take_over(
-    turns, turn, begun, due, decision, stages, reports, committed, pending, tables, cells, counts, layer, layers, kept,
-    tables_size, cells_size, experts, block: tl.constexpr, begins: tl.constexpr,
+    turns, turn, coming, begun, due, decision, stages, reports, committed, pending, tables, cells, counts, layer,
+    layers, kept, tables_size, cells_size, experts, block: tl.constexpr, begins: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, block)
-    # All is read at once: the host's row has a long way.
+    # Read before the row is, which may have to come from the host.
     iteration, at_due, agreed = tl.load(turn), tl.load(due + layer), tl.load(decision + layer) == 1
-    if begins:
-        row = tl.load(turns + (iteration + 1) % kept * (2 + layers) + at, mask=at < 2 + layers, other=0, volatile=True)
     value = tl.load(pending + at, mask=(at < tables_size + cells_size) & agreed, other=0)
     if begins:
-        iteration = _begin(turn, begun, iteration, row, 2 + layers, block)
+        iteration = _begin(turns, turn, coming, begun, iteration, 2 + layers, kept, block)
     ends = (at_due >= 0) & (at_due <= iteration)
     commits = ends & (at_due == iteration) & agreed
     tl.store(tables + at, value, mask=(at < tables_size) & commits)
@@ -120,14 +128,30 @@ def _take_over(
 
 
 @triton.jit
-def _begin(turn, begun, last, row, width, block: tl.constexpr):
+def _begin(turns, turn, coming, begun, last, width, kept, block: tl.constexpr):
     """Take the row of the iteration behind `last` where it is there; the iteration under way."""
     at = tl.arange(0, block)
-    written = tl.sum(tl.where(at == 0, row, 0), axis=0) == last + 1
+    kept_row = tl.load(coming + at, mask=at < width, other=0)
+    seen = tl.load(coming) == last + 1
+    theirs = turns + (last + 1) % kept * width
+    number = tl.load(theirs, mask=seen == 0, other=0, volatile=True)
+    row = tl.load(theirs + at, mask=(at < width) & (seen == 0), other=0, volatile=True)
+    row, written = tl.where(seen, kept_row, row), seen | (number == last + 1)
     tl.debug_barrier()  # every thread has read the last iteration before one of them changes it
     tl.store(turn + at, row, mask=(at < width) & written)
     tl.store(begun, last + 1, mask=written)
     return tl.where(written, last + 1, last)
+
+
+@declares(writes=["coming"])
+@triton.jit(do_not_specialize=["width", "kept"])
+def _look_ahead(turns, turn, coming, width, kept, block: tl.constexpr, acquires: tl.constexpr):
+    following = tl.load(turn) + 1
+    theirs, at = turns + following % kept * width, tl.arange(0, block)
+    # The number, which the host writes last. The interpreter has no machine instructions.
+    there = (_acquired(theirs) if acquires else tl.load(theirs, volatile=True)) == following
+    row = tl.load(theirs + at, mask=(at < width) & there, other=0, volatile=True)
+    tl.store(coming + at, row, mask=(at < width) & there)
 
 
 @triton.jit
