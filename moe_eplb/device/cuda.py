@@ -34,6 +34,9 @@ __all__ = ["CudaDevice"]
 
 T = TypeVar("T")
 
+_COPIES = -3
+"""Priority of the stream of copies, which no other stream here has."""
+
 
 class CudaDevice(Device):
     """One GPU; work is enqueued and runs later, streams beside each other.
@@ -65,7 +68,8 @@ class CudaDevice(Device):
         self._capture: CudaGraph[Any] | None = None
         self._graphs = 0
         self.graph_pool: Any = None
-        self._copies = _new_stream(self.torch_device)
+        # Of a priority of its own, else it may have its channel in common with a stream whose kernel waits for the copies.
+        self._copies = _new_stream(self.torch_device, _COPIES)
         super().__init__(sink)
         self._times = CudaTimes(sink)
 
@@ -281,6 +285,6 @@ def _waits_for(done: torch.cuda.Event) -> bool:
     return True
 
 
-def _new_stream(device: torch.device) -> torch.cuda.Stream:
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    stream: torch.cuda.Stream = torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
     return stream
