@@ -68,7 +68,7 @@ class CudaDevice(Device):
         self._capture: CudaGraph[Any] | None = None
         self._graphs = 0
         self.graph_pool: Any = None
-        # Of a priority of its own, else it may have its channel in common with a stream whose kernel waits for the copies.
+        # Else it may have its channel in common with a stream whose kernel waits for the copies.
         self._copies = _new_stream(self.torch_device, _COPIES)
         super().__init__(sink)
         self._times = CudaTimes(sink)
