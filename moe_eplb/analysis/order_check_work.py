@@ -60,7 +60,8 @@ def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: 
     """The stages and their work.
 
     In our own traces every event says what it is of. Elsewhere it is of the range around its launch, or of the kind
-    that the table gives its name, and belongs to the stage that was under way at its launch.
+    that the table gives its name, and belongs to the stage that was under way at its launch, or to the one that begins
+    next of the layer that the range names: a layer may be waited for while the one before is under way.
 
     Args:
         flags: Flags of the calls.
@@ -78,8 +79,10 @@ def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: 
     if ours:
         kind, stage = _said_kinds(capture), _said_stages(capture, stages)
     else:
-        kind = _kinds(capture, found.work, names)
+        around = _around(capture, found.work)
+        kind = _kinds(capture, found.work, around, names)
         stage = np.where(edges.call >= 0, _stage_at(capture, stages, ends, launched), c.UNKNOWN)
+        stage = _of_their_layers(stages, stage, launched, found.work, around)
     return StageWork(stages, kind, stage, launched, ends, holds, releases)
 
 
@@ -141,18 +144,25 @@ def _said_stages(capture: Capture, stages: Table) -> Indices:
     return of_group[group[count:]]
 
 
-def _kinds(capture: Capture, work: Table, names: CallNames) -> Indices:
-    """By the innermost range of known kind that the launching thread was in, else by name."""
+def _around(capture: Capture, work: Table) -> Indices:
+    """For each GPU event [N] the row of the innermost range of known kind that the launching thread was in."""
+    found = np.full(len(capture.gpu), c.UNKNOWN, np.int64)
+    call = Dependencies(capture).call
+    asked = np.flatnonzero(call >= 0)
+    if len(asked) and len(work):
+        calls = capture.calls[call[asked]]
+        index = RangeIndex(capture.ranges[work["row"]])
+        found[asked] = index.around(calls["process"], calls["start"], calls["thread"])
+    return found
+
+
+def _kinds(capture: Capture, work: Table, around: Indices, names: CallNames) -> Indices:
+    """By the range around, else by name."""
     used, inverse = np.unique(capture.gpu["name"], return_inverse=True)
     named = [names.by_kernel(capture.names[name]) for name in used.tolist()]
     kinds = np.array([c.UNKNOWN if kind is None else int(kind) for kind in named], np.int64)[inverse.reshape(-1)]
-    call = Dependencies(capture).call
-    asked = np.flatnonzero(call >= 0)
-    if not len(asked) or not len(work):
-        return kinds
-    calls = capture.calls[call[asked]]
-    around = RangeIndex(capture.ranges[work["row"]]).around(calls["process"], calls["start"], calls["thread"])
-    kinds[asked] = np.where(around >= 0, work["kind"][around], kinds[asked])
+    inside = np.flatnonzero(around >= 0)
+    kinds[inside] = work["kind"][around[inside]]
     return kinds
 
 
@@ -167,4 +177,22 @@ def _stage_at(capture: Capture, stages: Table, ends: Indices, launched: Indices)
         stage = np.where(at >= 0, begun[np.maximum(at, 0)], c.UNKNOWN)
         under_way = (stage >= 0) & (launched[mine] <= ends[stage])
         found[mine] = np.where(under_way, stage, c.UNKNOWN)
+    return found
+
+
+def _of_their_layers(stages: Table, stage: Indices, launched: Indices, work: Table, around: Indices) -> Indices:
+    """Stages [N] once more, where the range around names another layer than the one under way: that layer's next."""
+    inside = np.flatnonzero((around >= 0) & (stage >= 0))
+    named = work[around[inside]]
+    other = (named["layer"] >= 0) & (named["layer"] != stages["layer"][stage[inside]])
+    found, inside, named = stage.copy(), inside[other], named[other]
+    for process, layer in np.unique(np.stack([named["process"], named["layer"]], axis=1), axis=0).tolist():
+        mine = np.flatnonzero((named["process"] == process) & (named["layer"] == layer))
+        begun = np.flatnonzero((stages["process"] == process) & (stages["layer"] == layer))
+        begun = begun[np.argsort(stages["start"][begun], kind="stable")]
+        at = np.searchsorted(stages["start"][begun], launched[inside[mine]])
+        padded = np.append(begun, c.UNKNOWN)[at]
+        number = named["iteration"][mine]
+        fits = (padded >= 0) & ((number == c.UNKNOWN) | (stages["iteration"][padded] == number))
+        found[inside[mine]] = np.where(fits, padded, c.UNKNOWN)
     return found

@@ -7,6 +7,7 @@ tables; a plan is taken by the device when all ranks have it. The host reads aft
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,9 @@ from moe_eplb.device.bell import CpuBell
 from moe_eplb.device.control import LayerStack, ModelState
 
 __all__ = ["Resident"]
+
+_IN_ORDER = ("x86_64", "amd64")
+"""Processors whose stores others see in their order. Elsewhere the first layer reads the row, launched behind it."""
 
 
 class Resident:
@@ -35,6 +39,7 @@ class Resident:
         plan_waits: How often it waited for the updater to have enqueued a plan.
         expected: How often the bell will have been rung when all that is enqueued is done.
         stack: The layers' states together, where one reduction an iteration sums them all.
+        looks_ahead: Whether the device may look for a row while the host writes it.
     """
 
     def __init__(self, device: Device, layers: int, *, run_ahead: int, timeout_s: float, awake: bool = False) -> None:
@@ -47,6 +52,7 @@ class Resident:
         self.run_ahead_waits = self.plan_waits = 0
         self.expected = 0
         self.stack: LayerStack | None = None
+        self.looks_ahead = not device.immediate and platform.machine().lower() in _IN_ORDER
         self._read: list[Callable[[], bool] | None] = [None] * run_ahead
         self._device = device
         self._late: Update | None = None
@@ -90,7 +96,7 @@ class Resident:
         row[1] = int(counts)
         for layer in group:
             row[2 + layer] = 1
-        row[0] = iteration  # last: the device may look for it at any time
+        row[0] = iteration  # last: the device may look for it at any time, see `looks_ahead`
 
     def report(self, layer: int, due: int) -> list[int]:
         """What the device says of the plan of a layer that is due in that iteration, [REPORT]."""

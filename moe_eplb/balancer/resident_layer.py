@@ -263,10 +263,9 @@ class ResidentLayer(ResidentPlans):
         self._folded()
 
     def _folded(self) -> None:
-        if self._device.immediate:
-            if self._owner.counts_now:
-                self.report_counts()
-        elif self._following._before is not self:  # the last layer, beside whose experts there is time for it
+        if self._device.immediate and self._owner.counts_now:
+            self.report_counts()
+        if self.resident.looks_ahead and self._following._before is not self:  # the last layer
             control.look_ahead(self.resident.model)
 
     def _hand_over(self) -> None:
@@ -294,8 +293,11 @@ class ResidentLayer(ResidentPlans):
         self.probe.reduced(self.layer_idx, counts, balance)
 
     def abort(self, iteration: int, *, begun: bool) -> None:
-        """See the base class; the device has stopped."""
-        if begun:
+        """See the base class; the device has stopped.
+
+        Where the layer before may have taken this one over, the ranks need not have failed on the same side of that.
+        """
+        if begun or not self._device.immediate:
             control.take_over(self.resident.model, self.state)  # where that has run already, nothing is due any more
             self._device.synchronize()
             self.collect(iteration)

@@ -339,3 +339,51 @@ def test_what_is_launched_between_stages_belongs_to_none() -> None:
     gpu["correlation"] = calls["correlation"] = 1 << 30
     tables = {"gpu": np.concatenate([capture.gpu, gpu]), "calls": np.concatenate([capture.calls, calls])}
     assert check_order(capture.with_tables(tables).in_order(), ["tensorrt_llm"]).status is Status.VALID
+
+
+def _two_layers(*, early: bool, joined: bool = True) -> Capture:
+    """An iteration of two layers, of which the second is taken over when its turn comes or `early`, by the first."""
+    made = MakeCapture()
+
+    def inside(text: str, at: int, end: int) -> None:
+        made.range(text, at, end, "moe_eplb", payload=0)
+
+    def taken(layer: int, at: int) -> None:
+        inside(f"start_wait_gpu_stage/{layer}", at, at + 10)
+        made.launched(Role.EPLB_SIGNAL, at + 1, at + 5, at + 15, 20, name="_take_over")
+
+    inside("start_iter", 0, 1)
+    for layer, b in enumerate((100, 1100)):
+        inside(f"start_wait_gpu_stage/{layer}", b, b + 20)
+        if layer == 0 or not early:
+            taken(layer, b + 5)
+        if layer == 0 or joined:
+            made.wait(7, 20, at=b + 25)
+        inside(f"done_wait_gpu_stage/{layer}", b + 22, b + 30)
+        inside(f"topk/{layer}", b + 31, b + 36)
+        made.launched(Role.COMPUTE, b + 32, b + 40, b + 50, 7)
+        inside(f"route/{layer}", b + 40, b + 60)
+        made.launched(Role.COMPUTE, b + 43, b + 60, b + 80, 7)
+        inside(f"experts/{layer}", b + 70, b + 80)
+        made.launched(Role.COMPUTE, b + 72, b + 100, b + 400, 7)
+        inside(f"start_set_cpu_stage/{layer}", b + 100, b + 160)
+        if layer == 0 and early:
+            taken(1, b + 105)
+        made.wait(20, 7, at=b + 120)
+        inside(f"start_set_cpu_stage/{layer}", b + 125, b + 135)
+        made.launched(Role.EPLB_SIGNAL, b + 126, b + 405, b + 415, 20, name="_hand_over")
+        if joined:
+            made.wait(7, 20, at=b + 165)
+        inside(f"done_set_cpu_stage/{layer}", b + 162, b + 170)
+    inside("end_iter", 3000, 3001)
+    return made.done()
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_layer_that_the_one_before_takes_over_is_waited_for_by_its_own_work(early: bool) -> None:
+    report = check_order(_two_layers(early=early))
+    assert {report.check(name).status for name in ("joins", "times")} == {Status.VALID}
+    joins = check_order(_two_layers(early=early, joined=False)).check("joins")
+    assert joins.status is Status.INVALID
+    assert "route on stream 7 did not wait for start_wait_gpu_stage on stream 20" in joins.detail
+    assert joins.where == "rank 0, layer 1, iteration 0"

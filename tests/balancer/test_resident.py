@@ -315,6 +315,10 @@ def test_few_ids_are_held_until_the_products_by_several_ranks_only_and_all_else_
         rig.balancer.shutdown()
 
 
+def fail() -> None:
+    raise Fault
+
+
 def with_one_queue(rig: Rig) -> Rig:
     """All layers put their balancer work on one stream, as those of a model do."""
     first, *others = (resident_layer(rig, index)._our_stream for index in range(len(rig.layers)))
@@ -328,11 +332,12 @@ def with_one_queue(rig: Rig) -> Rig:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("reduction", ["layer", "iteration"])
+@pytest.mark.parametrize("seed", [None, 0, 1])
 def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_before(
-    shared: bool, later: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
+    seed: int | None, shared: bool, later: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where they share its queue, and where an exception discards nothing of what is enqueued."""
-    options: dict[str, Any] = {"layers": 3, "updates": 3, "commit_delay": 3, "reduction": reduction}
+    options: dict[str, Any] = {"layers": 3, "updates": 3, "commit_delay": 3, "reduction": reduction, "seed": seed}
     rig = resident(**options, check_order=True, sink=(marks := Marks()))
     names = {Kind.START_WAIT_GPU_STAGE: "take", Kind.START_SET_CPU_STAGE: "hand"}
     seen, submit = list[str](), CpuDevice.submit
@@ -359,17 +364,21 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
         rig.balancer.shutdown()
 
 
+@pytest.mark.parametrize("handed", [True, False])
 @pytest.mark.parametrize("ran", [1, 2])
-def test_what_was_taken_over_early_is_noted_when_its_layer_does_not_come(
-    ran: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_an_abort_commits_the_same_on_either_side_of_an_early_take_over(
+    seed: int | None, ran: int, handed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = with_one_queue(resident(layers=3, updates=3, commit_delay=2, ranks=2, empty_group="never"))
+    """A rank may fail before the hand-over of a layer, and another one behind it."""
+    rig = with_one_queue(resident(layers=3, updates=3, commit_delay=2, ranks=2, empty_group="never", seed=seed))
     monkeypatch.setattr(rig.balancer.device, "immediate", False)
     monkeypatch.setattr(rig.balancer.device, "discard", rig.balancer.device.synchronize)
     try:
         rig.iterate(2)
+        last = partial(rig.run_layer, ran - 1, on_held=(lambda: None) if handed else fail)
         with pytest.raises(Fault):
-            raise_in(rig, *(partial(rig.run_layer, index) for index in range(ran)))
+            raise_in(rig, *(partial(rig.run_layer, index) for index in range(ran - 1)), last)
         rig.assert_weights_match()
         assert rig.journal.commits == [(layer, 0, 2) for layer in range(ran + 1)]
         rig.iterate(3)

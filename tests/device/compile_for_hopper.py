@@ -64,14 +64,18 @@ def main() -> None:
         assert "ld.acquire.sys" in text, "what is published behind the word may be read before it"
         assert "bar.sync" not in text, "warps that end their wait apart wait for each other"
     for window in (1, 4):
-        build(triton_control._vote_and_fold, 8, words, window=window, block=256, spin=True)
+        text = build(triton_control._vote_and_fold, 8, words, window=window, block=256, spin=True)
+        settles = text.index("bar.sync")
+        assert "ld.acquire.sys" in text[:settles], "what is published behind the word may be read before it"
+        assert "st.global" in text[:settles], "what is settled may not have been written yet"
         build(triton_all._settle_and_fold_all, 4, words, window=window, block=256)
         build(triton_load._fold, 4, words, rows=8, window=window, block=256)
     text = build(triton_control._look_ahead, 1, words, block=64, acquires=True)
-    assert text.index("ld.acquire.sys") < text.index("ld.volatile"), "the row may be read before its number"
+    assert text.rindex("ld.acquire.sys") < text.index("shfl.sync"), "each thread goes by what itself has read"
+    assert text.rindex("shfl.sync") < text.index("ld.volatile"), "the row may be read before its number"
     tables = {"tables": "*i32", "cells": "*i32", "pending": "*i32"}
     for begins in (False, True):
-        build(triton_control._take_over, 4, words | tables, block=1024, begins=begins)
+        build(triton_control._take_over, 8, words | tables, block=1024, begins=begins)
 
 
 def sends() -> None:

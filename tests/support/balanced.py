@@ -223,12 +223,16 @@ class Rig:
     def replay(self) -> None:
         """What a graph of all layers does."""
         layers, options = self.residents(), self.balancer.options
+        control.take_over(layers[0].resident.model, layers[0].state)
         for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
             model, state, resident = layer.resident.model, layer.state, layer.resident
-            control.take_over(model, state)
             ops.histogram(self.ids(layer.layer_idx, self.balancer.iter_id), state.counts)
             control.vote(model, state, following.state, timeout_ns=resident.timeout_ns, wait=resident.wait)
             control.settle_and_fold(model, state, following.state, state.message, ranks=1, decay=options.decay)
+            if following is layers[0]:
+                control.look_ahead(model)
+            else:
+                control.take_over(model, following.state)
             control.hand_over(model, state, delay=options.commit_delay)
             resident.bell.tell()
 

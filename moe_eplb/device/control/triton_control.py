@@ -42,7 +42,7 @@ def take_over(model: ModelState, layer: LayerState) -> None:
         model.turns, model.turn, model.coming, model.begun, model.due, model.decision, model.stages, model.reports,
         model.committed, layer.pending, layer.tables, layer.cells, layer.counts, layer.layer, model.layers,
         model.reports.shape[0], tables, cells, layer.experts, block=block_of(max(sizes)), begins=layer.layer == 0,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
 
 
@@ -148,8 +148,11 @@ def _begin(turns, turn, coming, begun, last, width, kept, block: tl.constexpr):
 def _look_ahead(turns, turn, coming, width, kept, block: tl.constexpr, acquires: tl.constexpr):
     following = tl.load(turn) + 1
     theirs, at = turns + following % kept * width, tl.arange(0, block)
-    # The number, which the host writes last. The interpreter has no machine instructions.
-    there = (_acquired(theirs) if acquires else tl.load(theirs, volatile=True)) == following
+    # The number, which the host writes last: each thread reads it before its part of the row, and all go by the oldest
+    # that one has read. The interpreter has no machine instructions.
+    numbers = theirs + tl.zeros([block], dtype=tl.int64)
+    number = tl.min(_acquired(numbers) if acquires else tl.load(numbers, volatile=True), axis=0)
+    there = number == following
     row = tl.load(theirs + at, mask=(at < width) & there, other=0, volatile=True)
     tl.store(coming + at, row, mask=(at < width) & there)
 
