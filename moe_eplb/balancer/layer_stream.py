@@ -40,7 +40,7 @@ class LayerStream:
         self._main = device.new_event(EventType.Main.name)
         self._done = device.new_event(EventType.MoeBalancer.name)
         self._begin = device.new_event(EventType.Main.name)
-        self._marked = False
+        self._marked = self._joined = False
         self._readers: list[Stream] = []
 
     def shares(self, other: LayerStream) -> bool:
@@ -85,15 +85,22 @@ class LayerStream:
         """The current stream waits for the marked work."""
         self._device.wait(self._device.current, self._done)
 
-    def begin_reading(self) -> None:
-        """The current stream joins, and is from now on the only one that reads the layer's weights and tables."""
-        self.join()
+    def begin_reading(self, *, joined: bool = False) -> None:
+        """The current stream joins, and is from now on the only one that reads the layer's weights and tables.
+
+        Args:
+            joined: Whatever may read has come behind the layer's wait already.
+        """
+        self._joined = joined
+        if not joined:
+            self.join()
         self._readers = [self._device.current]
 
     def read(self) -> None:
         """The current stream reads too; it joins unless it has."""
         if self._device.current not in self._readers:
-            self.join()
+            if not self._joined:
+                self.join()
             self._readers.append(self._device.current)
 
     def end_reading(self) -> None:

@@ -136,12 +136,18 @@ class ResidentLayer(ResidentPlans):
         self.release_statistics()
         super().start_set_cpu_stage()
 
-    def _submit_take_over(self) -> None:
-        """The first layer of an iteration follows the current stream; the others have been taken over by now."""
+    def _begin_wait(self) -> None:
         if self._our_stream is not None and self._is_taken_early:
-            self._our_stream.follow()
+            self._our_stream.follow()  # as it must where a capture begins here
         else:
-            super()._submit_take_over()
+            super()._begin_wait()
+
+    def _end_wait(self) -> None:
+        """Nothing to wait for, where the layer before has handed itself over behind this layer's take-over."""
+        if self._our_stream is not None and self._is_taken_early:
+            self._our_stream.begin_reading(joined=True)
+        else:
+            super()._end_wait()
 
     @property
     def _is_taken_early(self) -> bool:

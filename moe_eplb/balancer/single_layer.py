@@ -88,17 +88,20 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         """Begin to take the layer's weights and tables; a due plan is committed on the balancer stream."""
         with self._call(Call.START_WAIT_GPU_STAGE):
             if self.updates_enabled:
-                self._submit_take_over()
-                self._stream.mark()
+                self._begin_wait()
 
-    def _submit_take_over(self) -> None:
+    def _begin_wait(self) -> None:
         self._stream.submit(Kind.START_WAIT_GPU_STAGE, self._take_over)
+        self._stream.mark()
 
     def done_wait_gpu_stage(self) -> None:
         """From here on the current stream may read weights and tables."""
         with self._call(Call.DONE_WAIT_GPU_STAGE):
             if self.updates_enabled:
-                self._stream.begin_reading()
+                self._end_wait()
+
+    def _end_wait(self) -> None:
+        self._stream.begin_reading()
 
     def update_local_statistic(self, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         """Path A: count expert ids int32 [T, K] of this rank."""

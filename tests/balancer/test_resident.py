@@ -23,7 +23,7 @@ from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.core.planner import Plan
-from moe_eplb.device import CpuDevice, Stream
+from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.control import Stage
 from tests.balancer.test_iter_context import STEPS, Fault, fail_at, raise_in
 from tests.support.balanced import Rig, ids_of
@@ -361,6 +361,32 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
         rig.assert_weights_match()
         assert rig.journal.commits
     finally:
+        rig.balancer.shutdown()
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_layer_that_was_taken_over_early_is_joined_by_whatever_follows_the_layer_before(
+    follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by nothing else, which is seen."""
+    rig = with_one_queue(resident(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks())))
+    device, layer, ids = rig.balancer.device, rig.layers[1], rig.ids(1, 0)
+    other, event = device.stream(AuxStreamType.MoeChunkingOverlap), device.new_event()
+    monkeypatch.setattr(device, "immediate", False)
+    try:
+        rig.balancer.start_iter()
+        rig.run_layer(0)
+        layer.start_wait_gpu_stage()
+        layer.done_wait_gpu_stage()
+        layer.update_statistic_with_local_ids(ids, True, True)
+        if follows:
+            device.record(event, device.main)
+            device.wait(other, event)
+        with device.use(other):
+            layer.route(ids)
+        assert marks.unordered == ([] if follows else [Kind.ROUTE])
+    finally:
+        rig.balancer.abort_iter()
         rig.balancer.shutdown()
 
 
