@@ -217,9 +217,10 @@ class Traced(CpuDevice):
 class World:
     """A balancer whose kernels run in the interpreter, followed by a sanitizer of its own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, later: bool = False, **options: Any) -> None:
         from torch.cuda import _sanitizer as csan  # begins to trace where there is a GPU
 
+        self._later = later
         self.handler, self.errors = csan.EventHandler(), csan.CUDASanitizerErrors
         dispatch = SimpleNamespace(event_handler=self.handler)
         module = SimpleNamespace(
@@ -241,7 +242,7 @@ class World:
 
     def _device(self, kind: str, sink: EventSink, **_: Any) -> Traced:
         device = Traced(sink)
-        device.handler = self.handler
+        device.handler, device.immediate = self.handler, not self._later
         return device
 
     def _device_memory(self) -> set[int]:
@@ -283,6 +284,44 @@ def test_held_statistics_have_no_race(holding: World) -> None:
     holding.rig.assert_weights_match()
     assert holding.handler.seq_num == 5 * 2 * 5, "five kernels a layer were followed"
     assert len(holding.rig.journal.commits) > 2
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """The second layer is taken over by the first, as where the host does not look at the end of each stage."""
+    for made in followed(monkeypatch, later=True, commit_delay=2):
+        first, second = (layer._stream for layer in made.rig.layers)
+        assert isinstance(first, LayerStream)
+        assert isinstance(second, LayerStream)
+        second._aux = first._aux
+        yield made
+
+
+def test_a_layer_that_is_taken_over_early_is_in_no_race(early: World) -> None:
+    early.rig.iterate(6)
+    early.rig.balancer.collect()
+    early.rig.assert_weights_match()
+    assert early.handler.seq_num == 6 * (2 * 4 + 1), "four kernels a layer and a look ahead were followed"
+    assert len(early.rig.journal.commits) > 2
+
+
+def test_a_missing_join_behind_an_early_take_over_is_a_race(
+    early: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layer's end is the only join between the next one's take-over and its route."""
+    begin_reading, join = LayerStream.begin_reading, LayerStream.join
+
+    def joins_where_reading_begins(stream: LayerStream, *, joined: bool = False) -> None:
+        monkeypatch.setattr(LayerStream, "join", join)
+        begin_reading(stream, joined=joined)
+        monkeypatch.setattr(LayerStream, "join", lambda stream: None)
+
+    monkeypatch.setattr(LayerStream, "begin_reading", joins_where_reading_begins)
+    with pytest.raises(early.errors):
+        early.rig.iterate(5)
+    told = capsys.readouterr().err
+    assert re.search(r"during kernel:\n_route\nreading from argument", told), told
+    assert re.search(r"during kernel:\n_take_over\nwriting to argument", told), told
 
 
 @pytest.fixture
