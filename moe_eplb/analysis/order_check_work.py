@@ -60,8 +60,8 @@ def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: 
     """The stages and their work.
 
     In our own traces every event says what it is of. Elsewhere it is of the range around its launch, or of the kind
-    that the table gives its name, and belongs to the stage that was under way at its launch, or to the one that begins
-    next of the layer that the range names: a layer may be waited for while the one before is under way.
+    that the table gives its name, and belongs to the stage that was under way at its launch; a wait to the stage that
+    begins next of the layer that its range names, where that is another one: one may be taken over by the layer before.
 
     Args:
         flags: Flags of the calls.
@@ -82,7 +82,9 @@ def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: 
         around = _around(capture, found.work)
         kind = _kinds(capture, found.work, around, names)
         stage = np.where(edges.call >= 0, _stage_at(capture, stages, ends, launched), c.UNKNOWN)
-        stage = _of_their_layers(stages, stage, launched, found.work, around)
+        if not found.counted:  # else a range that names its layer names another one than the calls have
+            waits = np.flatnonzero((kind == Kind.START_WAIT_GPU_STAGE) & (around >= 0) & (stage >= 0))
+            stage[waits] = _of_their_layers(stages, stage[waits], launched[waits], found.work[around[waits]])
     return StageWork(stages, kind, stage, launched, ends, holds, releases)
 
 
@@ -180,19 +182,17 @@ def _stage_at(capture: Capture, stages: Table, ends: Indices, launched: Indices)
     return found
 
 
-def _of_their_layers(stages: Table, stage: Indices, launched: Indices, work: Table, around: Indices) -> Indices:
-    """Stages [N] once more, where the range around names another layer than the one under way: that layer's next."""
-    inside = np.flatnonzero((around >= 0) & (stage >= 0))
-    named = work[around[inside]]
-    other = (named["layer"] >= 0) & (named["layer"] != stages["layer"][stage[inside]])
-    found, inside, named = stage.copy(), inside[other], named[other]
-    for process, layer in np.unique(np.stack([named["process"], named["layer"]], axis=1), axis=0).tolist():
-        mine = np.flatnonzero((named["process"] == process) & (named["layer"] == layer))
+def _of_their_layers(stages: Table, stage: Indices, launched: Indices, named: Table) -> Indices:
+    """The stages [N] of waits once more: the next one of the layer that is `named` [N], where it is another layer's."""
+    found = stage.copy()
+    other = np.flatnonzero((named["layer"] >= 0) & (named["layer"] != stages["layer"][stage]))
+    pairs = np.stack([named["process"][other], named["layer"][other]], axis=1)
+    for process, layer in np.unique(pairs, axis=0).tolist():
+        mine = other[(pairs == (process, layer)).all(axis=1)]
         begun = np.flatnonzero((stages["process"] == process) & (stages["layer"] == layer))
         begun = begun[np.argsort(stages["start"][begun], kind="stable")]
-        at = np.searchsorted(stages["start"][begun], launched[inside[mine]])
-        padded = np.append(begun, c.UNKNOWN)[at]
-        number = named["iteration"][mine]
-        fits = (padded >= 0) & ((number == c.UNKNOWN) | (stages["iteration"][padded] == number))
-        found[inside[mine]] = np.where(fits, padded, c.UNKNOWN)
+        at = np.searchsorted(stages["start"][begun], launched[mine])
+        following = np.append(begun, c.UNKNOWN)[at]
+        fits = (following >= 0) & (stages["iteration"][following] == named["iteration"][mine])
+        found[mine] = np.where(fits, following, stage[mine])
     return found

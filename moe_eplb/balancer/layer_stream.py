@@ -32,7 +32,12 @@ class LayerStream:
         device: Where the work runs.
         layer: Index of the layer, for records.
         aux_stream: The balancer stream; a new one if None.
+
+    Attributes:
+        joined_by: The last stream that has joined since the last mark, None for none.
     """
+
+    joined_by: Stream | None = None
 
     def __init__(self, device: Device, layer: int, aux_stream: Stream | None) -> None:
         self._device, self._layer = device, layer
@@ -40,7 +45,7 @@ class LayerStream:
         self._main = device.new_event(EventType.Main.name)
         self._done = device.new_event(EventType.MoeBalancer.name)
         self._begin = device.new_event(EventType.Main.name)
-        self._marked = self._joined = False
+        self._marked = False
         self._readers: list[Stream] = []
 
     def shares(self, other: LayerStream) -> bool:
@@ -80,18 +85,16 @@ class LayerStream:
     def mark(self) -> None:
         """The next `join` waits for all work submitted so far."""
         self._device.record(self._done, self._aux)
+        self.joined_by = None
 
     def join(self) -> None:
         """The current stream waits for the marked work."""
         self._device.wait(self._device.current, self._done)
+        self.joined_by = self._device.current
 
     def begin_reading(self, *, joined: bool = False) -> None:
-        """The current stream joins, and is from now on the only one that reads the layer's weights and tables.
-
-        Args:
-            joined: Whatever may read has come behind the layer's wait already.
-        """
-        self._joined = joined
+        """The current stream joins, unless it has, and is from now on the only one that reads the layer's weights and
+        tables."""
         if not joined:
             self.join()
         self._readers = [self._device.current]
@@ -99,8 +102,7 @@ class LayerStream:
     def read(self) -> None:
         """The current stream reads too; it joins unless it has."""
         if self._device.current not in self._readers:
-            if not self._joined:
-                self.join()
+            self.join()
             self._readers.append(self._device.current)
 
     def end_reading(self) -> None:

@@ -51,10 +51,6 @@ class OneReductionLayer(ResidentLayer):
         assert stack is not None, "made with the first layer's state"
         return stack
 
-    @property
-    def _is_last(self) -> bool:
-        return self.layer_idx == self.resident.model.layers - 1
-
     def _new_state(self) -> LayerState:
         if self.resident.stack is None:
             self.resident.stack = LayerStack.make(

@@ -51,6 +51,11 @@ class ResidentCalls:
         """The iteration under way, or the next one."""
         return self._iter.next_iteration
 
+    @property
+    def layers_begun(self) -> int:
+        """How many layers have begun in the iteration under way."""
+        return self._iter.layers_run
+
     def enter_layer(self, layer: int) -> None:
         """A layer begins its iteration (called by the layer); raises `Illegal` out of turn."""
         if self.is_dynamic_routing():

@@ -9,10 +9,9 @@ from functools import partial
 from torch import Tensor
 
 from moe_eplb.balancer.cells import CellWeights, require_in_order
-from moe_eplb.balancer.layer_stream import LayerStream
+from moe_eplb.balancer.early_take_over import EarlyTakeOver
 from moe_eplb.balancer.plan_notes import PlanNotes
 from moe_eplb.balancer.resident import Resident
-from moe_eplb.balancer.resident_plans import ResidentPlans
 from moe_eplb.balancer.resident_update import Publisher
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
@@ -39,7 +38,7 @@ class _LateCount:
     reduce: Callable[[], None] | None = None
 
 
-class ResidentLayer(ResidentPlans):
+class ResidentLayer(EarlyTakeOver):
     """See `SingleLayerMoeLoadBalancer`, which is its slow twin; made by `MoeLoadBalancer.add_layer`.
 
     Attributes:
@@ -51,8 +50,6 @@ class ResidentLayer(ResidentPlans):
     _held: list[Callable[[], None]] | None = None
     _few = True
     _following: ResidentLayer
-    _before: ResidentLayer | None = None
-    """The layer that runs before it in the same iteration."""
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -73,8 +70,6 @@ class ResidentLayer(ResidentPlans):
     def finish_setup(self, resident: Resident, following: ResidentLayer, source: WeightSource) -> None:
         """All layers are there and weights are loaded; `following` runs next, weights that move come from `source`."""
         self.resident, self._following, self._flying = resident, following, {}
-        if following.layer_idx > self.layer_idx:
-            following._before = self
         self.state = self._new_state()
         self.statistic_flag_tensor = resident.model.turn[1:2]
         self._statistics.use(self.state.counts)
@@ -106,11 +101,6 @@ class ResidentLayer(ResidentPlans):
         """The lanes of all ranks, int64 [R, 5]."""
         self._stream.submit(Kind.SETTLE_VOTE, lambda: self._settle(gathered))
 
-    @property
-    def _our_stream(self) -> LayerStream | None:
-        """None in the older choreography, which neither counts in the route nor holds anything."""
-        return self._stream if isinstance(self._stream, LayerStream) else None
-
     def hold_statistics(self) -> None:
         """See the base class."""
         if self._our_stream is not None and self._held is None:
@@ -135,44 +125,6 @@ class ResidentLayer(ResidentPlans):
         """See the base class."""
         self.release_statistics()
         super().start_set_cpu_stage()
-
-    def _begin_wait(self) -> None:
-        if self._our_stream is not None and self._is_taken_early:
-            self._our_stream.follow()  # as it must where a capture begins here
-        else:
-            super()._begin_wait()
-
-    def _end_wait(self) -> None:
-        """Nothing to wait for, where the layer before has handed itself over behind this layer's take-over."""
-        if self._our_stream is not None and self._is_taken_early:
-            self._our_stream.begin_reading(joined=True)
-        else:
-            super()._end_wait()
-
-    @property
-    def _is_taken_early(self) -> bool:
-        """Whether the layer before takes it over, as it does where both have one queue.
-
-        Not where an exception discards what is enqueued: one rank might have committed what another forgets.
-        """
-        ours, before = self._our_stream, self._before._our_stream if self._before else None
-        return ours is not None and before is not None and before.shares(ours) and not self._device.immediate
-
-    def _submit_hand_over(self) -> None:
-        """Behind the next layer's take-over, which the products of this one hide.
-
-        That one needs nothing but the vote: what read the next layer's tables in the last iteration has ended before
-        the next layer's own hand-over then.
-        """
-        following = self._following
-        if following._before is self and following._is_taken_early:
-            following._stream.submit_next(Kind.START_WAIT_GPU_STAGE, following._take_over)
-        super()._submit_hand_over()
-
-    def _take_over(self) -> None:
-        control.take_over(self.resident.model, self.state)
-        if self._device.immediate:
-            self._owner.collect_layer(self.layer_idx)
 
     def _submit_count(self, kind: Kind, ids: Tensor, is_first_stage: bool, is_last_stage: bool) -> None:
         local = kind is Kind.UPDATE_STATISTIC_WITH_LOCAL_IDS
@@ -271,7 +223,7 @@ class ResidentLayer(ResidentPlans):
     def _folded(self) -> None:
         if self._device.immediate and self._owner.counts_now:
             self.report_counts()
-        if self.resident.looks_ahead and self._following._before is not self:  # the last layer
+        if self.resident.looks_ahead and self._is_last:
             control.look_ahead(self.resident.model)
 
     def _hand_over(self) -> None:

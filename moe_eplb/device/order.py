@@ -49,12 +49,11 @@ class _Work(NamedTuple):
 class StreamOrder:
     """Follows the work of all streams of a device.
 
-    The rules, for each layer: the wait for the layer comes after its hand-over in the iteration before, and, but
-    for the first one, after the wait for the layer before it and what that settles, such as the vote on this one's
-    plan; route, experts and statistics come after the wait for the layer; the vote, which takes the counts along,
-    comes after whatever has counted, in all layers where it takes those of all; the hand-over comes after all of
-    them, on whatever stream; the next layer's top-k comes after every result of the layer before and after its
-    hand-over.
+    The rules, for each layer: the wait for the layer comes after its hand-over in the iteration before, after the
+    wait for the layer before it, and after every vote that has been settled, of which one is on its plan; route,
+    experts and statistics come after the wait for the layer; the vote, which takes the counts along, comes after
+    whatever has counted, in all layers where it takes those of all; the hand-over comes after all of them, on
+    whatever stream; the next layer's top-k comes after every result of the layer before and after its hand-over.
     """
 
     def __init__(self) -> None:
@@ -111,7 +110,7 @@ class StreamOrder:
             self._results[layer].append(work)
         elif kind is Kind.START_WAIT_GPU_STAGE:
             self._wait[layer] = work
-            before = (self._handed.get(layer), self._wait.get(layer - 1), self._settled.get(layer - 1))
+            before = (self._handed.get(layer), self._wait.get(layer - 1), *self._settled.values())
             return [earlier for earlier in before if earlier is not None]
         elif kind is Kind.START_SET_CPU_STAGE:
             self._handed[layer] = work

@@ -341,40 +341,46 @@ def test_what_is_launched_between_stages_belongs_to_none() -> None:
     assert check_order(capture.with_tables(tables).in_order(), ["tensorrt_llm"]).status is Status.VALID
 
 
-def _two_layers(*, early: bool, joined: bool = True) -> Capture:
-    """An iteration of two layers, of which the second is taken over when its turn comes or `early`, by the first."""
-    made = MakeCapture()
+def _two_layers(*, early: bool, joined: bool = True, named: bool = True) -> Capture:
+    """An iteration of two layers, of which the second is taken over when its turn comes or `early`, by the first.
+
+    Where they are not `named` all layers have to be counted, as a call before these is of none.
+    """
+    made, first = MakeCapture(), 0 if named else 4
 
     def inside(text: str, at: int, end: int) -> None:
         made.range(text, at, end, "moe_eplb", payload=0)
 
     def taken(layer: int, at: int) -> None:
-        inside(f"start_wait_gpu_stage/{layer}", at, at + 10)
+        inside(f"start_wait_gpu_stage/{first + layer}", at, at + 10)
         made.launched(Role.EPLB_SIGNAL, at + 1, at + 5, at + 15, 20, name="_take_over")
 
     inside("start_iter", 0, 1)
+    if not named:
+        inside("start_wait_gpu_stage", 10, 12)
+        inside("done_wait_gpu_stage", 14, 15)
     for layer, b in enumerate((100, 1100)):
-        inside(f"start_wait_gpu_stage/{layer}", b, b + 20)
+        inside(f"start_wait_gpu_stage/{first + layer}", b, b + 20)
         if layer == 0 or not early:
             taken(layer, b + 5)
         if layer == 0 or joined:
             made.wait(7, 20, at=b + 25)
-        inside(f"done_wait_gpu_stage/{layer}", b + 22, b + 30)
-        inside(f"topk/{layer}", b + 31, b + 36)
+        inside(f"done_wait_gpu_stage/{first + layer}", b + 22, b + 30)
+        inside(f"topk/{first + layer}", b + 31, b + 36)
         made.launched(Role.COMPUTE, b + 32, b + 40, b + 50, 7)
-        inside(f"route/{layer}", b + 40, b + 60)
+        inside(f"route/{first + layer}", b + 40, b + 60)
         made.launched(Role.COMPUTE, b + 43, b + 60, b + 80, 7)
-        inside(f"experts/{layer}", b + 70, b + 80)
+        inside(f"experts/{first + layer}", b + 70, b + 80)
         made.launched(Role.COMPUTE, b + 72, b + 100, b + 400, 7)
-        inside(f"start_set_cpu_stage/{layer}", b + 100, b + 160)
+        inside(f"start_set_cpu_stage/{first + layer}", b + 100, b + 160)
         if layer == 0 and early:
             taken(1, b + 105)
         made.wait(20, 7, at=b + 120)
-        inside(f"start_set_cpu_stage/{layer}", b + 125, b + 135)
+        inside(f"start_set_cpu_stage/{first + layer}", b + 125, b + 135)
         made.launched(Role.EPLB_SIGNAL, b + 126, b + 405, b + 415, 20, name="_hand_over")
         if joined:
             made.wait(7, 20, at=b + 165)
-        inside(f"done_set_cpu_stage/{layer}", b + 162, b + 170)
+        inside(f"done_set_cpu_stage/{first + layer}", b + 162, b + 170)
     inside("end_iter", 3000, 3001)
     return made.done()
 
@@ -387,3 +393,10 @@ def test_a_layer_that_the_one_before_takes_over_is_waited_for_by_its_own_work(ea
     assert joins.status is Status.INVALID
     assert "route on stream 7 did not wait for start_wait_gpu_stage on stream 20" in joins.detail
     assert joins.where == "rank 0, layer 1, iteration 0"
+
+
+def test_a_missing_join_is_seen_where_layers_have_to_be_counted() -> None:
+    capture = _two_layers(early=False, joined=False, named=False)
+    joins = check_order(capture).check("joins")
+    assert joins.status is Status.INVALID
+    assert "route on stream 7 did not wait for start_wait_gpu_stage on stream 20" in joins.detail

@@ -364,29 +364,74 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
         rig.balancer.shutdown()
 
 
-@pytest.mark.parametrize("follows", [True, False])
-def test_a_layer_that_was_taken_over_early_is_joined_by_whatever_follows_the_layer_before(
-    follows: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends_on", ["main", "other"])
+@pytest.mark.parametrize("routes_on", ["main", "other"])
+def test_streams_that_have_not_joined_the_layer_before_join_one_that_was_taken_over_early(
+    ends_on: str, routes_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And by nothing else, which is seen."""
     rig = with_one_queue(resident(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks())))
-    device, layer, ids = rig.balancer.device, rig.layers[1], rig.ids(1, 0)
-    other, event = device.stream(AuxStreamType.MoeChunkingOverlap), device.new_event()
+    device, joins = rig.balancer.device, list[tuple[int, str]]()
+    streams = {"main": device.main, "other": device.stream(AuxStreamType.MoeChunkingOverlap)}
     monkeypatch.setattr(device, "immediate", False)
+    join = LayerStream.join
+
+    def watch(self: LayerStream) -> None:
+        joins.append((self._layer, next(name for name, one in streams.items() if one is device.current)))
+        join(self)
+
     try:
         rig.balancer.start_iter()
-        rig.run_layer(0)
+        with device.use(streams[ends_on]):
+            rig.run_layer(0)
+        layer, ids = rig.layers[1], rig.ids(1, 0)
+        monkeypatch.setattr(LayerStream, "join", watch)
         layer.start_wait_gpu_stage()
         layer.done_wait_gpu_stage()
         layer.update_statistic_with_local_ids(ids, True, True)
-        if follows:
-            device.record(event, device.main)
-            device.wait(other, event)
-        with device.use(other):
+        with device.use(streams[routes_on]):
             layer.route(ids)
-        assert marks.unordered == ([] if follows else [Kind.ROUTE])
+        assert marks.unordered == []
+        assert joins == [(1, "main")] * (ends_on == "other") + [(1, "other")] * (routes_on == "other")
     finally:
         rig.balancer.abort_iter()
+        rig.balancer.shutdown()
+
+
+@pytest.mark.parametrize("turns", ["0101", "0110", "0011"])
+@pytest.mark.parametrize("later", [False, True])
+def test_layers_that_are_repeated_in_turns_count_all_their_forwards(
+    turns: str, later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the second has begun, taken over by itself, before the first ends, the first does not take it over.
+
+    Nor does the first's vote on its plan come in time then, which is told.
+    """
+    rig = with_one_queue(resident(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks())))
+    monkeypatch.setattr(rig.balancer.device, "immediate", not later)
+    ids = [rig.ids(0, forward) for forward in range(4)]
+    try:
+        for _ in range(6):
+            rig.balancer.start_iter()
+            for forward, index in enumerate(map(int, turns)):
+                layer, first, last = rig.layers[index], str(index) not in turns[:forward], turns.rindex(str(index))
+                if first:
+                    layer.start_wait_gpu_stage()
+                    layer.done_wait_gpu_stage()
+                layer.update_statistic_with_local_ids(ids[forward], first, forward == last)
+                layer.route(ids[forward])
+                if forward == last:
+                    layer.start_set_cpu_stage()
+                    layer.done_set_cpu_stage()
+            rig.balancer.end_iter()
+        rig.balancer.collect()
+        for index in range(2):
+            mine = [one for one, turn in zip(ids, turns, strict=True) if int(turn) == index]
+            assert resident_layer(rig, index).state.reduced.tolist() == histogram(*mine, experts=rig.experts)
+        assert {layer for layer, *_ in rig.journal.commits} == ({0, 1} if turns == "0011" else {0})
+        assert {layer for layer, *_ in rig.journal.drops} == (set() if turns == "0011" else {1})
+        assert marks.unordered == []
+        rig.assert_weights_match()
+    finally:
         rig.balancer.shutdown()
 
 

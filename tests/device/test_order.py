@@ -41,12 +41,20 @@ def test_the_wait_for_a_layer_comes_after_its_hand_over_before(joined: bool) -> 
     assert order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER) is None, "nothing of an iteration that was aborted"
 
 
-@pytest.mark.parametrize("kind", [Kind.START_WAIT_GPU_STAGE, Kind.LOAD_UPDATE, Kind.SETTLE_VOTE])
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        (Kind.START_WAIT_GPU_STAGE, LAYER - 1), (Kind.LOAD_UPDATE, LAYER - 1), (Kind.SETTLE_VOTE, LAYER - 1),
+        (Kind.LOAD_UPDATE, LAYER + 7),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("joined", [True, False])
-def test_the_wait_for_a_layer_comes_after_that_for_the_one_before_and_after_its_vote(kind: Kind, joined: bool) -> None:
-    """The first layer begins the iteration, and each settles the vote on the plan of the next."""
+def test_the_wait_for_a_layer_comes_after_that_for_the_one_before_and_after_votes(
+    kind: Kind, layer: int, joined: bool
+) -> None:
+    """The first layer begins the iteration; each settles the vote on the plan of the next, or the last those of all."""
     order, (main, _, balancer) = StreamOrder(), _streams()
-    order.work(balancer, kind, LAYER - 1)
+    order.work(balancer, kind, layer)
     if joined:
         order.wait(main, order.mark(balancer))
     found = order.work(main, Kind.START_WAIT_GPU_STAGE, LAYER)

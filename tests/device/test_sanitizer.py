@@ -314,7 +314,7 @@ def test_a_missing_join_behind_an_early_take_over_is_a_race(
     def joins_where_reading_begins(stream: LayerStream, *, joined: bool = False) -> None:
         monkeypatch.setattr(LayerStream, "join", join)
         begin_reading(stream, joined=joined)
-        monkeypatch.setattr(LayerStream, "join", lambda stream: None)
+        monkeypatch.setattr(LayerStream, "join", lambda one: setattr(one, "joined_by", one._device.current))
 
     monkeypatch.setattr(LayerStream, "begin_reading", joins_where_reading_begins)
     with pytest.raises(early.errors):
