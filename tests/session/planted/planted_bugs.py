@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -372,7 +373,7 @@ def older_statistics_not_joined(module: ModuleType) -> None:
 def vote_without_the_route_that_counts(module: ModuleType) -> None:
     """The balancer stream does not wait for the kernel that routes and counts, where statistics are not held."""
     module.ResidentLayer.hold_statistics = lambda self: None
-    module.LayerStream.follow = lambda self: None
+    sys.modules["moe_eplb.balancer.layer_stream"].LayerStream.follow = lambda self: None  # type: ignore[attr-defined]
 
 
 def held_vote_without_the_route_that_counts(module: ModuleType) -> None:
