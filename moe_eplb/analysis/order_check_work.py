@@ -79,7 +79,7 @@ def stage_work(capture: Capture, found: Found, flags: NDArray[np.int64], names: 
     if ours:
         kind, stage = _said_kinds(capture), _said_stages(capture, stages)
     else:
-        around = _around(capture, found.work)
+        around = _around(capture, edges.call, found.work)
         kind = _kinds(capture, found.work, around, names)
         stage = np.where(edges.call >= 0, _stage_at(capture, stages, ends, launched), c.UNKNOWN)
         if not found.counted:  # else a range that names its layer names another one than the calls have
@@ -146,10 +146,9 @@ def _said_stages(capture: Capture, stages: Table) -> Indices:
     return of_group[group[count:]]
 
 
-def _around(capture: Capture, work: Table) -> Indices:
-    """For each GPU event [N] the row of the innermost range of known kind that the launching thread was in."""
-    found = np.full(len(capture.gpu), c.UNKNOWN, np.int64)
-    call = Dependencies(capture).call
+def _around(capture: Capture, call: Indices, work: Table) -> Indices:
+    """For each GPU event [N], launched by a `call`, the row of the innermost range of known kind around that."""
+    found = np.full(len(call), c.UNKNOWN, np.int64)
     asked = np.flatnonzero(call >= 0)
     if len(asked) and len(work):
         calls = capture.calls[call[asked]]

@@ -319,13 +319,9 @@ def fail() -> None:
     raise Fault
 
 
-def with_one_queue(rig: Rig) -> Rig:
-    """All layers put their balancer work on one stream, as those of a model do."""
-    first, *others = (resident_layer(rig, index)._our_stream for index in range(len(rig.layers)))
-    for stream in others:
-        assert stream is not None
-        assert first is not None
-        stream._aux = first._aux
+def with_one_queue(**options: Any) -> Rig:
+    rig = resident(**options)
+    rig.share_queue()
     return rig
 
 
@@ -349,7 +345,7 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
     monkeypatch.setattr(CpuDevice, "submit", watch)
     monkeypatch.setattr(rig.balancer.device, "immediate", not later)
     if shared:
-        with_one_queue(rig)
+        rig.share_queue()
     early = ["take 0", "take 1", "hand 0", "take 2", "hand 1", "hand 2"]
     plain = ["take 0", "hand 0", "take 1", "hand 1", "take 2", "hand 2"]
     try:
@@ -369,7 +365,7 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
 def test_streams_that_have_not_joined_the_layer_before_join_one_that_was_taken_over_early(
     ends_on: str, routes_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = with_one_queue(resident(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks())))
+    rig = with_one_queue(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks()))
     device, joins = rig.balancer.device, list[tuple[int, str]]()
     streams = {"main": device.main, "other": device.stream(AuxStreamType.MoeChunkingOverlap)}
     monkeypatch.setattr(device, "immediate", False)
@@ -406,7 +402,7 @@ def test_layers_that_are_repeated_in_turns_count_all_their_forwards(
 
     Nor does the first's vote on its plan come in time then, which is told.
     """
-    rig = with_one_queue(resident(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks())))
+    rig = with_one_queue(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks()))
     monkeypatch.setattr(rig.balancer.device, "immediate", not later)
     ids = [rig.ids(0, forward) for forward in range(4)]
     try:
@@ -442,7 +438,7 @@ def test_an_abort_commits_the_same_on_either_side_of_an_early_take_over(
     seed: int | None, ran: int, handed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank may fail before the hand-over of a layer, and another one behind it."""
-    rig = with_one_queue(resident(layers=3, updates=3, commit_delay=2, ranks=2, empty_group="never", seed=seed))
+    rig = with_one_queue(layers=3, updates=3, commit_delay=2, ranks=2, empty_group="never", seed=seed)
     monkeypatch.setattr(rig.balancer.device, "immediate", False)
     monkeypatch.setattr(rig.balancer.device, "discard", rig.balancer.device.synchronize)
     try:

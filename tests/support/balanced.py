@@ -217,6 +217,14 @@ class Rig:
             self.balancer.end_iter()
         return slots
 
+    def share_queue(self) -> None:
+        """All layers put their balancer work on one stream, as those of a model do."""
+        first, *others = (layer._our_stream for layer in self.residents())
+        for stream in others:
+            assert first is not None
+            assert stream is not None
+            stream._aux = first._aux
+
     def residents(self) -> list[ResidentLayer]:
         return self.balancer._resident_layers
 

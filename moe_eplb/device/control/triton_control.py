@@ -131,12 +131,12 @@ def _take_over(
 def _begin(turns, turn, coming, begun, last, width, kept, block: tl.constexpr):
     """Take the row of the iteration behind `last` where it is there; the iteration under way."""
     at = tl.arange(0, block)
-    kept_row = tl.load(coming + at, mask=at < width, other=0)
+    ahead = tl.load(coming + at, mask=at < width, other=0)
     seen = tl.load(coming) == last + 1
     theirs = turns + (last + 1) % kept * width
     number = tl.load(theirs, mask=seen == 0, other=0, volatile=True)
     row = tl.load(theirs + at, mask=(at < width) & (seen == 0), other=0, volatile=True)
-    row, written = tl.where(seen, kept_row, row), seen | (number == last + 1)
+    row, written = tl.where(seen, ahead, row), seen | (number == last + 1)
     tl.debug_barrier()  # every thread has read the last iteration before one of them changes it
     tl.store(turn + at, row, mask=(at < width) & written)
     tl.store(begun, last + 1, mask=written)
