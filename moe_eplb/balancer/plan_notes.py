@@ -45,9 +45,12 @@ class PlanNotes:
         elif update.error is not None:
             _LOG.error("layer %d: the update taken in iteration %d failed: %r", *update.where, update.error)
         else:
+            # Which of the two says where to look: at this process, or at what keeps the device's copies from going on.
+            lacks = "there is no plan yet" if update.staged is None else "its copies are enqueued, but were not done"
             _LOG.error(
-                "layer %d: the update taken in iteration %d is not ready after %g s", *update.where, waited / 1e9
-            )
+                "layer %d: the update taken in iteration %d is not ready after %g s: %s", *update.where, waited / 1e9,
+                lacks,
+            )  # fmt: skip
 
     def committed(self, update: ResidentUpdate, iteration: int) -> None:
         """The device has committed it; raises BalancerError E176 where the host knows of no plan."""

@@ -103,6 +103,34 @@ def test_copies_that_fail_again_and_again_end_neither_updater_nor_model(
     assert "could not be told that there is no plan" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("slow", "lacks"), [("planner", "there is no plan yet"), ("copies", "its copies are enqueued, but were not done")]
+)
+def test_a_plan_that_is_late_is_told_with_what_it_lacks(
+    slow: str, lacks: str, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = rig(layers=2, updates=2, commit_delay=2)
+    made.iterate(4)
+    planner_of, release = Updater._planner_of, threading.Event()
+
+    def held(updater: Updater, update: Update) -> Planner:
+        release.wait(10)
+        return planner_of(updater, update)
+
+    if slow == "planner":
+        monkeypatch.setattr(Updater, "_planner_of", held)
+    else:
+        monkeypatch.setattr(CopierAtOnce, "enqueue", lambda *given: None)
+    drops = len(made.journal.drops)
+    with caplog.at_level(logging.ERROR):
+        made.iterate(4)
+    release.set()
+    assert len(made.journal.drops) > drops
+    told = [record.getMessage() for record in caplog.records if "is not ready after" in record.getMessage()]
+    assert told
+    assert all(message.endswith(lacks) for message in told)
+
+
 def test_an_abort_tells_no_counts_of_layers_that_did_not_run(rig: Callable[..., Rig]) -> None:
     made = rig(layers=3, updates=3, commit_delay=2)
     made.iterate(3)
