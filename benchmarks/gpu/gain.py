@@ -30,32 +30,32 @@ from benchmarks.gpu.timing import ceilings
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.workload import expert_weights
 
-__all__ = ["main"]
+__all__ = ["MODELS", "RANKS", "SLOTS", "WORKLOADS", "main", "scenario_text"]
 
 _ASKED, _COST = 0.90, 1.3
-_RANKS = 2
-_MODELS = {
+RANKS = 2
+MODELS = {
     "deepseek-v3": {"experts": 64, "top_k": 8, "hidden": 7168, "intermediate": 2048},
     "qwen3-30b": {"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768},
 }
-_SLOTS = {"deepseek-v3": 70, "qwen3-30b": 142}
-_WORKLOADS: dict[str, dict[str, Any]] = {
+SLOTS = {"deepseek-v3": 70, "qwen3-30b": 142}
+WORKLOADS: dict[str, dict[str, Any]] = {
     "zipf": {"kind": "zipf", "skew": 1.0},
     "hot": {"kind": "hot", "hot_experts": 8, "hot_share": 0.6},
     "drifting": {"kind": "zipf", "skew": 1.0, "drift_every": 50},
 }
 
 
-def _scenario(model: str, layers: int, name: str, tokens: int) -> dict[str, Any]:
+def scenario_text(model: str, layers: int, name: str, tokens: int) -> dict[str, Any]:
     return {
-        "name": f"gain_{name}", "ranks": _RANKS, "iterations": 100_000, "timeout_s": 500, "device": "cuda",
+        "name": f"gain_{name}", "ranks": RANKS, "iterations": 100_000, "timeout_s": 500, "device": "cuda",
         "execution": "graph", "dispatch": "allgather",
-        "model": {"layers": layers, "dtype": "bfloat16", **_MODELS[model]},
-        "workload": {**_WORKLOADS[name], "tokens_per_rank": tokens},
+        "model": {"layers": layers, "dtype": "bfloat16", **MODELS[model]},
+        "workload": {**WORKLOADS[name], "tokens_per_rank": tokens},
         # The first layer's plan is voted on in the iteration before it is due. With a delay of 2 it had about 1 ms from
         # the hand-over to that vote, and every other step waited 0.6 to 1 ms for it.
         "balancer": {
-            "num_slots": _SLOTS[model], "layer_updates_per_iter": layers, "empty_group": "never", "state": "device",
+            "num_slots": SLOTS[model], "layer_updates_per_iter": layers, "empty_group": "never", "state": "device",
             "weights_from": "peer", "policy": "incremental", "warm_up": 2, "commit_delay": 3, "min_gain": 0.005,
         },
     }  # fmt: skip
@@ -70,30 +70,30 @@ def _adjacent(text: Mapping[str, Any]) -> dict[int, list[int]]:
     found = {}
     for layer in range(scenario.model.layers):
         order = np.argsort(-expert_weights(scenario, 0, layer), kind="stable").tolist()
-        each, slots = len(order) // _RANKS, text["balancer"]["num_slots"] // _RANKS
-        ranks = [order[rank * each : (rank + 1) * each] for rank in range(_RANKS)]
+        each, slots = len(order) // RANKS, text["balancer"]["num_slots"] // RANKS
+        ranks = [order[rank * each : (rank + 1) * each] for rank in range(RANKS)]
         found[layer] = [expert for mine in ranks for expert in mine + mine[: each - slots - 1 : -1]]
     return found
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
-@click.option("--model", type=click.Choice(list(_MODELS)), default="deepseek-v3", show_default=True)
+@click.option("--model", type=click.Choice(list(MODELS)), default="deepseek-v3", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of each rank.")
 @click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=100, show_default=True)
-@click.option("--only", multiple=True, type=click.Choice(list(_WORKLOADS)), help="Only these workloads.")
+@click.option("--only", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only these workloads.")
 def main(out: Path, model: str, layers: int, tokens: int, rounds: int, steps: int, only: Sequence[str]) -> None:
     """Measure the gain for each workload."""
-    if torch.cuda.device_count() < _RANKS:
-        click.echo(f"{_RANKS} GPUs are needed: nothing was timed", err=True)
+    if torch.cuda.device_count() < RANKS:
+        click.echo(f"{RANKS} GPUs are needed: nothing was timed", err=True)
         raise SystemExit(2)
     result = {**machine("benchmarks.gpu.gain"), "model": model, "asked": _ASKED, "ceilings": ceilings()}
     result["workloads"] = {}
     torch.cuda.empty_cache()
-    for name in only or _WORKLOADS:
-        found = _gain(_scenario(model, layers, name, tokens), rounds, steps)
+    for name in only or WORKLOADS:
+        found = _gain(scenario_text(model, layers, name, tokens), rounds, steps)
         result["workloads"][name] = found | {"reached": found["gain"]["tells"] and found["gain"]["share"] >= _ASKED}
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(result["workloads"])

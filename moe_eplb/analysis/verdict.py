@@ -146,6 +146,11 @@ def _notes(folder: RunFolder) -> Iterator[str]:
     reason = folder.scenario.balancer_off_reason()
     if reason is not None:
         yield f"balancer: off, because {reason}"
+    if _waits_inside_graphs(folder):
+        yield (
+            "balancer.commit_delay 1 in graphs: the GPU waits inside of replays for plans of the first layer that are "
+            "made meanwhile; use 2 or more"
+        )
     for check in _CHECKS:
         if check.applies(folder) and _switched_off(check, folder):
             yield f"check {check.name} is switched off in the scenario"
@@ -156,6 +161,11 @@ def _notes(folder: RunFolder) -> Iterator[str]:
         if costs:
             records = len(folder.trace.records)
             yield f"recording cost {max(costs):.0f} ns a record on the slowest rank, {records} records"
+
+
+def _waits_inside_graphs(folder: RunFolder) -> bool:
+    balancer = folder.scenario.balancer
+    return folder.moving and _replays_graphs(folder) and balancer is not None and balancer.commit_delay == 1
 
 
 def _why_not(check: _Check, folder: RunFolder) -> str:

@@ -397,6 +397,22 @@ def test_a_static_run_says_that_the_balancer_is_off(tmp_path: Path) -> None:
     assert "check statistics does not apply: no expert moves in this run" in verdict.notes
 
 
+@pytest.mark.parametrize(
+    ("changes", "waits"),
+    [({}, True), ({"execution": "eager"}, False), ({"commit_delay": 2}, False)],
+)
+def test_a_gpu_that_waits_inside_graphs_for_plans_is_told_of(
+    changes: dict[str, Any], waits: bool, tmp_path: Path
+) -> None:
+    given = {"device": "cuda", "execution": "graph", "commit_delay": 1} | changes
+    delay = given.pop("commit_delay")
+    run = good_run(**given)
+    run.scenario["balancer"] |= {"state": "device", "commit_delay": delay}
+    run.scenario["model"] |= {"dtype": "bfloat16", "hidden": 8, "intermediate": 8}
+    notes = judge(run.write(tmp_path)).notes
+    assert any(note.startswith("balancer.commit_delay 1 in graphs") for note in notes) is waits
+
+
 def test_a_balancer_that_is_off_without_the_scenario_saying_so_is_invalid(tmp_path: Path) -> None:
     run = good_run()
     for_all(run.find("begin"), lambda row: row.update(dynamic=False, off="one rank"))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.gpu import moe_layer
+from benchmarks.gpu import grouped_products, moe_layer
+from benchmarks.gpu.gain import WORKLOADS
 from benchmarks.gpu.layer_cases import CASES, Case, gemms_alone, group, make_inputs, make_layer, obvious
 from moe_eplb.core.events import NullSink
 from moe_eplb.device import get_device
 
+HOT = WORKLOADS["hot"]
 SMALL = Case("small", 40, 6, 16, 8, 2, 1.5, 0.5)
 
 
@@ -45,3 +48,13 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "no GPU" in done.output
     assert not (tmp_path / "found.json").exists()
+
+
+def test_rows_that_are_balanced_fill_tiles_better_with_uniform_routing_than_with_few_hot_experts() -> None:
+    """Why few hot experts cost more than uniform routing however even the ranks are."""
+    uniform, hot = (grouped_products.balanced_rows(workload) for workload in ({"kind": "uniform"}, HOT))
+    assert len(uniform) == len(hot) == 35
+    assert abs(int(uniform.sum()) - int(hot.sum())) < 0.02 * uniform.sum()
+    assert hot.max() > 3 * uniform.max()
+    assert 1.10 < grouped_products.padded(uniform) < 1.16 < grouped_products.padded(hot) < 1.22
+    assert grouped_products.padded(np.array([256, 1, 257]), 256) == pytest.approx((256 + 256 + 512) / 514)
