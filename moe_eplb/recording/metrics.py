@@ -1,4 +1,4 @@
-"""The balancer's state for Prometheus, in eight series whatever the number of layers and ranks.
+"""The balancer's state for Prometheus, in nine series whatever the number of layers and ranks.
 
 A serving engine attaches `BalancerMetrics` to its balancer and exposes the registry as it does its own:
 
@@ -41,6 +41,9 @@ METRICS = {
     "moe_eplb_slots_moved_total": _Info("counter", "Slots, of all ranks, that got another expert"),
     "moe_eplb_moved_bytes_total": _Info("counter", "Bytes of weights that this rank has written into its slots"),
     "moe_eplb_stall_seconds_total": _Info("counter", "Seconds that this rank's model waited for unfinished updates"),
+    "moe_eplb_launch_wait_seconds_total": _Info(
+        "counter", "Seconds that the thread that launches the model waited for plans; the GPU may have been busy"
+    ),
     "moe_eplb_plan_age_iterations": _Info(
         "gauge", "Iterations that the layer has run whose placement is the oldest, since that placement or the start"
     ),
@@ -62,7 +65,7 @@ class BalancerMetrics(NullProbe):
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._iterations = self._rebalances = self._dropped = self._slots = self._bytes = self._age = 0
-        self._stall_s = 0.0
+        self._stall_s = self._launch_wait_s = 0.0
         self._worst = self._mean = float("nan")
         self._balancedness: dict[int, float] = {}
         self._placed: dict[int, int] = {}
@@ -76,6 +79,9 @@ class BalancerMetrics(NullProbe):
 
     def stalled(self, layer: int, seconds: float) -> None:
         self._stall_s += seconds
+
+    def awaited(self, layer: int, seconds: float) -> None:
+        self._launch_wait_s += seconds
 
     def committed(self, layer: int, taken: int, placement: Placement, changed: np.ndarray, moved_bytes: int) -> None:
         self._rebalances += 1
@@ -116,6 +122,7 @@ class BalancerMetrics(NullProbe):
             "moe_eplb_slots_moved_total": self._slots,
             "moe_eplb_moved_bytes_total": self._bytes,
             "moe_eplb_stall_seconds_total": self._stall_s,
+            "moe_eplb_launch_wait_seconds_total": self._launch_wait_s,
             "moe_eplb_plan_age_iterations": self._age,
         }
 

@@ -82,6 +82,8 @@ def test_values_follow_what_the_probe_is_told(metrics: BalancerMetrics, registry
     metrics.iterated(2)  # without statistics: the last ones stay
     commit(metrics, 2, 1, 10)
     metrics.stalled(0, 0.5)
+    metrics.awaited(0, 0.125)
+    metrics.awaited(1, 1.0)
     metrics.iterated(3)
     assert exposed(registry) == {
         WORST: 0.8,
@@ -91,6 +93,7 @@ def test_values_follow_what_the_probe_is_told(metrics: BalancerMetrics, registry
         "moe_eplb_slots_moved_total": 6,
         "moe_eplb_moved_bytes_total": 360,
         "moe_eplb_stall_seconds_total": 0.75,
+        "moe_eplb_launch_wait_seconds_total": 1.125,
         "moe_eplb_plan_age_iterations": 3,  # iterations 1, 2 and 3 for layers 0 and 1
     }
 
@@ -115,7 +118,7 @@ def test_the_number_of_series_does_not_grow_with_layers(metrics: BalancerMetrics
             metrics.stalled(layer, 0.1)
         metrics.iterated(iteration)
     assert exposed(registry).keys() == before
-    assert len(before) == 8
+    assert len(before) == 9
 
 
 def test_the_text_has_exactly_the_named_metrics_with_their_types(
