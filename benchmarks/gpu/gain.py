@@ -39,6 +39,7 @@ MODELS = {
     "qwen3-30b": {"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768},
 }
 SLOTS = {"deepseek-v3": 70, "qwen3-30b": 142}
+"""Of all ranks: 10 % more than experts, in whole numbers a rank."""
 WORKLOADS: dict[str, dict[str, Any]] = {
     "zipf": {"kind": "zipf", "skew": 1.0},
     "hot": {"kind": "hot", "hot_experts": 8, "hot_share": 0.6},
@@ -47,6 +48,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 
 
 def scenario_text(model: str, layers: int, name: str, tokens: int) -> dict[str, Any]:
+    """What a scenario file of a workload says, for layers of a model and so many tokens of each rank."""
     return {
         "name": f"gain_{name}", "ranks": RANKS, "iterations": 100_000, "timeout_s": 500, "device": "cuda",
         "execution": "graph", "dispatch": "allgather",

@@ -41,7 +41,7 @@ class Graphs:
         self._next = (self._next + 1) % len(self._graphs)
 
 
-def time_in_turns(variants: Mapping[str, Callable[[], None]], replays: int) -> dict[str, list[float]]:
+def time_in_turns(variants: Mapping[str, Callable[[], object]], replays: int) -> dict[str, list[float]]:
     """Milliseconds of `replays` runs of each variant, in the order A B B A, so that what drifts meets all alike.
 
     A round is enqueued as a whole, so that the GPU does not wait for the host inside of it.

@@ -398,15 +398,12 @@ def test_a_static_run_says_that_the_balancer_is_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "waits"),
-    [({}, True), ({"execution": "eager"}, False), ({"commit_delay": 2}, False)],
+    ("execution", "delay", "waits"), [("graph", 1, True), ("eager", 1, False), ("graph", 2, False)]
 )
 def test_a_gpu_that_waits_inside_graphs_for_plans_is_told_of(
-    changes: dict[str, Any], waits: bool, tmp_path: Path
+    execution: str, delay: int, waits: bool, tmp_path: Path
 ) -> None:
-    given = {"device": "cuda", "execution": "graph", "commit_delay": 1} | changes
-    delay = given.pop("commit_delay")
-    run = good_run(**given)
+    run = good_run(device="cuda", execution=execution)
     run.scenario["balancer"] |= {"state": "device", "commit_delay": delay}
     run.scenario["model"] |= {"dtype": "bfloat16", "hidden": 8, "intermediate": 8}
     notes = judge(run.write(tmp_path)).notes

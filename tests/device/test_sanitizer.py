@@ -276,6 +276,13 @@ def followed_in(world: World, iterations: int) -> int:
     return seen
 
 
+def told_of_a_race(world: World, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the sanitizer says of iterations in which it must find a race."""
+    with pytest.raises(world.errors):
+        world.rig.iterate(5)
+    return capsys.readouterr().err
+
+
 def test_the_choreography_has_no_race(world: World) -> None:
     assert followed_in(world, 5) == 5 * 2 * 4, "four kernels a layer were followed"
 
@@ -314,9 +321,7 @@ def test_a_missing_join_behind_an_early_take_over_is_a_race(
         monkeypatch.setattr(LayerStream, "join", lambda one: setattr(one, "joined_by", one._device.current))
 
     monkeypatch.setattr(LayerStream, "begin_reading", joins_where_reading_begins)
-    with pytest.raises(early.errors):
-        early.rig.iterate(5)
-    told = capsys.readouterr().err
+    told = told_of_a_race(early, capsys)
     assert re.search(r"during kernel:\n_route\nreading from argument", told), told
     assert re.search(r"during kernel:\n_take_over\nwriting to argument", told), told
 
@@ -342,9 +347,7 @@ def test_a_vote_of_all_layers_beside_one_that_counts_is_a_race(
             follow(stream, other)
 
     monkeypatch.setattr(LayerStream, "_follow", only_at_the_begin)
-    with pytest.raises(one_reduction.errors):
-        one_reduction.rig.iterate(5)
-    told = capsys.readouterr().err
+    told = told_of_a_race(one_reduction, capsys)
     assert re.search(r"during kernel:\n_vote_all\nreading from argument\(s\) counts", told), told
     assert re.search(r"during kernel:\n_route\n(reading from and )?writing to argument\(s\) \w*counts", told), told
 
@@ -353,9 +356,7 @@ def test_a_missing_join_is_a_race(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(LayerStream, "begin_reading", lambda stream: setattr(stream, "_readers", [stream._device.main]))
-    with pytest.raises(world.errors):
-        world.rig.iterate(5)
-    told = capsys.readouterr().err
+    told = told_of_a_race(world, capsys)
     assert re.search(r"Access by stream 0 during kernel:\n_route\nreading from argument\(s\) count", told), told
     assert re.search(r"Previous access by stream 4 during kernel:\n_take_over\nwriting to argument", told), told
 
