@@ -9,6 +9,7 @@ import torch
 
 from moe_eplb.core.events import HOST, Kind
 from moe_eplb.device.captured import Captured
+from moe_eplb.device.driver_calls import driver_calls, require_success
 
 if TYPE_CHECKING:
     from moe_eplb.device.cuda import CudaDevice
@@ -49,6 +50,16 @@ class CudaGraph(Captured[T]):
         """Capture `work`. Other threads go on meanwhile, so that their calls must not count as part of it."""
         with torch.cuda.graph(self._graph, pool=self._device.graph_pool, capture_error_mode="thread_local"):
             self.result = work()
+        self._upload(torch.cuda.current_stream(self._device.torch_device))
+
+    def _upload(self, stream: torch.cuda.Stream) -> None:
+        """Give the device its copy of the graph, so that the first replay is like the others.
+
+        A launch that does it itself can hold up the copies of a plan that its kernels wait for.
+        """
+        upload = driver_calls().upload(self._graph.raw_cuda_graph_exec(), stream.cuda_stream)
+        require_success("cuGraphUpload", upload)
+        stream.synchronize()
 
     def replay(self) -> T:
         """See `Captured`."""

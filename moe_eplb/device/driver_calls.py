@@ -25,6 +25,7 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "cuEventQuery": (_U64,),
     "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
     "cuStreamWriteValue64_v2": (_U64, _U64, _U64, _U32),
+    "cuGraphUpload": (_U64, _U64),
 }
 """Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
 NOT_READY = 600
@@ -44,6 +45,8 @@ class DriverCalls:
         copies in that order, behind them what is written to words of 64 bits, and behind that the event."""
         self.happened: Callable[[int], int] = _compiled_query(functions)
         """(event): `NOT_READY` when it has not happened yet. The interpreter's lock is kept: it takes no time."""
+        self.upload: Callable[[int, int], int] = functions["cuGraphUpload"]
+        """(executable graph, stream): enqueue what else the graph's first launch would do before it runs."""
 
 
 @cache
