@@ -53,9 +53,14 @@ class World:
         return found
 
 
-def assert_equal(fast: World, slow: World) -> None:
+def finish() -> None:
+    """Return when the kernels have run; what they read or write may be touched from here on."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def assert_equal(fast: World, slow: World) -> None:
+    finish()
     for (name, a), b in zip(fast.tensors().items(), slow.tensors().values(), strict=True):
         a, b = a.cpu().clone(), b.cpu().clone()
         if name == "model.reports":  # how long a wait took differs
@@ -148,6 +153,7 @@ def test_a_row_that_was_seen_ahead_is_taken_and_one_that_was_not_yet_there_is_re
             model.row(6).copy_(row)
         if looked:
             ops.look_ahead(model)
+            finish()
         model.row(6).copy_(other if written and looked else row)
         ops.take_over(model, world.layers[0])
         assert model.turn.tolist() == row.tolist()
@@ -355,8 +361,7 @@ def test_a_count_beyond_int32_is_told() -> None:
     world = World.make(1, 4, 4, 4)
     world.layers[0].counts[2] = -5
     triton_control.vote(world.model, world.layers[0], world.layers[0], timeout_ns=0, wait=WAIT)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    finish()
     assert world.model.overflow.tolist() == [1]
 
 
@@ -367,6 +372,5 @@ def test_rows_of_counts_beyond_int32_are_told(least: int, wanted: int, dtype: to
     rows = torch.full((3, 4), 2**31 - 1, dtype=dtype, device=DEVICE)
     rows[1, 3] = least
     triton_control.fold(world.model, world.layers[0], rows, decay=0.95)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    finish()
     assert world.model.overflow.tolist() == [wanted]
