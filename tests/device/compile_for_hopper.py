@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_eplb.device.control import triton_all, triton_control, triton_load
-from moe_eplb.device.ops import triton_choose, triton_fp8, triton_group, triton_rows, triton_sends
+from moe_eplb.device.ops import triton_choose, triton_ffn, triton_fp8, triton_group, triton_rows, triton_sends
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = (
@@ -45,6 +45,7 @@ def main() -> None:
         assert "div.rn.f32" in text, "not divided as the plain twin does"
     sends()
     entries()
+    products()
     words = dict.fromkeys(("turn", "due", "decision", "stages", "handed", "reports", "message", "recent"), "*i64")
     words |= dict.fromkeys(("folded", "reduced", "ready", "overdue", "overflow", "lanes", "committed"), "*i64")
     words |= dict.fromkeys(("turns", "coming", "begun"), "*i64")
@@ -87,6 +88,15 @@ def sends() -> None:
     build(triton_sends._arrive, 4, words, top_k=6, columns=8, tile=32)
     for hidden in ("*bf16", "*fp32"):
         build(triton_sends._add_returned, 4, words | {"hidden": hidden, "total": hidden}, ranks=8, block=1024)
+
+
+def products() -> None:
+    """The experts' products of few rows, whose weights are the wide side of the matrix instruction."""
+    types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "result": "*bf16", "cells": "i32", "most": "i32"}
+    for gated, whole in ((True, True), (False, True), (True, False)):
+        cut = {"gated": gated, "whole": whole, "tile": 16, "results": 64, "block": 64, "stages": 4}
+        text = build(triton_ffn._products, 4, types, depth=2048, groups=128, **cut)
+        assert "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16" in text
 
 
 def entries() -> None:

@@ -25,6 +25,8 @@ __all__ = [
     "add_returned",
     "arrive",
     "combine",
+    "grouped_product",
+    "grouped_swiglu",
     "histogram",
     "needed_by",
     "order_sends",
@@ -102,6 +104,18 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     """See `plain.swiglu_fp8`."""
     values, scale = _at(rows).swiglu_fp8(rows, offs)
     return values, scale
+
+
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor) -> Tensor:
+    """See `plain.grouped_swiglu`."""
+    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs)
+    return result
+
+
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """See `plain.grouped_product`."""
+    result: Tensor = _at(rows).grouped_product(rows, weights, offs)
+    return result
 
 
 def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

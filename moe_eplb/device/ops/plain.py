@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -172,6 +173,29 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     With `offs` int32 [G] rows after its last end are nobody's, and what comes of them holds anything.
     """
     return quantize_rows(_swiglu(rows))
+
+
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor) -> Tensor:
+    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] that are grouped by cell; computed in float32 and rounded once.
+
+    Args:
+        rows: In order of their cells.
+        w3_w1: [C, 2I, D], the rows of w3 before those of w1.
+        offs: int32 [C], end of each cell's rows; results of rows after the last end hold anything.
+    """
+    return _swiglu(_grouped(rows, w3_w1, offs)).to(rows.dtype)
+
+
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """``w x`` [N, B] of rows x [N, A] that are grouped by cell, as `grouped_swiglu` says; weights [C, B, A]."""
+    return _grouped(rows, weights, offs).to(rows.dtype)
+
+
+def _grouped(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    result = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32, device=rows.device)
+    for cell, (begin, end) in enumerate(pairwise([0, *offs.tolist()])):
+        result[begin:end] = rows[begin:end].float() @ weights[cell].float().T
+    return result
 
 
 def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

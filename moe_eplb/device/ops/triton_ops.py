@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_eplb.device.ops.triton_choose import histogram, route, top_k
+from moe_eplb.device.ops.triton_ffn import grouped_product, grouped_swiglu
 from moe_eplb.device.ops.triton_fp8 import permute_rows_fp8, swiglu_fp8
 from moe_eplb.device.ops.triton_group import permute, permute_rows
 from moe_eplb.device.ops.triton_rows import add_blocks, combine, pack_rows, swiglu
@@ -13,6 +14,8 @@ __all__ = [
     "add_returned",
     "arrive",
     "combine",
+    "grouped_product",
+    "grouped_swiglu",
     "histogram",
     "order_sends",
     "pack_rows",

@@ -1,0 +1,117 @@
+"""The experts' two products as Triton kernels for few rows an expert, where time goes by how fast weights are read.
+
+torch's grouped product computes tiles of 256 rows, of which a decode step has 8 in an expert. Here a tile has as many
+rows as an expert mostly has, the weights' rows are the wide side of the matrix instruction, and SwiGLU is computed from
+the sums of the first product before they are rounded. A row's result does not depend on the rows beside it.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_eplb.device.sanitizer import declares
+
+__all__ = ["Tiles", "grouped_product", "grouped_swiglu", "launch"]
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: rows and results of a program, values that it adds at a time, and what it runs in."""
+
+    rows: int
+    results: int
+    depth: int
+    warps: int
+    stages: int
+
+
+_FEWEST = 16
+"""Rows of a tile: what the matrix instructions take."""
+
+
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor) -> Tensor:
+    """See `plain.grouped_swiglu`."""
+    return launch(rows, w3_w1, offs, True, _tiles(rows, w3_w1, gated=True))
+
+
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """See `plain.grouped_product`."""
+    return launch(rows, weights, offs, False, _tiles(rows, weights, gated=False))
+
+
+def _tiles(rows: Tensor, weights: Tensor, *, gated: bool) -> Tiles:
+    each = triton.next_power_of_2(max(1, 2 * len(rows) // len(weights)))
+    return Tiles(max(_FEWEST, min(64, each)), 64 if gated else 128, 128, 4, 3)
+
+
+def launch(rows: Tensor, weights: Tensor, offs: Tensor, gated: bool, tiles: Tiles) -> Tensor:
+    """Either product, cut so."""
+    cells, width, depth = weights.shape
+    width //= 1 + gated
+    result = torch.empty(len(rows), width, dtype=rows.dtype, device=rows.device)
+    if not result.numel():
+        return result
+    most = len(rows) // tiles.rows + min(cells, len(rows))
+    _products[(most * triton.cdiv(width, tiles.results),)](
+        rows.contiguous(), weights, offs, result, cells, width, most, depth=depth, gated=gated,
+        groups=triton.next_power_of_2(cells), tile=tiles.rows, results=tiles.results, block=tiles.depth,
+        whole=width % tiles.results == 0 and depth % tiles.depth == 0, stages=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
+    return result
+
+
+@declares(writes=["result"])
+@triton.jit(do_not_specialize=["cells", "most"])
+def _products(
+    rows, weights, offs, result, cells, width, most, depth: tl.constexpr, gated: tl.constexpr, groups: tl.constexpr,
+    tile: tl.constexpr, results: tl.constexpr, block: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    cell, first, end = _tile_of(program % most, offs, cells, groups, tile)
+    if cell < cells:
+        row, at = first + tl.arange(0, tile), tl.arange(0, block)
+        out = program // most * results + tl.arange(0, results)
+        matrix = weights + cell.to(tl.int64) * width * depth * (2 if gated else 1)
+        there = row < end
+        left = rows + row.to(tl.int64)[:, None] * depth + at[None, :]
+        up = matrix + out.to(tl.int64)[:, None] * depth + at[None, :]
+        gate = up + tl.cast(width, tl.int64) * depth
+        summed, gating = tl.zeros([results, tile], dtype=tl.float32), tl.zeros([results, tile], dtype=tl.float32)
+        for begin in tl.range(0, depth, block, num_stages=stages):
+            if whole:
+                x, w = tl.load(left + begin, mask=there[:, None], other=0.0), tl.load(up + begin)
+            else:
+                inside = at < depth - begin
+                held = (out < width)[:, None] & inside[None, :]
+                x = tl.load(left + begin, mask=there[:, None] & inside[None, :], other=0.0)
+                w = tl.load(up + begin, mask=held, other=0.0)
+            summed = tl.dot(w, tl.trans(x), summed)
+            if gated:
+                g = tl.load(gate + begin) if whole else tl.load(gate + begin, mask=held, other=0.0)
+                gating = tl.dot(g, tl.trans(x), gating)
+        if gated:
+            summed = summed * gating * tl.sigmoid(gating)
+        place = result + row.to(tl.int64)[None, :] * width + out[:, None]
+        tl.store(place, summed.to(result.dtype.element_ty), mask=there[None, :] & (out < width)[:, None])
+
+
+@triton.jit
+def _tile_of(number, offs, cells, groups: tl.constexpr, tile: tl.constexpr):
+    """The cell, the first row and the end of the cell's rows of a tile; a cell that is not there beyond the last."""
+    cell = tl.arange(0, groups)
+    end = tl.load(offs + cell, mask=cell < cells, other=0)
+    begin = tl.load(offs + cell - 1, mask=(cell > 0) & (cell < cells), other=0)
+    begin = tl.where(cell < cells, begin, 0)
+    tiles = (end - begin + tile - 1) // tile
+    last = tl.cumsum(tiles, 0)
+    mine = tl.sum((last <= number).to(tl.int32), 0)
+    here = cell == mine
+    before = tl.sum(tl.where(here, last - tiles, 0), 0)
+    first = tl.sum(tl.where(here, begin, 0), 0) + (number - before) * tile
+    return mine, first, tl.sum(tl.where(here, end, 0), 0)
