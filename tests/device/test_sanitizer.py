@@ -29,7 +29,7 @@ from tests.support import balanced
 # Behind the import above, which turns Triton's interpreter on where there is no GPU.
 triton_ops = pytest.importorskip("moe_eplb.device.ops.triton_ops")
 triton_group = pytest.importorskip("moe_eplb.device.ops.triton_group")
-OPS = ("choose", "fp8", "group", "rows", "sends")
+OPS = ("choose", "ffn", "fp8", "group", "rows", "sends")
 NAMES = (*(f"ops.triton_{name}" for name in OPS), "control.triton_all", "control.triton_control", "control.triton_load")
 MODULES = [pytest.importorskip(f"moe_eplb.device.{name}") for name in NAMES]
 triton_load = MODULES[-1]
@@ -184,7 +184,7 @@ def test_every_kernel_that_is_launched_is_declared() -> None:
         name for module in MODULES for name in re.findall(r"^ +(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
     assert launched == {d.kernel.__name__ for d in declarations()}
-    assert len(launched) == 29
+    assert len(launched) == 30
 
 
 def test_a_report_knows_the_role_of_every_kernel() -> None:
