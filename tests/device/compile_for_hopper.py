@@ -92,7 +92,7 @@ def sends() -> None:
 
 def products() -> None:
     """The experts' products of few rows, whose weights are the wide side of the matrix instruction."""
-    types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "result": "*bf16", "cells": "i32", "most": "i32"}
+    types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "result": "*bf16", "cells": "i32"}
     for gated, whole in ((True, True), (False, True), (True, False)):
         cut = {"gated": gated, "whole": whole, "tile": 16, "results": 64, "block": 64, "stages": 4}
         text = build(triton_ffn._products, 4, types, depth=2048, groups=128, **cut)

@@ -59,7 +59,7 @@ def launch(rows: Tensor, weights: Tensor, offs: Tensor, gated: bool, tiles: Tile
         return result
     most = len(rows) // tiles.rows + min(cells, len(rows))
     _products[(most * triton.cdiv(width, tiles.results),)](
-        rows.contiguous(), weights, offs, result, cells, width, most, depth=depth, gated=gated,
+        rows.contiguous(), weights, offs, result, cells, width, depth=depth, gated=gated,
         groups=triton.next_power_of_2(cells), tile=tiles.rows, results=tiles.results, block=tiles.depth,
         whole=width % tiles.results == 0 and depth % tiles.depth == 0, stages=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
@@ -67,16 +67,15 @@ def launch(rows: Tensor, weights: Tensor, offs: Tensor, gated: bool, tiles: Tile
 
 
 @declares(writes=["result"])
-@triton.jit(do_not_specialize=["cells", "most"])
+@triton.jit(do_not_specialize=["cells"])
 def _products(
-    rows, weights, offs, result, cells, width, most, depth: tl.constexpr, gated: tl.constexpr, groups: tl.constexpr,
+    rows, weights, offs, result, cells, width, depth: tl.constexpr, gated: tl.constexpr, groups: tl.constexpr,
     tile: tl.constexpr, results: tl.constexpr, block: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    cell, first, end = _tile_of(program % most, offs, cells, groups, tile)
+    cell, first, end, slice_ = _part_of(tl.program_id(0), offs, cells, tl.cdiv(width, results), groups, tile)
     if cell < cells:
         row, at = first + tl.arange(0, tile), tl.arange(0, block)
-        out = program // most * results + tl.arange(0, results)
+        out = slice_ * results + tl.arange(0, results)
         matrix = weights + cell.to(tl.int64) * width * depth * (2 if gated else 1)
         there = row < end
         left = rows + row.to(tl.int64)[:, None] * depth + at[None, :]
@@ -102,16 +101,20 @@ def _products(
 
 
 @triton.jit
-def _tile_of(number, offs, cells, groups: tl.constexpr, tile: tl.constexpr):
-    """The cell, the first row and the end of the cell's rows of a tile; a cell that is not there beyond the last."""
+def _part_of(number, offs, cells, slices, groups: tl.constexpr, tile: tl.constexpr):
+    """A program's cell, first row, end of the cell's rows, and slice of the results; beyond the last a cell that is not
+    there.
+
+    Programs of one cell follow each other, and of them those that read the same weights.
+    """
     cell = tl.arange(0, groups)
     end = tl.load(offs + cell, mask=cell < cells, other=0)
     begin = tl.load(offs + cell - 1, mask=(cell > 0) & (cell < cells), other=0)
-    begin = tl.where(cell < cells, begin, 0)
-    tiles = (end - begin + tile - 1) // tile
-    last = tl.cumsum(tiles, 0)
+    tiles = tl.where(cell < cells, (end - begin + tile - 1) // tile, 0)
+    last = tl.cumsum(tiles * slices, 0)
     mine = tl.sum((last <= number).to(tl.int32), 0)
     here = cell == mine
-    before = tl.sum(tl.where(here, last - tiles, 0), 0)
-    first = tl.sum(tl.where(here, begin, 0), 0) + (number - before) * tile
-    return mine, first, tl.sum(tl.where(here, end, 0), 0)
+    within = number - tl.sum(tl.where(here, last - tiles * slices, 0), 0)
+    count = tl.maximum(tl.sum(tl.where(here, tiles, 0), 0), 1)
+    first = tl.sum(tl.where(here, begin, 0), 0) + within % count * tile
+    return mine, first, tl.sum(tl.where(here, end, 0), 0), within // count
