@@ -267,7 +267,8 @@ class WideEPMoE(nn.Module):
                 received.hidden, received.slots, received.entries, beside_copying
             )
             self._stages.mark_statistics(grouped=True)
-            return _Computed(self.experts.grouped_ffn(rows, offs, scale), position, offs)
+            output = self.experts.grouped_ffn(rows, offs, scale, likely=received.likely_entries)
+            return _Computed(output, position, offs)
 
         most = received.slots.numel() if received.entries is None else received.entries
         computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import triton
@@ -93,10 +94,14 @@ def sends() -> None:
 def products() -> None:
     """The experts' products of few rows, whose weights are the wide side of the matrix instruction."""
     types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "result": "*bf16", "cells": "i32"}
-    for gated, whole in ((True, True), (False, True), (True, False)):
-        cut = {"gated": gated, "whole": whole, "tile": 16, "results": 64, "block": 64, "stages": 4}
-        text = build(triton_ffn._products, 4, types, depth=2048, groups=128, **cut)
-        assert "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16" in text
+    for gated, each in product((True, False), (8, 16, 32, 128)):
+        cut = triton_ffn.tiles(each, gated=gated)
+        sizes = {"tile": cut.rows, "results": cut.results, "block": cut.depth, "stages": cut.stages}
+        for whole in (True, False):
+            text = build(
+                triton_ffn._products, cut.warps, types, depth=2048, groups=128, gated=gated, whole=whole, **sizes
+            )
+            assert f"wgmma.mma_async.sync.aligned.m64n{cut.rows}k16.f32.bf16.bf16" in text
 
 
 def entries() -> None:

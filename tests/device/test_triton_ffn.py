@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from moe_eplb.device import ops
 from moe_eplb.device.ops import plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,37 +40,36 @@ def _assert_close(found: torch.Tensor, wanted: torch.Tensor, ends: torch.Tensor)
 @pytest.mark.parametrize(("depth", "width"), [(64, 32), (16, 8), (136, 72)])
 def test_products_equal_their_twins(rows: list[int], depth: int, width: int) -> None:
     x, weights, ends = _given(rows, depth, width, 3)
-    _assert_close(triton_ffn.grouped_product(x, weights, ends), plain.grouped_product(x, weights, ends), ends)
-    _assert_close(triton_ffn.grouped_swiglu(x, weights, ends), plain.grouped_swiglu(x, weights, ends), ends)
+    _assert_close(triton_ffn.grouped_product(x, weights, ends, 8), plain.grouped_product(x, weights, ends, 8), ends)
+    _assert_close(triton_ffn.grouped_swiglu(x, weights, ends, 8), plain.grouped_swiglu(x, weights, ends, 8), ends)
 
 
 @pytest.mark.parametrize("tiles", [Tiles(16, 64, 32, 4, 2), Tiles(32, 128, 16, 8, 3), Tiles(64, 64, 64, 4, 4)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_however_they_are_cut(tiles: Tiles, gated: bool) -> None:
     x, weights, ends = _given([33, 0, 70], 64, 256, 0)
-    wanted = (plain.grouped_swiglu if gated else plain.grouped_product)(x, weights, ends)
-    _assert_close(triton_ffn.launch(x, weights, ends, gated, tiles), wanted, ends)
+    wanted = (plain.grouped_swiglu if gated else plain.grouped_product)(x, weights, ends, 8)
+    _assert_close(triton_ffn.launch(x, weights, ends, tiles, gated=gated), wanted, ends)
+
+
+@pytest.mark.parametrize(("each", "rows"), [(0, 16), (8, 16), (9, 32), (17, 64), (32, 64), (33, 128), (5000, 128)])
+def test_most_cells_have_one_tile(each: int, rows: int) -> None:
+    assert {triton_ffn.tiles(each, gated=gated).rows for gated in (False, True)} == {rows}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: numpy multiplies otherwise for other sizes")
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    x, weights, ends = _given([40, 40], 64, 32, 0)
-    every = triton_ffn.grouped_swiglu(x, weights, ends)
-    alone = triton_ffn.grouped_swiglu(x[57:58], weights, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE))
-    assert torch.equal(alone[0], every[57])
+@pytest.mark.parametrize("each", [8, 16, 32, 128])
+def test_a_row_has_the_bits_of_torchs_product(each: int) -> None:
+    x, weights, ends = _given([40, 0, 300, 1], 512, 256, 0)
+    torchs = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    assert torch.equal(triton_ffn.grouped_product(x, weights, ends, each), torchs)
+    assert torch.equal(triton_ffn.grouped_swiglu(x, weights, ends, each), ops.swiglu(torchs))
 
 
 def test_nothing_is_written_behind_the_last_end(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.full((40, 16), 7.0, dtype=DTYPE, device=DEVICE)
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory)
     x, weights, ends = _given([5, 20], 64, 32, 15)
-    triton_ffn.grouped_swiglu(x, weights, ends)
+    triton_ffn.grouped_swiglu(x, weights, ends, 8)
     assert memory[25:].eq(7).all()
     assert not memory[:25].eq(7).all(dim=1).any()
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_the_first_product_is_swiglu_of_the_plain_one(rows: list[int]) -> None:
-    x, weights, ends = _given(rows, 64, 32, 2)
-    apart = plain.swiglu(plain.grouped_product(x, weights, ends))
-    _assert_close(plain.grouped_swiglu(x, weights, ends), apart, ends)

@@ -243,7 +243,7 @@ def test_an_exception_in_a_repeat_leaves_the_next_iteration_clean(monkeypatch: p
         with MoeLoadBalancerIterContext(balancer, True, True):
             for repeat in range(3):
                 if repeat == times:
-                    monkeypatch.setattr(moe.experts, "grouped_ffn", lambda *_: 1 / 0)
+                    monkeypatch.setattr(moe.experts, "grouped_ffn", lambda *_, **_options: 1 / 0)
                 method.supply(ids)
                 moe(x, logits)
 

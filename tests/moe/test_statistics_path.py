@@ -113,7 +113,7 @@ def test_a_layer_may_mark_in_front_of_the_copying_of_rows_and_of_the_products(mo
 
     def noted(owner: Any, name: str) -> None:
         call = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: (seen.append(name), call(*given))[1])
+        monkeypatch.setattr(owner, name, lambda *given, **options: (seen.append(name), call(*given, **options))[1])
 
     noted(plain, "permute")
     noted(plain, "_sources")

@@ -260,7 +260,7 @@ def test_an_exception_in_the_experts_leaves_the_next_iteration_clean(monkeypatch
     balancer.finalize_model()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(moe.experts, "grouped_ffn", lambda *_: 1 / 0)
+            patch.setattr(moe.experts, "grouped_ffn", lambda *_, **_options: 1 / 0)
             with pytest.raises(ZeroDivisionError), MoeLoadBalancerIterContext(balancer, True, True):
                 _step(moe, 0, 4, 0)
         with MoeLoadBalancerIterContext(balancer, True, True):

@@ -106,15 +106,15 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return values, scale
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor) -> Tensor:
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
     """See `plain.grouped_swiglu`."""
-    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs)
+    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs, each)
     return result
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
     """See `plain.grouped_product`."""
-    result: Tensor = _at(rows).grouped_product(rows, weights, offs)
+    result: Tensor = _at(rows).grouped_product(rows, weights, offs, each)
     return result
 
 

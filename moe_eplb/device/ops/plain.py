@@ -175,27 +175,30 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return quantize_rows(_swiglu(rows))
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor) -> Tensor:
-    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] that are grouped by cell; computed in float32 and rounded once.
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
+    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] that are grouped by cell.
+
+    The bits of `grouped_product` and `swiglu` after each other.
 
     Args:
         rows: In order of their cells.
         w3_w1: [C, 2I, D], the rows of w3 before those of w1.
         offs: int32 [C], end of each cell's rows; results of rows after the last end hold anything.
+        each: Rows that a cell probably has; the result does not depend on it.
     """
-    return _swiglu(_grouped(rows, w3_w1, offs)).to(rows.dtype)
+    return swiglu(grouped_product(rows, w3_w1, offs, each))
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
-    """``w x`` [N, B] of rows x [N, A] that are grouped by cell, as `grouped_swiglu` says; weights [C, B, A]."""
-    return _grouped(rows, weights, offs).to(rows.dtype)
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
+    """``w x`` [N, B] of rows x [N, A] that are grouped by cell, as `grouped_swiglu` says; weights [C, B, A].
 
-
-def _grouped(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    Added in float32 and rounded once.
+    """
+    del each
     result = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32, device=rows.device)
     for cell, (begin, end) in enumerate(pairwise([0, *offs.tolist()])):
         result[begin:end] = rows[begin:end].float() @ weights[cell].float().T
-    return result
+    return result.to(rows.dtype)
 
 
 def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,8 +1,9 @@
 """The experts' two products as Triton kernels for few rows an expert, where time goes by how fast weights are read.
 
 torch's grouped product computes tiles of 256 rows, of which a decode step has 8 in an expert. Here a tile has as many
-rows as an expert mostly has, the weights' rows are the wide side of the matrix instruction, and SwiGLU is computed from
-the sums of the first product before they are rounded. A row's result does not depend on the rows beside it.
+rows as an expert mostly has, the weights' rows are the wide side of the matrix instruction, and SwiGLU is computed
+before the first product is written to memory. A row's result depends neither on the rows beside it nor on how work is
+cut.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["Tiles", "grouped_product", "grouped_swiglu", "launch"]
+__all__ = ["Tiles", "grouped_product", "grouped_swiglu", "launch", "tiles"]
 
 
 class Tiles(NamedTuple):
@@ -31,37 +32,40 @@ class Tiles(NamedTuple):
     stages: int
 
 
-_FEWEST = 16
-"""Rows of a tile: what the matrix instructions take."""
+_GATED = {16: (64, 128, 4, 3), 32: (64, 64, 4, 4), 64: (64, 64, 4, 4), 128: (128, 64, 8, 4)}
+_PLAIN = _GATED | {128: (128, 64, 8, 3)}
+"""What was fastest on an H200 for tiles of so many rows, see `benchmarks.gpu.few_rows`."""
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor) -> Tensor:
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
     """See `plain.grouped_swiglu`."""
-    return launch(rows, w3_w1, offs, True, _tiles(rows, w3_w1, gated=True))
+    return launch(rows, w3_w1, offs, tiles(each, gated=True), gated=True)
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
     """See `plain.grouped_product`."""
-    return launch(rows, weights, offs, False, _tiles(rows, weights, gated=False))
+    return launch(rows, weights, offs, tiles(each, gated=False), gated=False)
 
 
-def _tiles(rows: Tensor, weights: Tensor, *, gated: bool) -> Tiles:
-    each = triton.next_power_of_2(max(1, 2 * len(rows) // len(weights)))
-    return Tiles(max(_FEWEST, min(64, each)), 64 if gated else 128, 128, 4, 3)
+def tiles(each: int, *, gated: bool) -> Tiles:
+    """How a product is cut where a cell has `each` rows: twice as many are mostly in one tile."""
+    cuts = _GATED if gated else _PLAIN
+    rows = min(max(cuts), max(min(cuts), triton.next_power_of_2(2 * each)))
+    return Tiles(rows, *cuts[rows])
 
 
-def launch(rows: Tensor, weights: Tensor, offs: Tensor, gated: bool, tiles: Tiles) -> Tensor:
+def launch(rows: Tensor, weights: Tensor, offs: Tensor, cut: Tiles, *, gated: bool) -> Tensor:
     """Either product, cut so."""
     cells, width, depth = weights.shape
     width //= 1 + gated
     result = torch.empty(len(rows), width, dtype=rows.dtype, device=rows.device)
     if not result.numel():
         return result
-    most = len(rows) // tiles.rows + min(cells, len(rows))
-    _products[(most * triton.cdiv(width, tiles.results),)](
+    most = len(rows) // cut.rows + min(cells, len(rows))
+    _products[(most * triton.cdiv(width, cut.results),)](
         rows.contiguous(), weights, offs, result, cells, width, depth=depth, gated=gated,
-        groups=triton.next_power_of_2(cells), tile=tiles.rows, results=tiles.results, block=tiles.depth,
-        whole=width % tiles.results == 0 and depth % tiles.depth == 0, stages=tiles.stages, num_warps=tiles.warps,
+        groups=triton.next_power_of_2(cells), tile=cut.rows, results=cut.results, block=cut.depth,
+        whole=width % cut.results == 0 and depth % cut.depth == 0, stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     return result
 
@@ -94,10 +98,12 @@ def _products(
             if gated:
                 g = tl.load(gate + begin) if whole else tl.load(gate + begin, mask=held, other=0.0)
                 gating = tl.dot(g, tl.trans(x), gating)
-        if gated:
-            summed = summed * gating * tl.sigmoid(gating)
+        kept: tl.constexpr = result.dtype.element_ty
+        if gated:  # rounded as a product that is written to memory is, so that it has the same bits
+            up_value, gate_value = summed.to(kept).to(tl.float32), gating.to(kept).to(tl.float32)
+            summed = gate_value * tl.sigmoid(gate_value) * up_value
         place = result + row.to(tl.int64)[None, :] * width + out[:, None]
-        tl.store(place, summed.to(result.dtype.element_ty), mask=there[None, :] & (out < width)[:, None])
+        tl.store(place, summed.to(kept), mask=there[None, :] & (out < width)[:, None])
 
 
 @triton.jit

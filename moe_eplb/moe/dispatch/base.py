@@ -33,6 +33,11 @@ class Received:
     expert_ids: Tensor | None = None
     """int32 [sum of T over ranks, K] of all ranks, where the dispatch was asked to gather them."""
 
+    @property
+    def likely_entries(self) -> int:
+        """`entries`, and where only the device knows them what an even load would give this rank."""
+        return self.slots.numel() // len(self.source_counts) if self.entries is None else self.entries
+
     def source_rank(self) -> Tensor:
         """int64 [M]: the rank that each row came from. Waits for the device."""
         counts = torch.tensor(self.source_counts, device=self.hidden.device)
