@@ -20,6 +20,7 @@ __all__ = [
     "Inputs",
     "gemms_alone",
     "group",
+    "grouped_mm",
     "make_inputs",
     "make_layer",
     "obvious",
@@ -28,7 +29,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_grouped_mm = cast(
+grouped_mm = cast(
     "Callable[..., Tensor]", getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 )
 
@@ -103,8 +104,8 @@ def obvious(inputs: Inputs, top_k: int, w3_w1: Tensor, w2: Tensor) -> Tensor:
     x = inputs.x
     scales, ids = torch.softmax(inputs.logits, dim=-1).topk(top_k, dim=-1)
     order, token, offs = _sorted(ids, w2.shape[0])
-    up, gate = _grouped_mm(x.index_select(0, token), w3_w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
-    output = _grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=offs)
+    up, gate = grouped_mm(x.index_select(0, token), w3_w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
+    output = grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=offs)
     output = output * scales.flatten()[order].unsqueeze(1).to(x.dtype)
     return torch.zeros_like(x).index_add_(0, token, output)
 
@@ -114,14 +115,14 @@ def group(inputs: Inputs, top_k: int, w3_w1: Tensor, w2: Tensor) -> Grouped:
     ids = torch.softmax(inputs.logits, dim=-1).topk(top_k, dim=-1).indices
     _, token, offs = _sorted(ids, w2.shape[0])
     rows = inputs.x.index_select(0, token)
-    up, gate = _grouped_mm(rows, w3_w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
+    up, gate = grouped_mm(rows, w3_w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
     return Grouped(rows, torch.nn.functional.silu(gate) * up, offs)
 
 
 def gemms_alone(grouped: Grouped, w3_w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """The two products and nothing between them."""
-    up_gate = _grouped_mm(grouped.rows, w3_w1.transpose(1, 2), offs=grouped.offs)
-    return up_gate, _grouped_mm(grouped.activations, w2.transpose(1, 2), offs=grouped.offs)
+    up_gate = grouped_mm(grouped.rows, w3_w1.transpose(1, 2), offs=grouped.offs)
+    return up_gate, grouped_mm(grouped.activations, w2.transpose(1, 2), offs=grouped.offs)
 
 
 def _sorted(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.gpu import grouped_products, moe_layer
+from benchmarks.gpu import few_rows, grouped_products, moe_layer
 from benchmarks.gpu.gain import WORKLOADS
 from benchmarks.gpu.layer_cases import CASES, Case, gemms_alone, group, make_inputs, make_layer, obvious
 from moe_eplb.core.events import NullSink
@@ -43,8 +44,9 @@ def test_a_case_reaches_what_is_asked_of_it_or_not() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = CliRunner().invoke(moe_layer.main, ["--out", str(tmp_path / "found.json")])
+@pytest.mark.parametrize("module", [few_rows, grouped_products, moe_layer])
+def test_without_a_gpu_it_says_so(module: Any, tmp_path: Path) -> None:
+    done = CliRunner().invoke(module.main, ["--out", str(tmp_path / "found.json")])
     assert done.exit_code == 2
     assert "no GPU" in done.output
     assert not (tmp_path / "found.json").exists()
@@ -58,3 +60,20 @@ def test_rows_that_are_balanced_fill_tiles_better_with_uniform_routing_than_with
     assert hot.max() > 3 * uniform.max()
     assert 1.10 < grouped_products.padded(uniform) < 1.16 < grouped_products.padded(hot) < 1.22
     assert grouped_products.padded(np.array([256, 1, 257]), 256) == pytest.approx((256 + 256 + 512) / 514)
+
+
+def test_few_rows_are_drawn_evenly_or_not() -> None:
+    even, uneven = (
+        few_rows.rows_of(128, 1024, even=given, generator=torch.Generator().manual_seed(1)) for given in (True, False)
+    )
+    assert int(even.sum()) == int(uneven.sum()) == 1024
+    assert int(even.max()) < 20 < 60 < int(uneven.max())
+
+
+def test_products_of_few_rows_are_summed_and_the_fastest_found() -> None:
+    samples = {"1 torch": [0.2, 0.3, 0.1], "2 torch": [0.1], "1 a": [0.09], "1 b": [0.08], "2 a": [0.03], "2 b": [0.05]}
+    found = few_rows.summary(samples, ["a", "b"], 560_000_000)
+    assert [found[name] for name in ("torch_us", "ours_us", "best_us")] == pytest.approx([300, 140, 110])
+    assert found["ratio"] == pytest.approx(140 / 300)
+    assert found["ours_tb_per_s"] == pytest.approx(4.0)
+    assert found["torch_tb_per_s"] == pytest.approx(560 / 300)
