@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError, HostMemoryError
-from moe_eplb.core.events import CAPTURED, HOST, EventSink, Kind
+from moe_eplb.core.events import CAPTURED, HOST, STREAMS, EventSink, Kind
 from moe_eplb.device.base import Device, Event, Stream
 from moe_eplb.device.bell import Bell
 from moe_eplb.device.copier import Copier
@@ -27,6 +27,7 @@ from moe_eplb.device.nvshmem import NvshmemSymmetric
 from moe_eplb.device.order import StreamOrder
 from moe_eplb.device.sanitizer import attach
 from moe_eplb.device.sharing import Sharing
+from moe_eplb.device.streams import AuxStreamType
 from moe_eplb.device.symmetric import Symmetric, shared_by_layers
 from moe_eplb.device.watching_bell import REST_US, WatchingBell
 
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 _COPIES = -3
 """Priority of the stream of copies, which no other stream here has."""
+_PRIORITIES = dict.fromkeys((AuxStreamType.MoeBalancer.name, STREAMS[-1]), -1)
+"""The balancer's few blocks go before those of a model's kernel that are not yet on a processor."""
 
 
 class CudaDevice(Device):
@@ -75,7 +78,7 @@ class CudaDevice(Device):
 
     def _make_stream(self, name: str, index: int) -> Stream:
         shared = index == 0 or self._serial
-        queue = torch.cuda.current_stream() if shared else _new_stream(self.torch_device)
+        queue = torch.cuda.current_stream() if shared else _new_stream(self.torch_device, _PRIORITIES.get(name, 0))
         stream = CudaStream(name, index, queue)
         self._streams.append(stream)
         return stream

@@ -8,6 +8,7 @@ import torch
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import NullSink
 from moe_eplb.device.cuda import CudaDevice
+from moe_eplb.device.streams import AuxStreamType
 
 
 def test_a_gpu_that_is_full_names_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +24,12 @@ def test_a_gpu_that_is_full_names_the_channels(monkeypatch: pytest.MonkeyPatch) 
     assert "CUDA error: out of memory\n" in str(raised.value)
     assert "the manual" not in str(raised.value)
     assert "CUDA_DEVICE_MAX_CONNECTIONS=8 (now 32)" in str(raised.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_balancers_streams_go_before_the_models() -> None:
+    device = CudaDevice(NullSink())
+    balancers = device.stream(AuxStreamType.MoeBalancer), device.statistic_stream
+    others = device.main, device.stream(AuxStreamType.MoeShared)
+    priorities = [[stream.queue.priority for stream in kind] for kind in (balancers, others)]  # type: ignore[attr-defined]
+    assert max(priorities[0]) < min(priorities[1])
