@@ -31,7 +31,7 @@ __all__ = [
 
 _ROW_BYTES = 16
 _FEW_ROWS = 128
-"""Rows a slot up to which kernels that are made for few rows take less time than torch's tiles of 256."""
+"""Rows a slot up to which kernels that are made for few rows take less time than torch's tiles of 256, on Hopper."""
 
 _grouped_mm = cast(
     "Callable[..., Tensor]", getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -127,6 +127,7 @@ class ExpertSlots(nn.Module):
         _check_alignment(hidden_size, intermediate_size, dtype)
         self.num_slots, self.spare = num_slots, spare
         self.dtype, self.names = dtype, weight_names(dtype)
+        self._few_rows = _FEW_ROWS if dtype is torch.bfloat16 and _is_hopper(device) else -1
         if dtype is FP8:
             require_fp8(device or torch.device("cpu"))
         self.slot_cells = torch.arange(num_slots, dtype=torch.int32, device=device)
@@ -217,7 +218,7 @@ class ExpertSlots(nn.Module):
             activated, scale = ops.swiglu_fp8(self._scaled(rows, row_scale, "w3_w1", offs), offs)
             return self._scaled(activated, scale, "w2", offs)
         each = -(-(len(rows) if likely is None else likely) // self.num_slots)
-        if rows.is_cuda and rows.dtype is torch.bfloat16 and each <= _FEW_ROWS:
+        if each <= self._few_rows:
             activated = ops.grouped_swiglu(rows, self.weight("w3_w1"), offs, each)
             return ops.grouped_product(activated, self.weight("w2"), offs, each)
         return self._multiply(ops.swiglu(self._multiply(rows, "w3_w1", offs), offs), "w2", offs)
@@ -255,6 +256,11 @@ class _Slots(Sequence[Mapping[str, Tensor]]):
         if not 0 <= slot < len(self):
             raise IndexError(slot)
         return {name: self._experts.slot_tensor(slot, name) for name in self._experts.names}
+
+
+def _is_hopper(device: torch.device | None) -> bool:
+    """Whether tiles of few rows were cut for this device: others have less shared memory, or were not measured."""
+    return device is not None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _described(tensor: Tensor) -> str:

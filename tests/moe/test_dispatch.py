@@ -72,6 +72,8 @@ def _forward(dispatcher: Dispatcher, rank: int, given: Inputs, tokens: list[int]
     received = exchange.dispatch(given.x, given.scales)
     one_rank = isinstance(dispatcher, SymmMem) and dispatcher.ranks.size == 1  # which sends nothing and counts nothing
     assert (received.entries is None) == (dispatcher.static_shapes or one_rank)
+    share = received.slots.numel() // dispatcher.ranks.size
+    assert received.likely_entries == (share if received.entries is None else received.entries)
     rows, position, offs = ops.permute_rows(received.hidden, received.slots, PER_RANK, None, received.entries)
     entries = entries_of(received.slots, position, offs)
     assert received.entries in (None, len(entries.row))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_eplb.core.errors import BalancerError
+from moe_eplb.device import ops
 from moe_eplb.moe.experts import ExpertSlots, entries_of, ffn_twin, group_by_slot, sum_over_k
 
 HIDDEN, INTERMEDIATE, SLOTS = 24, 16, 5
@@ -35,6 +36,33 @@ def test_grouped_ffn_equals_its_twin(dtype: torch.dtype, tolerance: float, slots
     assert got.dtype == dtype
     if slots:
         assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "likely", "each"), [(10, None, 2), (11, None, None), (11, 10, 2), (10, 11, None), (3, 0, 0), (0, None, 0)]
+)
+def test_few_rows_a_slot_go_through_products_of_their_own(
+    rows: int, likely: int | None, each: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = _experts(torch.float32)
+    slot = torch.arange(rows, dtype=torch.int32) % SLOTS
+    hidden = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))[slot.argsort(stable=True)]
+    offs = torch.bincount(slot, minlength=SLOTS).cumsum(0, dtype=torch.int32)
+    by_torch = experts.grouped_ffn(hidden, offs, likely=likely)
+    seen: list[int] = []
+    first, second = ops.grouped_swiglu, ops.grouped_product
+    monkeypatch.setattr(experts, "_few_rows", 2)
+    monkeypatch.setattr(ops, "grouped_swiglu", lambda *given: (seen.append(given[3]), first(*given))[1])
+    monkeypatch.setattr(ops, "grouped_product", lambda *given: (seen.append(given[3]), second(*given))[1])
+    assert torch.allclose(experts.grouped_ffn(hidden, offs, likely=likely), by_torch, atol=1e-5)
+    assert seen == ([] if each is None else [each, each])
+
+
+def test_only_a_device_that_they_were_cut_for_takes_products_of_few_rows() -> None:
+    assert _experts(torch.bfloat16)._few_rows < 0
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        on_gpu = [ExpertSlots(2, 16, 16, dtype, torch.device("cuda")) for dtype in (torch.bfloat16, torch.float32)]
+        assert [experts._few_rows for experts in on_gpu] == [128, -1]
 
 
 def test_twin_computes_swiglu_with_w3_before_w1() -> None:
