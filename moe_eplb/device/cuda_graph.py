@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 
 from moe_eplb.core.events import HOST, Kind
 from moe_eplb.device.captured import Captured
-from moe_eplb.device.driver_calls import driver_calls, require_success
+from moe_eplb.device.driver_calls import driver, require_success
 
 if TYPE_CHECKING:
     from moe_eplb.device.cuda import CudaDevice
@@ -57,8 +58,8 @@ class CudaGraph(Captured[T]):
 
         A launch that does it itself can hold up the copies of a plan that its kernels wait for.
         """
-        upload = driver_calls().upload(self._graph.raw_cuda_graph_exec(), stream.cuda_stream)
-        require_success("cuGraphUpload", upload)
+        executable = ctypes.c_void_p(self._graph.raw_cuda_graph_exec())
+        require_success("cuGraphUpload", driver().cuGraphUpload(executable, ctypes.c_void_p(stream.cuda_stream)))
         stream.synchronize()
 
     def replay(self) -> T:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
 from typing import cast
 
 import torch
 from torch import UntypedStorage
 
-from moe_eplb.device.driver_calls import require_success
+from moe_eplb.device.driver_calls import driver, require_success
 from moe_eplb.device.sharing import Offer, Sharing, cannot_open
 
 __all__ = ["SharedDeviceMemory"]
@@ -44,9 +43,9 @@ class SharedDeviceMemory(Sharing):
         base, handle = ctypes.c_uint64(), _Handle()
         size = ctypes.c_size_t()
         address = storage.data_ptr()
-        code = _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
+        code = driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
         require_success("cuMemGetAddressRange", code)
-        code = _driver().cuIpcGetMemHandle(ctypes.byref(handle), base)
+        code = driver().cuIpcGetMemHandle(ctypes.byref(handle), base)
         require_success("cuIpcGetMemHandle (torch's expandable segments cannot be shared)", code)
         return Offer(os.getpid(), bytes(handle), storage.nbytes(), address - base.value, self._card())
 
@@ -61,13 +60,13 @@ class SharedDeviceMemory(Sharing):
         torch.cuda.synchronize(self._device)
         while self._opened:
             _, base = self._opened.popitem()
-            require_success("cuIpcCloseMemHandle", _driver().cuIpcCloseMemHandle(ctypes.c_uint64(base)))
+            require_success("cuIpcCloseMemHandle", driver().cuIpcCloseMemHandle(ctypes.c_uint64(base)))
 
     def _map(self, offer: Offer) -> int:
         torch.cuda.set_device(self._device)
         address = ctypes.c_uint64()
         handle = _Handle.from_buffer_copy(offer.where)
-        code = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), handle, ctypes.c_uint(_PEER_ACCESS))
+        code = driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), handle, ctypes.c_uint(_PEER_ACCESS))
         if code:
             raise cannot_open(
                 offer, f"cuIpcOpenMemHandle gave CUresult {code} for memory of {offer.card} on {self._card()}"
@@ -77,8 +76,3 @@ class SharedDeviceMemory(Sharing):
     def _card(self) -> str:
         properties = torch.cuda.get_device_properties(self._device)
         return f"{properties.name} {properties.uuid}"
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 
-__all__ = ["NOT_READY", "SIGNATURES", "DriverCalls", "addresses", "driver_calls", "require_success"]
+__all__ = ["NOT_READY", "SIGNATURES", "DriverCalls", "addresses", "driver", "driver_calls", "require_success"]
 
 _U64, _U32 = ctypes.c_uint64, ctypes.c_uint32
 SIGNATURES: Mapping[str, tuple[Any, ...]] = {
@@ -25,7 +25,6 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "cuEventQuery": (_U64,),
     "cuMemcpyAsync": (_U64, _U64, _U64, _U64),
     "cuStreamWriteValue64_v2": (_U64, _U64, _U64, _U32),
-    "cuGraphUpload": (_U64, _U64),
 }
 """Arguments of the driver's functions, pointers as integers; each returns a `CUresult`."""
 NOT_READY = 600
@@ -45,17 +44,20 @@ class DriverCalls:
         copies in that order, behind them what is written to words of 64 bits, and behind that the event."""
         self.happened: Callable[[int], int] = _compiled_query(functions)
         """(event): `NOT_READY` when it has not happened yet. The interpreter's lock is kept: it takes no time."""
-        self.upload: Callable[[int, int], int] = functions["cuGraphUpload"]
-        """(executable graph, stream): enqueue what else the graph's first launch would do before it runs."""
+
+
+@cache
+def driver() -> ctypes.CDLL:
+    """The driver of this machine, for calls that nothing waits for."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @cache
 def driver_calls() -> DriverCalls:
     """Over the driver of this machine; compiled when first asked for."""
-    driver = ctypes.CDLL("libcuda.so.1")
     functions = {}
     for name, arguments in SIGNATURES.items():
-        functions[name] = function = getattr(driver, name)
+        functions[name] = function = getattr(driver(), name)
         function.argtypes, function.restype = arguments, ctypes.c_int
     return DriverCalls(functions)
 

@@ -210,8 +210,8 @@ class ExpertSlots(nn.Module):
         """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] that are grouped by cell, as `offs` int32 [S + X] says.
 
         Where the experts are fp8, so are the rows, with `row_scale` float32 [N], and outputs are bfloat16. Outputs of
-        rows after the last end hold anything. `likely` is how many rows there probably are before it, all unless given:
-        what is fastest depends on it, and no result.
+        rows after the last end hold anything. `likely`: how many rows the cells probably have together, all unless
+        given. What is fastest depends on it, and on an H200 no bit of a result.
         """
         if self.dtype is FP8:
             assert row_scale is not None, "fp8 rows come with scales"

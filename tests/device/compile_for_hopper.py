@@ -21,13 +21,20 @@ NUMBERS = (
 COUNTS = dict.fromkeys(NUMBERS, "i32")
 
 
-def build(kernel: Any, warps: int, types: dict[str, str], **constants: Any) -> str:
-    """PTX of a kernel; machine code is made on the way."""
+SHARED_BYTES = 232_448
+"""Of one block at most."""
+
+
+def build(kernel: Any, warps: int, types: dict[str, str], aligned: tuple[str, ...] = (), **constants: Any) -> str:
+    """PTX of a kernel; machine code is made on the way. `aligned` arguments are multiples of 16, as most launches are."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else (COUNTS | types)[name] for name in names}
     known = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=known)
-    text: str = triton.compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
+    assert compiled.metadata.shared <= SHARED_BYTES, f"{kernel} takes {compiled.metadata.shared} bytes a block"
+    text: str = compiled.asm["ptx"]
     return text
 
 
@@ -98,9 +105,9 @@ def products() -> None:
         cut = triton_ffn.tiles(each, gated=gated)
         sizes = {"tile": cut.rows, "results": cut.results, "block": cut.depth, "stages": cut.stages}
         for whole in (True, False):
-            text = build(
-                triton_ffn._products, cut.warps, types, depth=2048, groups=128, gated=gated, whole=whole, **sizes
-            )
+            constants = {"depth": 2048, "groups": 128, "gated": gated, "whole": whole, **sizes}
+            text = build(triton_ffn._products, cut.warps, types, ("rows", "weights", "result", "width"), **constants)
+            assert "cp.async.cg.shared.global" in text, "what is copied one element at a time is not copied ahead"
             assert f"wgmma.mma_async.sync.aligned.m64n{cut.rows}k16.f32.bf16.bf16" in text
 
 

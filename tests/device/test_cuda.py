@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import NullSink
+from moe_eplb.core.events import STREAMS, NullSink
+from moe_eplb.device import cuda
 from moe_eplb.device.cuda import CudaDevice
-from moe_eplb.device.streams import AuxStreamType
 
 
 def test_a_gpu_that_is_full_names_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,10 +29,10 @@ def test_a_gpu_that_is_full_names_the_channels(monkeypatch: pytest.MonkeyPatch) 
     assert "CUDA_DEVICE_MAX_CONNECTIONS=8 (now 32)" in str(raised.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_balancers_streams_go_before_the_models() -> None:
-    device = CudaDevice(NullSink())
-    balancers = device.stream(AuxStreamType.MoeBalancer), device.statistic_stream
-    others = device.main, device.stream(AuxStreamType.MoeShared)
-    priorities = [[stream.queue.priority for stream in kind] for kind in (balancers, others)]  # type: ignore[attr-defined]
-    assert max(priorities[0]) < min(priorities[1])
+def test_the_balancers_streams_go_before_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_new_stream", lambda device, priority=0: priority)
+    device: Any = SimpleNamespace(torch_device=None, _serial=False, _streams=[])
+    made = {name: CudaDevice._make_stream(device, name, index) for index, name in enumerate(STREAMS) if index}
+    priorities = {name: stream.queue for name, stream in made.items()}  # type: ignore[attr-defined]
+    balancers = {priorities.pop(name) for name in ("MoeBalancer", "MoeBalancerStatistic")}
+    assert max(balancers) < min(priorities.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +28,15 @@ class Told:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(raw_cuda_graph_exec=lambda: EXECUTABLE))
         monkeypatch.setattr(torch.cuda, "graph", self._graph)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
-        monkeypatch.setattr(cuda_graph, "driver_calls", lambda: SimpleNamespace(upload=self._upload))
+        monkeypatch.setattr(cuda_graph, "driver", lambda: SimpleNamespace(cuGraphUpload=self._upload))
 
     @contextlib.contextmanager
     def _graph(self, _graph: object, **_options: object) -> Iterator[None]:
         yield
         self.calls.append("captured")
 
-    def _upload(self, executable: int, stream: int) -> int:
-        self.calls.append(("upload", executable, stream))
+    def _upload(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
+        self.calls.append(("upload", executable.value, stream.value))
         return self.code
 
 

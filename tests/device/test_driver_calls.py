@@ -69,12 +69,6 @@ def test_an_event_that_has_not_happened_is_told_from_an_error(driver: Recorded) 
     assert driver.calls == [("cuEventQuery", ADDRESS), ("cuEventQuery", 9)]
 
 
-def test_a_graph_is_uploaded_by_the_call_itself(driver: Recorded) -> None:
-    driver.fails["cuGraphUpload"] = 2
-    assert driver.sequences.upload(ADDRESS, 5) == 2
-    assert driver.calls == [("cuGraphUpload", ADDRESS, 5)]
-
-
 def test_copies_end_at_the_one_that_fails(driver: Recorded) -> None:
     driver.fails["cuMemcpyAsync"] = 1
     column = np.array([1, 2], np.uint64)

@@ -11,6 +11,7 @@ from moe_eplb.device import ops
 from moe_eplb.device.ops import plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 from moe_eplb.device.ops import triton_ffn  # noqa: E402
@@ -57,13 +58,30 @@ def test_most_cells_have_one_tile(each: int, rows: int) -> None:
     assert {triton_ffn.tiles(each, gated=gated).rows for gated in (False, True)} == {rows}
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: numpy multiplies otherwise for other sizes")
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: numpy's sums depend on the size, other GPUs' on the kernel")
 @pytest.mark.parametrize("each", [8, 16, 32, 128])
-def test_a_row_has_the_bits_of_torchs_product(each: int) -> None:
-    x, weights, ends = _given([40, 0, 300, 1], 512, 256, 0)
+@pytest.mark.parametrize(("depth", "width"), [(512, 256), (264, 144)])
+def test_a_row_has_the_bits_of_torchs_product(depth: int, width: int, each: int) -> None:
+    x, weights, ends = _given([40, 0, 300, 1], depth, width, 0)
     torchs = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends)
     assert torch.equal(triton_ffn.grouped_product(x, weights, ends, each), torchs)
     assert torch.equal(triton_ffn.grouped_swiglu(x, weights, ends, each), ops.swiglu(torchs))
+
+
+def test_ends_beyond_the_rows_are_those_of_the_last() -> None:
+    x, weights, ends = _given([5, 20, 3], 64, 32, 0)
+    beyond = torch.tensor([5, 40, 60], dtype=torch.int32, device=DEVICE)
+    wanted = plain.grouped_product(x, weights, torch.tensor([5, 28, 28]), 8)
+    _assert_close(triton_ffn.grouped_product(x, weights, beyond, 8), wanted, torch.tensor([28]))
+    assert not torch.equal(wanted, plain.grouped_product(x, weights, ends, 8))
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_is_not_in_one_piece_is_refused(which: int) -> None:
+    given = list(_given([5, 20, 3], 64, 64, 0))
+    given[which] = given[which].transpose(1, 2) if which == 1 else given[which].repeat(2)[::2]
+    with pytest.raises(AssertionError):
+        triton_ffn.grouped_product(*given, 8)
 
 
 def test_nothing_is_written_behind_the_last_end(monkeypatch: pytest.MonkeyPatch) -> None:

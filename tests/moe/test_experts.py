@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
+from moe_eplb.moe import experts as experts_module
 from moe_eplb.moe.experts import ExpertSlots, entries_of, ffn_twin, group_by_slot, sum_over_k
 
 HIDDEN, INTERMEDIATE, SLOTS = 24, 16, 5
@@ -58,11 +59,16 @@ def test_few_rows_a_slot_go_through_products_of_their_own(
     assert seen == ([] if each is None else [each, each])
 
 
-def test_only_a_device_that_they_were_cut_for_takes_products_of_few_rows() -> None:
-    assert _experts(torch.bfloat16)._few_rows < 0
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        on_gpu = [ExpertSlots(2, 16, 16, dtype, torch.device("cuda")) for dtype in (torch.bfloat16, torch.float32)]
-        assert [experts._few_rows for experts in on_gpu] == [128, -1]
+@pytest.mark.parametrize(
+    ("kind", "capability", "taken"), [("cuda", (9, 0), True), ("cuda", (8, 9), False), ("cuda", (10, 0), False),
+                                      ("cpu", (9, 0), False)],
+)  # fmt: skip
+def test_only_a_device_that_they_were_cut_for_takes_products_of_few_rows(
+    kind: str, capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert experts_module._is_hopper(torch.device(kind)) is taken
+    assert not experts_module._is_hopper(None)
 
 
 def test_twin_computes_swiglu_with_w3_before_w1() -> None:

@@ -269,6 +269,19 @@ def test_an_exception_in_the_experts_leaves_the_next_iteration_clean(monkeypatch
         balancer.shutdown()
 
 
+def test_the_products_are_told_how_many_rows_to_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = _layer(get_device("cpu", NullSink()))
+    compute, seen = moe.experts.grouped_ffn, []
+
+    def noted(*given: Any, **options: Any) -> torch.Tensor:
+        seen.append(options)
+        return compute(*given, **options)
+
+    monkeypatch.setattr(moe.experts, "grouped_ffn", noted)
+    _step(moe, 0, 4, 0)
+    assert seen == [{"likely": 4 * TOP_K}]
+
+
 def test_kinds_carry_their_numbers() -> None:
     sink = ListSink()
     moe = _layer(get_device("cpu", sink))

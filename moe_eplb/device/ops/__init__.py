@@ -107,13 +107,13 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
-    """See `plain.grouped_swiglu`."""
+    """See `plain_ffn.grouped_swiglu`."""
     result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs, each)
     return result
 
 
 def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
-    """See `plain.grouped_product`."""
+    """See `plain_ffn.grouped_product`."""
     result: Tensor = _at(rows).grouped_product(rows, weights, offs, each)
     return result
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_ffn import grouped_product, grouped_swiglu, swiglu, swiglu_float32
 from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.ops.plain_sends import add_returned, arrive, order_sends, send_rows
 
@@ -19,6 +19,8 @@ __all__ = [
     "add_returned",
     "arrive",
     "combine",
+    "grouped_product",
+    "grouped_swiglu",
     "histogram",
     "order_sends",
     "pack_rows",
@@ -159,46 +161,12 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (values * inverse.unsqueeze(-1)).to(FP8), largest * (1 / LARGEST)
 
 
-def swiglu(rows: Tensor, offs: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up`` [N, I] of rows [N, 2I] that hold up before gate; computed in float32.
-
-    With `offs` int32 [G] rows after its last end are nobody's, and their results hold anything.
-    """
-    return _swiglu(rows).to(rows.dtype)
-
-
 def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`swiglu` quantised from float32 by `quantize_rows`: `FP8` [N, I] and scales float32 [N].
 
     With `offs` int32 [G] rows after its last end are nobody's, and what comes of them holds anything.
     """
-    return quantize_rows(_swiglu(rows))
-
-
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
-    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] that are grouped by cell.
-
-    The bits of `grouped_product` and `swiglu` after each other.
-
-    Args:
-        rows: In order of their cells.
-        w3_w1: [C, 2I, D], the rows of w3 before those of w1.
-        offs: int32 [C], end of each cell's rows; results of rows after the last end hold anything.
-        each: Rows that a cell probably has; the result does not depend on it.
-    """
-    return swiglu(grouped_product(rows, w3_w1, offs, each))
-
-
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
-    """``w x`` [N, B] of rows x [N, A] that are grouped by cell, as `grouped_swiglu` says; weights [C, B, A].
-
-    Added in float32 and rounded once.
-    """
-    del each
-    result = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32, device=rows.device)
-    for cell, (begin, end) in enumerate(pairwise([0, *offs.tolist()])):
-        result[begin:end] = rows[begin:end].float() @ weights[cell].float().T
-    return result.to(rows.dtype)
+    return quantize_rows(swiglu_float32(rows))
 
 
 def combine(output: Tensor, position: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -264,11 +232,6 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     elif method == "sigmoid":
         best = best.sigmoid()
     return ids.to(torch.int32), best.contiguous()
-
-
-def _swiglu(rows: Tensor) -> Tensor:
-    up, gate = rows.to(torch.float32).chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
 
 
 def _sources(position: Tensor, size: int) -> Tensor:

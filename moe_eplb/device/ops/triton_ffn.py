@@ -1,9 +1,9 @@
 """The experts' two products as Triton kernels for few rows an expert, where time goes by how fast weights are read.
 
-torch's grouped product computes tiles of 256 rows, of which a decode step has 8 in an expert. Here a tile has as many
-rows as an expert mostly has, the weights' rows are the wide side of the matrix instruction, and SwiGLU is computed
-before the first product is written to memory. A row's result depends neither on the rows beside it nor on how work is
-cut.
+torch's grouped product computes tiles of 256 rows, of which a decode step has 8 in an expert. Here a tile has room for
+twice an expert's mean, so that most need one, and for 128 rows at most; the weights' rows are the wide side of the
+matrix instruction, and SwiGLU is computed before the first product is written to memory. A row's result depends neither
+on the rows beside it nor on how work is cut.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -34,21 +34,22 @@ class Tiles(NamedTuple):
 
 _GATED = {16: (64, 128, 4, 3), 32: (64, 64, 4, 4), 64: (64, 64, 4, 4), 128: (128, 64, 8, 4)}
 _PLAIN = _GATED | {128: (128, 64, 8, 3)}
-"""What was fastest on an H200 for tiles of so many rows, see `benchmarks.gpu.few_rows`."""
+"""By the rows of a tile, the fastest on an H200 of six to ten that were tried; `benchmarks.gpu.few_rows` compares the
+tiles."""
 
 
 def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
-    """See `plain.grouped_swiglu`."""
+    """See `plain_ffn.grouped_swiglu`."""
     return launch(rows, w3_w1, offs, tiles(each, gated=True), gated=True)
 
 
 def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
-    """See `plain.grouped_product`."""
+    """See `plain_ffn.grouped_product`."""
     return launch(rows, weights, offs, tiles(each, gated=False), gated=False)
 
 
 def tiles(each: int, *, gated: bool) -> Tiles:
-    """How a product is cut where a cell has `each` rows: twice as many are mostly in one tile."""
+    """How a product is cut where a cell has `each` rows on average: in tiles of twice as many, 16 to 128."""
     cuts = _GATED if gated else _PLAIN
     rows = min(max(cuts), max(min(cuts), triton.next_power_of_2(2 * each)))
     return Tiles(rows, *cuts[rows])
@@ -56,6 +57,8 @@ def tiles(each: int, *, gated: bool) -> Tiles:
 
 def launch(rows: Tensor, weights: Tensor, offs: Tensor, cut: Tiles, *, gated: bool) -> Tensor:
     """Either product, cut so."""
+    assert weights.is_contiguous(), "they are too large to be copied"
+    assert offs.is_contiguous(), "one end lies behind the other"
     cells, width, depth = weights.shape
     width //= 1 + gated
     result = torch.empty(len(rows), width, dtype=rows.dtype, device=rows.device)
@@ -63,7 +66,7 @@ def launch(rows: Tensor, weights: Tensor, offs: Tensor, cut: Tiles, *, gated: bo
         return result
     most = len(rows) // cut.rows + min(cells, len(rows))
     _products[(most * triton.cdiv(width, cut.results),)](
-        rows.contiguous(), weights, offs, result, cells, width, depth=depth, gated=gated,
+        rows.contiguous(), weights, offs, result, len(rows), cells, width, depth=depth, gated=gated,
         groups=triton.next_power_of_2(cells), tile=cut.rows, results=cut.results, block=cut.depth,
         whole=width % cut.results == 0 and depth % cut.depth == 0, stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
@@ -71,12 +74,12 @@ def launch(rows: Tensor, weights: Tensor, offs: Tensor, cut: Tiles, *, gated: bo
 
 
 @declares(writes=["result"])
-@triton.jit(do_not_specialize=["cells"])
+@triton.jit(do_not_specialize=["count", "cells"])
 def _products(
-    rows, weights, offs, result, cells, width, depth: tl.constexpr, gated: tl.constexpr, groups: tl.constexpr,
+    rows, weights, offs, result, count, cells, width, depth: tl.constexpr, gated: tl.constexpr, groups: tl.constexpr,
     tile: tl.constexpr, results: tl.constexpr, block: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    cell, first, end, slice_ = _part_of(tl.program_id(0), offs, cells, tl.cdiv(width, results), groups, tile)
+    cell, first, end, slice_ = _part_of(tl.program_id(0), offs, count, cells, tl.cdiv(width, results), groups, tile)
     if cell < cells:
         row, at = first + tl.arange(0, tile), tl.arange(0, block)
         out = slice_ * results + tl.arange(0, results)
@@ -107,20 +110,20 @@ def _products(
 
 
 @triton.jit
-def _part_of(number, offs, cells, slices, groups: tl.constexpr, tile: tl.constexpr):
+def _part_of(number, offs, count, cells, slices, groups: tl.constexpr, tile: tl.constexpr):
     """A program's cell, first row, end of the cell's rows, and slice of the results; beyond the last a cell that is not
     there.
 
     Programs of one cell follow each other, and of them those that read the same weights.
     """
     cell = tl.arange(0, groups)
-    end = tl.load(offs + cell, mask=cell < cells, other=0)
-    begin = tl.load(offs + cell - 1, mask=(cell > 0) & (cell < cells), other=0)
+    end = tl.minimum(tl.load(offs + cell, mask=cell < cells, other=0), count)
+    begin = tl.minimum(tl.load(offs + cell - 1, mask=(cell > 0) & (cell < cells), other=0), count)
     tiles = tl.where(cell < cells, (end - begin + tile - 1) // tile, 0)
     last = tl.cumsum(tiles * slices, 0)
     mine = tl.sum((last <= number).to(tl.int32), 0)
     here = cell == mine
     within = number - tl.sum(tl.where(here, last - tiles * slices, 0), 0)
-    count = tl.maximum(tl.sum(tl.where(here, tiles, 0), 0), 1)
-    first = tl.sum(tl.where(here, begin, 0), 0) + within % count * tile
-    return mine, first, tl.sum(tl.where(here, end, 0), 0), within // count
+    parts = tl.maximum(tl.sum(tl.where(here, tiles, 0), 0), 1)
+    first = tl.sum(tl.where(here, begin, 0), 0) + within % parts * tile
+    return mine, first, tl.sum(tl.where(here, end, 0), 0), within // parts
