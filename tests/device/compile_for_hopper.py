@@ -26,7 +26,7 @@ SHARED_BYTES = 232_448
 
 
 def build(kernel: Any, warps: int, types: dict[str, str], aligned: tuple[str, ...] = (), **constants: Any) -> str:
-    """PTX of a kernel; machine code is made on the way. `aligned` arguments are multiples of 16, as most launches are."""
+    """PTX of a kernel; machine code is made on the way. `aligned` arguments are multiples of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else (COUNTS | types)[name] for name in names}
     known = {(names.index(name),): value for name, value in constants.items()}
