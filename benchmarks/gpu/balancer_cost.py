@@ -10,7 +10,6 @@ Exit 2 where there is no GPU, 1 where outputs differ.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.gpu.layer_cases import CASES, Case, gemms_alone, group, make_inputs
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.stacks import Stack, build, share_weights
 from benchmarks.gpu.timing import Graphs, ceilings, time_in_turns, time_without_pause
 from moe_eplb.balancer import BalancerOptions
@@ -63,15 +62,13 @@ CAPTURES = 4
 @click.option("--only", multiple=True, help="Only cases whose name contains this.")
 def main(out: Path, replays: int, only: Sequence[str]) -> None:
     """Time layers with an idle balancer against static routing."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     device = CudaDevice(NullSink())
     budgets = [budget for budget in BUDGETS if not only or any(part in budget.case for part in only)]
     with torch.inference_mode():
         limits, found = ceilings(), [_measure(budget, device, replays) for budget in budgets]
     result = {**machine("benchmarks.gpu.balancer_cost"), "replays": replays, "ceilings": limits, "cases": found}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(out, result)
     rows = [[case["name"], case["layer_us"]["static"], case["layer_us"]["spare"], case["layer_us"]["dynamic"],
              case["cost_us"], case["cost_share"], "yes" if case["reached"] else "no"] for case in found]  # fmt: skip
     heads = ["case", "static us/layer", "spare cells", "balanced", "cost us", "share", "reached"]

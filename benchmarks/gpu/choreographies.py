@@ -10,7 +10,6 @@ and backward (A B C D D C B A), so that what drifts meets all alike; a step's ti
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.gpu.layer_cases import Case
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.ranks import Ranks, joined
 from benchmarks.gpu.stacks import Stack, build, share_weights
 from benchmarks.gpu.timing import ceilings, time_without_pause
@@ -88,9 +87,7 @@ VARIANTS = {name: Variant(name) for name in ("static", "serial", "before", "afte
 )
 def main(out: Path, replays: int, only: Sequence[str], variants: Sequence[str]) -> None:
     """Time the choreographies against each other and against static routing."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     with torch.inference_mode(), joined() as ranks:
         limits = ceilings()
         result = {**machine("benchmarks.gpu.choreographies", ranks.size), "ranks": ranks.size, "ceilings": limits}
@@ -98,7 +95,7 @@ def main(out: Path, replays: int, only: Sequence[str], variants: Sequence[str]) 
         for name in only or SHAPES:
             shapes[name] = _measure(SHAPES[name], variants or list(VARIANTS), ranks, replays)
             if ranks.rank == 0:
-                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write(out, result)
                 _print(name, shapes[name])
 
 

@@ -7,7 +7,6 @@ Exit 2 where there is no GPU, 1 where a bit differs from torch's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -20,10 +19,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.gpu.layer_cases import grouped_mm
-from benchmarks.gpu.machine import machine
-from benchmarks.gpu.timing import ceilings, time_in_turns
+from benchmarks.gpu import gain
+from benchmarks.gpu.layer_cases import drawn
+from benchmarks.gpu.machine import machine, require_gpus, write
+from benchmarks.gpu.timing import ceilings, time_in_turns, told
 from moe_eplb.device import ops
+from moe_eplb.moe.grouped_mm import grouped_mm
 
 if TYPE_CHECKING:
     from moe_eplb.device.ops.triton_ffn import Tiles
@@ -46,7 +47,10 @@ class Sizes(NamedTuple):
         return 6 * self.hidden * self.intermediate
 
 
-MODELS = {"qwen3-30b": Sizes(128, 2048, 768), "deepseek-v3": Sizes(35, 7168, 2048)}
+_SLOTS = {"qwen3-30b": 128, "deepseek-v3": 35}
+MODELS = {
+    name: Sizes(slots, gain.MODELS[name]["hidden"], gain.MODELS[name]["intermediate"]) for name, slots in _SLOTS.items()
+}
 EACH = (1, 2, 8, 16, 32, 64, 128, 256)
 """Rows a slot, on average."""
 
@@ -65,16 +69,14 @@ class Given(NamedTuple):
 @click.option("--replays", type=click.IntRange(min=2), default=24, show_default=True, help="Products of each kind.")
 def main(out: Path, replays: int) -> None:
     """Time both products for few rows an expert."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     with torch.inference_mode():
         limits = ceilings()
         found = [_measure(*case, replays) for case in product(MODELS, EACH, (True, False))]
     result = {**machine("benchmarks.gpu.few_rows"), "replays": replays, "ceilings": limits, "cases": found}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(out, result)
     click.echo(_table(found))
-    click.echo(", ".join(f"{name} {value:.3g}" for name, value in limits.items()))
+    click.echo(told(limits))
     if wrong := [case["name"] for case in found if case["differing"]]:
         click.echo(f"bits differ from torch's: {', '.join(wrong)}", err=True)
         raise SystemExit(1)
@@ -87,7 +89,7 @@ def rows_of(slots: int, entries: int, *, even: bool, generator: torch.Generator)
 
 
 def _measure(name: str, each: int, even: bool, replays: int) -> dict[str, Any]:
-    from moe_eplb.device.ops import triton_ffn
+    from moe_eplb.device.ops import triton_ffn  # tests on a CPU turn Triton's interpreter on before it is imported
 
     sizes, generator = MODELS[name], torch.Generator().manual_seed(each)
     rows = rows_of(sizes.slots, each * sizes.slots, even=even, generator=generator)
@@ -104,14 +106,10 @@ def _measure(name: str, each: int, even: bool, replays: int) -> dict[str, Any]:
 
 
 def _given(sizes: Sizes, rows: Tensor) -> Given:
-    generator = torch.Generator("cuda").manual_seed(1)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    up = drawn(sizes.slots, 2 * sizes.intermediate, sizes.hidden) * sizes.hidden**-0.5
-    down = drawn(sizes.slots, sizes.hidden, sizes.intermediate) * sizes.intermediate**-0.5
-    return Given(drawn(int(rows.sum()), sizes.hidden), rows.cumsum(0).int().cuda(), up, down)
+    draw = partial(drawn, torch.Generator("cuda").manual_seed(1))
+    up = draw(sizes.slots, 2 * sizes.intermediate, sizes.hidden) * sizes.hidden**-0.5
+    down = draw(sizes.slots, sizes.hidden, sizes.intermediate) * sizes.intermediate**-0.5
+    return Given(draw(int(rows.sum()), sizes.hidden), rows.cumsum(0).int().cuda(), up, down)
 
 
 def _work(given: Given, cuts: Mapping[str, Tiles]) -> tuple[dict[str, Callable[[], object]], int]:

@@ -25,7 +25,7 @@ import torch
 import yaml
 from tabulate import tabulate
 
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.timing import ceilings
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.workload import expert_weights
@@ -88,16 +88,14 @@ def _adjacent(text: Mapping[str, Any]) -> dict[int, list[int]]:
 @click.option("--only", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only these workloads.")
 def main(out: Path, model: str, layers: int, tokens: int, rounds: int, steps: int, only: Sequence[str]) -> None:
     """Measure the gain for each workload."""
-    if torch.cuda.device_count() < RANKS:
-        click.echo(f"{RANKS} GPUs are needed: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus(RANKS)
     result = {**machine("benchmarks.gpu.gain"), "model": model, "asked": _ASKED, "ceilings": ceilings()}
     result["workloads"] = {}
     torch.cuda.empty_cache()
     for name in only or WORKLOADS:
         found = _gain(scenario_text(model, layers, name, tokens), rounds, steps)
         result["workloads"][name] = found | {"reached": found["gain"]["tells"] and found["gain"]["share"] >= _ASKED}
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(out, result)
     _print(result["workloads"])
 
 

@@ -8,7 +8,6 @@ in each slot. torch's kernel computes tiles: what is balanced in rows need not b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ import yaml
 from tabulate import tabulate
 
 from benchmarks.gpu import gain
-from benchmarks.gpu.layer_cases import Grouped, gemms_alone
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.layer_cases import Grouped, drawn, gemms_alone
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.timing import ceilings, time_in_turns
 from moe_eplb.core import scenario as scenarios
 from moe_eplb.core.placement import Placement
@@ -44,9 +43,7 @@ _TILE = 256
 @click.option("--replays", type=click.IntRange(min=2), default=200, show_default=True, help="Products of each case.")
 def main(out: Path, replays: int) -> None:
     """Time the two products for several ways to share the rows out."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     model = gain.MODELS["deepseek-v3"]
     slots = gain.SLOTS["deepseek-v3"] // gain.RANKS
     cases = {name: balanced_rows(workload) for name, workload in _WORKLOADS.items()}
@@ -56,7 +53,7 @@ def main(out: Path, replays: int) -> None:
         result = {**machine("benchmarks.gpu.grouped_products"), **model, "ceilings": ceilings()}
         samples = time_in_turns(work, replays)
     result["cases"] = {name: {"rows": rows.tolist(), "samples_ms": samples[name]} for name, rows in cases.items()}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(out, result)
     click.echo(_table(cases, {name: median(found) for name, found in samples.items()}))
 
 
@@ -83,14 +80,10 @@ def padded(rows: np.ndarray, tile: int = _TILE) -> float:
 def _products(
     cases: Mapping[str, np.ndarray], slots: int, hidden: int, intermediate: int
 ) -> dict[str, Callable[[], object]]:
-    generator = torch.Generator("cuda").manual_seed(1)
+    draw = partial(drawn, torch.Generator("cuda").manual_seed(1))
     most = max(int(rows.sum()) for rows in cases.values())
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    x, activations = drawn(most, hidden), drawn(most, intermediate)
-    weights = drawn(slots, 2 * intermediate, hidden) * hidden**-0.5, drawn(slots, hidden, intermediate) * 0.02
+    x, activations = draw(most, hidden), draw(most, intermediate)
+    weights = draw(slots, 2 * intermediate, hidden) * hidden**-0.5, draw(slots, hidden, intermediate) * 0.02
     ends = {name: torch.tensor(rows.cumsum(), dtype=torch.int32, device="cuda") for name, rows in cases.items()}
     return {name: partial(gemms_alone, Grouped(x, activations, end), *weights) for name, end in ends.items()}
 

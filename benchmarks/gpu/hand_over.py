@@ -7,7 +7,6 @@ Exit 2 where there is no GPU, 1 where outputs differ or an answer stays away.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
@@ -23,7 +22,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.gpu.layer_cases import Case
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
 from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.balancer.updater import Update
@@ -48,9 +47,7 @@ _DELAY = 2
 @click.option("--replays", type=click.IntRange(min=100), default=100_000, show_default=True)
 def main(out: Path, replays: int) -> None:
     """Time hand-overs, and replay without a synchronisation."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "hand_over": partial(hand_over, sleeps=True), "hand_over_awake": partial(hand_over, sleeps=False),
         "launch_rate": launch_rate, "bounded": partial(endless, replays, run_ahead=4),
@@ -61,7 +58,7 @@ def main(out: Path, replays: int) -> None:
         with torch.inference_mode():
             result[name] = part()
         click.echo(f"{name} is done", err=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(out, result)
     _print(result)
     if result["bounded"]["differs"] or result["unbounded"]["differs"]:
         click.echo("the outputs of layers whose experts moved differ from those of static ones", err=True)

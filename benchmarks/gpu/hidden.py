@@ -11,7 +11,6 @@ difference of step times of the two in turns. Exit 2 where there is no GPU.
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +24,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.gpu.choreographies import SHAPES, Shape
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.ranks import Ranks, joined
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
 from benchmarks.gpu.timing import ceilings, time_without_pause
@@ -72,9 +71,7 @@ def main(
     out: Path, steps: int, replays: int, slots: int, only: tuple[str, ...], awake: bool, keep: Path | None
 ) -> None:  # fmt: skip
     """Measure hidden shares and the main stream's loss."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     with torch.inference_mode(), joined() as ranks:
         limits = ceilings()
         result = {**machine("benchmarks.gpu.hidden", ranks.size), "ranks": ranks.size, "ceilings": limits, "shapes": {}}
@@ -82,7 +79,7 @@ def main(
             shape = replace(SHAPES[name], layers=_LAYERS.get(name, SHAPES[name].layers))
             result["shapes"][name] = _measure(name, shape, ranks, steps, replays, slots, awake, keep)
             if ranks.rank == 0:
-                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write(out, result)
                 _print(name, result["shapes"][name])
 
 

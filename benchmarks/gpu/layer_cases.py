@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from torch import Tensor
 from moe_eplb.core.events import Kind, NullSink
 from moe_eplb.device import Device
 from moe_eplb.moe import DefaultMoeRoutingMethod, MoeShape, WideEPMoE
+from moe_eplb.moe.grouped_mm import grouped_mm
 
 __all__ = [
     "CASES",
     "Case",
     "Grouped",
     "Inputs",
+    "drawn",
     "gemms_alone",
     "group",
-    "grouped_mm",
     "make_inputs",
     "make_layer",
     "obvious",
@@ -28,10 +29,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-grouped_mm = cast(
-    "Callable[..., Tensor]", getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +76,11 @@ class Grouped(NamedTuple):
     rows: Tensor
     activations: Tensor
     offs: Tensor
+
+
+def drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    """A bfloat16 tensor of that shape on the generator's GPU, standard normal."""
+    return torch.randn(*shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
 
 
 def make_layer(case: Case, device: Device, dtype: torch.dtype = torch.bfloat16) -> WideEPMoE:

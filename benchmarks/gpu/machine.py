@@ -1,17 +1,33 @@
-"""What a figure was taken with; nothing that names the machine."""
+"""What a figure was taken with, and where it goes; nothing that names the machine."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
-__all__ = ["machine"]
+__all__ = ["machine", "require_gpus", "write"]
+
+
+def require_gpus(count: int = 1) -> None:
+    """End with code 2 where torch has fewer GPUs."""
+    if torch.cuda.device_count() < count:
+        lacking = "there is no GPU for torch on this machine" if count == 1 else f"{count} GPUs are needed"
+        click.echo(f"{lacking}: nothing was timed", err=True)
+        raise SystemExit(2)
+
+
+def write(out: Path, result: Mapping[str, Any]) -> None:
+    """Put the figures, with their raw samples, into a JSON file."""
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def machine(module: str, ranks: int = 1) -> dict[str, Any]:

@@ -8,7 +8,6 @@ The layer's output is compared with the composition's first. Exit 2 where there 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,8 @@ from benchmarks.gpu.layer_cases import (
     obvious,
     untimed_cuda,
 )
-from benchmarks.gpu.machine import machine
-from benchmarks.gpu.timing import Graphs, ceilings, time_in_turns
+from benchmarks.gpu.machine import machine, require_gpus, write
+from benchmarks.gpu.timing import Graphs, ceilings, time_in_turns, told
 from moe_eplb.device import Device
 from moe_eplb.moe import WideEPMoE
 
@@ -47,17 +46,15 @@ _TOLERANCE = 0.02
 @click.option("--only", multiple=True, help="Only cases whose name contains this.")
 def main(out: Path, replays: int, only: Sequence[str]) -> None:
     """Time the MoE layer on one GPU."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     cases = [case for case in CASES if not only or any(part in case.name for part in only)]
     with torch.inference_mode():
         device = untimed_cuda()
         limits, found = ceilings(), [_measure(case, device, replays) for case in cases]
     result = {**machine("benchmarks.gpu.moe_layer"), "replays": replays, "ceilings": limits, "cases": found}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(out, result)
     _print(found)
-    click.echo(", ".join(f"{name} {value:.3g}" for name, value in limits.items()))
+    click.echo(told(limits))
     if wrong := [case["name"] for case in found if case["relative_error"] > _TOLERANCE]:
         click.echo(f"outputs differ from the composition's by more than {_TOLERANCE}: {', '.join(wrong)}", err=True)
         raise SystemExit(1)

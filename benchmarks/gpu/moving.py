@@ -13,7 +13,6 @@ each round of blocks. Exit 2 where there is no GPU, 1 where outputs differ.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +28,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.gpu.layer_cases import CASES, Case
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.ranks import Ranks, joined
 from benchmarks.gpu.stacks import ForcedOptions, Stack, build
 from benchmarks.gpu.timing import ceilings
@@ -86,15 +85,13 @@ class _TimedCopier(CudaCopier):
 @click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each rank.")
 def main(out: Path, model: str, steps: int, block: int, slots: int, awake: bool, tokens: int) -> None:
     """Time steps while experts move."""
-    if not torch.cuda.is_available():
-        click.echo("there is no GPU for torch on this machine: nothing was timed", err=True)
-        raise SystemExit(2)
+    require_gpus()
     with torch.inference_mode(), joined() as ranks:
         measured = ceilings()
         found = _measure(_case(model, tokens, ranks.size), ranks, steps, block, slots, awake)
         result = {**machine("benchmarks.gpu.moving", ranks.size), "ceilings": measured, **found}
         if ranks.rank == 0:
-            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(out, result)
             _print(result)
     if result["outputs_differ"]:
         click.echo("outputs of layers whose experts move differ from those of static ones", err=True)

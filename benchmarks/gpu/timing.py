@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["Graphs", "ceilings", "time_in_turns", "time_without_pause"]
+__all__ = ["Graphs", "ceilings", "time_in_turns", "time_without_pause", "told"]
 
 _WARM_UP = 3
 
@@ -102,6 +102,11 @@ def ceilings(replays: int = 60) -> dict[str, float]:
         "gemm_8192_bf16_tflops": 2 * size**3 / middle["gemm"] / 1e12,
         "copy_tb_per_s": 2 * 2 * elements / middle["copy"] / 1e12,
     }
+
+
+def told(limits: Mapping[str, float]) -> str:
+    """`ceilings` in a line."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in limits.items())
 
 
 def _discard(result: object) -> None:

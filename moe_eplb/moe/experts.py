@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
 from moe_eplb.device.ops import FP8
 from moe_eplb.moe.fp8 import in_expert_dtype, require_fp8, scaled_product
+from moe_eplb.moe.grouped_mm import grouped_mm
 from moe_eplb.moe.weight_names import scale_name, weight_names
 
 __all__ = [
@@ -32,10 +33,6 @@ __all__ = [
 _ROW_BYTES = 16
 _FEW_ROWS = 128
 """Rows a slot up to which kernels that are made for few rows take less time than torch's tiles of 256, on Hopper."""
-
-_grouped_mm = cast(
-    "Callable[..., Tensor]", getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-)
 
 
 class Grouping(NamedTuple):
@@ -232,7 +229,7 @@ class ExpertSlots(nn.Module):
             return rows.new_empty(0, weight.shape[2])
         if rows.is_cuda and rows.dtype is torch.float32:  # which torch's grouped GEMM does not take there
             return _multiply_by_cell(rows, weight, offs)
-        return _grouped_mm(rows, weight, offs=offs)
+        return grouped_mm(rows, weight, offs=offs)
 
 
 class _Slots(Sequence[Mapping[str, Tensor]]):

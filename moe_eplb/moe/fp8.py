@@ -14,17 +14,17 @@ from itertools import chain
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
 from moe_eplb.device.ops import FP8
+from moe_eplb.moe.grouped_mm import grouped_mm
 from moe_eplb.moe.weight_names import SCALE_NAMES, scale_name
 
 __all__ = ["in_expert_dtype", "require_fp8", "scaled_product"]
 
 _Product = Callable[..., Tensor]
-_grouped_mm = cast("_Product", getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None))
 
 
 def in_expert_dtype(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -79,6 +79,6 @@ def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale
 
 
 def _dequantized_product(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor) -> Tensor:
-    product = _grouped_mm(rows.to(torch.float32), weight.to(torch.float32).transpose(1, 2), offs=offs)
+    product = grouped_mm(rows.to(torch.float32), weight.to(torch.float32).transpose(1, 2), offs=offs)
     cell = torch.searchsorted(offs, torch.arange(len(rows), dtype=offs.dtype), right=True).clamp(max=len(offs) - 1)
     return (product * row_scale.unsqueeze(1) * weight_scale[cell]).to(torch.bfloat16)

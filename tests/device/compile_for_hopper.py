@@ -19,8 +19,6 @@ NUMBERS = (
     "stride", "scale_stride", "mark_stride", "tables_size", "cells_size",
 )  # fmt: skip
 COUNTS = dict.fromkeys(NUMBERS, "i32")
-
-
 SHARED_BYTES = 232_448
 """Of one block at most."""
 

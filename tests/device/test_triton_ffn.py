@@ -9,6 +9,7 @@ import torch
 
 from moe_eplb.device import ops
 from moe_eplb.device.ops import plain
+from moe_eplb.moe.grouped_mm import grouped_mm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
@@ -63,7 +64,7 @@ def test_most_cells_have_one_tile(each: int, rows: int) -> None:
 @pytest.mark.parametrize(("depth", "width"), [(512, 256), (264, 144)])
 def test_a_row_has_the_bits_of_torchs_product(depth: int, width: int, each: int) -> None:
     x, weights, ends = _given([40, 0, 300, 1], depth, width, 0)
-    torchs = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    torchs = grouped_mm(x, weights.transpose(1, 2), offs=ends)
     assert torch.equal(triton_ffn.grouped_product(x, weights, ends, each), torchs)
     assert torch.equal(triton_ffn.grouped_swiglu(x, weights, ends, each), ops.swiglu(torchs))
 

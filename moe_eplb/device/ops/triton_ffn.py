@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.ops.triton_rows import silu_times
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["Tiles", "grouped_product", "grouped_swiglu", "launch", "tiles"]
@@ -104,7 +105,7 @@ def _products(
         kept: tl.constexpr = result.dtype.element_ty
         if gated:  # rounded as a product that is written to memory is, so that it has the same bits
             up_value, gate_value = summed.to(kept).to(tl.float32), gating.to(kept).to(tl.float32)
-            summed = gate_value * tl.sigmoid(gate_value) * up_value
+            summed = silu_times(gate_value, up_value)
         place = result + row.to(tl.int64)[None, :] * width + out[:, None]
         tl.store(place, summed.to(kept), mask=there[None, :] & (out < width)[:, None])
 

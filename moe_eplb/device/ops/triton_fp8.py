@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_eplb.device.ops.plain import FP8, LARGEST, LEAST_MAX
 from moe_eplb.device.ops.triton_group import permute_few, with_dense_rows
+from moe_eplb.device.ops.triton_rows import silu_times
 from moe_eplb.device.sanitizer import declares
 
 __all__ = ["permute_rows_fp8", "swiglu_fp8"]
@@ -111,7 +112,7 @@ def _swiglu_fp8(
         at = row.to(tl.int64)[:, None]
         up = tl.load(rows + at * (2 * width) + column[None, :], mask=mask, other=0.0).to(tl.float32)
         gate = tl.load(rows + at * (2 * width) + width + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        value = gate * tl.sigmoid(gate) * up
+        value = silu_times(gate, up)
         scale, inverse = _scale_of(tl.max(value.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1))
         quantized = (value * inverse[:, None]).to(result.dtype.element_ty)
         tl.store(result + at * width + column[None, :], quantized, mask=mask)

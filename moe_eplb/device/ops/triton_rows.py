@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["add_blocks", "combine", "pack_rows", "swiglu", "word_of"]
+__all__ = ["add_blocks", "combine", "pack_rows", "silu_times", "swiglu", "word_of"]
 
 _ELEMENTS = 4096
 """Results of one program of SwiGLU."""
@@ -85,6 +85,12 @@ def _dividing(width: int, blocks: tuple[int, ...]) -> int:
     return next((block for block in blocks if width % block == 0), blocks[-1])
 
 
+@triton.jit
+def silu_times(gate, up):
+    """``silu(gate) * up`` in float32: one formula, so that all kernels which compute it give the same bits."""
+    return gate * tl.sigmoid(gate) * up
+
+
 @declares(writes=["result"])
 @triton.jit(do_not_specialize=["count"])
 def _swiglu(
@@ -100,7 +106,7 @@ def _swiglu(
         at = row.to(tl.int64)[:, None]
         up = tl.load(rows + at * (2 * width) + column[None, :], mask=mask).to(tl.float32)
         gate = tl.load(rows + at * (2 * width) + width + column[None, :], mask=mask).to(tl.float32)
-        value = gate * tl.sigmoid(gate) * up
+        value = silu_times(gate, up)
         tl.store(result + at * width + column[None, :], value.to(result.dtype.element_ty), mask=mask)
 
 
