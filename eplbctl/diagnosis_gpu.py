@@ -54,6 +54,8 @@ def _gpus(scenario: Scenario, gpus: list[Gpu], driver: list[SeenByDriver], probe
     yield _nccl(len(gpus), scenario, probes)
     yield _nvshmem(probes)
     yield _connections(probes)
+    if len(gpus) > 1:
+        yield _graph_mixing(probes)
     yield _lockable(probes)
     cost = "nothing runs on a GPU: the operations there are Triton kernels"
     yield _module("triton", "triton", cost, _needed(scenario), "triton>=3.6", probes)
@@ -160,6 +162,16 @@ def _connections(probes: Probes) -> Finding:
         cost = f"{needed} streams share {value} hardware queues: one that waits blocks another that could run"
         return Finding(CONNECTIONS, "warning", value, cost, fix)
     return Finding(CONNECTIONS, "ok", value)
+
+
+def _graph_mixing(probes: Probes) -> Finding:
+    from moe_eplb.device.environment import GRAPH_MIXING
+
+    value = probes.variable(GRAPH_MIXING)
+    if value in ("", "0"):
+        return Finding(GRAPH_MIXING, "ok", value or "not set: ranks on one machine ask for 0")
+    cost = "NCCL adds nodes of its own to graphs, after which its kernels begin late: decode steps take longer"
+    return Finding(GRAPH_MIXING, "warning", value, cost, f"unset {GRAPH_MIXING}")
 
 
 def _lockable(probes: Probes) -> Finding:

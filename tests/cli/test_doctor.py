@@ -229,6 +229,7 @@ def _one(findings: list[Finding], part: str) -> Finding:
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
 CUDA = """\
 ranks: 2
 iterations: 4
@@ -255,7 +256,7 @@ def test_a_good_machine_with_gpus(count: int, call: Call, write: Write, monkeypa
     assert call("doctor").code == 0
     assert "fix:" not in call("doctor").out
     findings = _gpu_findings(call, monkeypatch, _with_gpus(count))
-    expected = GPU_PARTS[:3] + ["GPU links"] * (count > 1) + GPU_PARTS[3:]
+    expected = GPU_PARTS[:3] + ["GPU links"] * (count > 1) + GPU_PARTS[3:6] + [MIXING] * (count > 1) + GPU_PARTS[6:]
     assert [(finding.part, finding.state) for finding in findings] == [(part, "ok") for part in expected]
     assert _one(findings, "GPU").found == f"{count} x NVIDIA H200, 140.0 GiB, 9.0"
     assert _one(findings, "driver").found == "580.95.05, torch for CUDA 13.0"
@@ -267,7 +268,7 @@ def test_a_good_machine_with_gpus(count: int, call: Call, write: Write, monkeypa
 def test_the_readme_names_every_part() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = readme.partition("### What doctor looks at")[2].partition("###")[0].replace("`", "")
-    assert [part for part in [*PARTS, *GPU_PARTS, "GPU links"] if part not in section] == []
+    assert [part for part in [*PARTS, *GPU_PARTS, "GPU links", MIXING] if part not in section] == []
 
 
 OLD = SeenByDriver("NVIDIA H200", "535.161.08", "Default")
@@ -288,6 +289,7 @@ NO_LIBRARY = Nsys(Path("/opt/nsys"), problem="the library libdw.so.1 is missing"
         (_with_gpus(has_nvshmem=False), "NVSHMEM", "none", "symm_mem is refused", "nvidia-nvshmem"),
         (_with_gpus(variables={CONNECTIONS: "1"}), CONNECTIONS, "1", "blocks another", "unset"),
         (_with_gpus(variables={CONNECTIONS: "x"}), CONNECTIONS, "x", "no number", "unset"),
+        (_with_gpus(2, variables={MIXING: "1"}), MIXING, "1", "begin late", "unset"),
         (_with_gpus(lockable=8 << 20), "locked memory", "at most 8 MiB", "pinned", "ulimit -l"),
         (_with_gpus(broken="triton"), "triton", "No module named 'triton'", "nothing runs on a GPU", "pip install"),
         (_with_gpus(broken="cuda.bindings.driver"), "cuda-bindings", "No module", "hand over", "pip install"),
@@ -355,6 +357,16 @@ def test_every_stream_needs_a_hardware_queue(
 ) -> None:
     probes = _with_gpus(variables={CONNECTIONS: value})
     assert _one(_gpu_findings(call, monkeypatch, probes), CONNECTIONS).state == state
+
+
+@pytest.mark.usefixtures("good_machine")
+@pytest.mark.parametrize(("value", "found"), [("", "not set"), ("0", "0")])
+def test_graphs_without_nodes_of_nccl_are_fine(
+    value: str, found: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = _one(_gpu_findings(call, monkeypatch, _with_gpus(2, variables={MIXING: value})), MIXING)
+    assert finding.state == "ok"
+    assert found in finding.found
 
 
 # -- the probes themselves -------------------------------------------------------------------------------------------
