@@ -1,7 +1,7 @@
 """Steps of four MoE layers on one GPU, or on several, while experts of every other layer move.
 
     python -m benchmarks.gpu.moving --out FILE.json
-    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --tokens 4096 --slots 44 --out FILE.json
+    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --tokens 4096 --slots 52 --out FILE.json
     torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --model deepseek-v3 --tokens 2048 --slots 12 --out FILE.json
 
 On one GPU weights come from host memory, on several each expert comes from the GPU before. Four variants in turns, in
