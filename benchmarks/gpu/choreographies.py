@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -82,10 +82,11 @@ VARIANTS = {name: Variant(name) for name in ("static", "serial", "before", "afte
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 @click.option("--replays", type=click.IntRange(min=32), default=400, show_default=True, help="Replays of each variant.")
 @click.option("--only", multiple=True, type=click.Choice(list(SHAPES)), help="Only these shapes.")
+@click.option("--layers", type=click.IntRange(min=1), help="So many layers, and not as many as a shape has.")
 @click.option(
     "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these, static first."
 )
-def main(out: Path, replays: int, only: Sequence[str], variants: Sequence[str]) -> None:
+def main(out: Path, replays: int, only: Sequence[str], layers: int | None, variants: Sequence[str]) -> None:
     """Time the choreographies against each other and against static routing."""
     require_gpus()
     with torch.inference_mode(), joined() as ranks:
@@ -93,7 +94,8 @@ def main(out: Path, replays: int, only: Sequence[str], variants: Sequence[str]) 
         result = {**machine("benchmarks.gpu.choreographies", ranks.size), "ranks": ranks.size, "ceilings": limits}
         result["shapes"] = shapes = {}
         for name in only or SHAPES:
-            shapes[name] = _measure(SHAPES[name], variants or list(VARIANTS), ranks, replays)
+            shape = SHAPES[name] if layers is None else replace(SHAPES[name], layers=layers)
+            shapes[name] = _measure(shape, variants or list(VARIANTS), ranks, replays)
             if ranks.rank == 0:
                 write(out, result)
                 _print(name, shapes[name])

@@ -29,6 +29,7 @@ from moe_eplb.balancer.updater import Update
 from moe_eplb.core.events import NullSink
 from moe_eplb.core.placement import Placement
 from moe_eplb.core.planner import Plan, initial_slots
+from moe_eplb.core.samples import compare
 from moe_eplb.device import control
 from moe_eplb.device.control import LayerState, ModelState, Report
 from moe_eplb.device.cuda import CudaDevice
@@ -118,8 +119,12 @@ def hand_over(*, sleeps: bool, count: int = 400) -> dict[str, Any]:
     return {"median_us": median(found), "p99_us": quantiles(found, n=100)[98], "asked_us": 30.0, "samples_us": found}
 
 
-def launch_rate(rounds: int = 12, launches: int = 16000) -> dict[str, Any]:
-    """Microseconds of an eager launch: no updater at work, one that rests after each update, one that never rests."""
+def launch_rate(rounds: int = 40, launches: int = 6000) -> dict[str, Any]:
+    """Microseconds of an eager launch: no updater at work, one that rests after each update, one that never rests.
+
+    Launches of a quiet thread differ by a quarter from one second to the next, so that blocks are short, and each is
+    compared with the quiet one of its own round.
+    """
     device = CudaDevice(NullSink())
     options = ForcedOptions(resident=True, spare_slots=_FORCED, forced=_FORCED)
     stack = build(_SMALL, _LAYERS, device, updates=_LAYERS, slots=20, options=options)
@@ -146,10 +151,12 @@ def launch_rate(rounds: int = 12, launches: int = 16000) -> dict[str, Any]:
     lost = {
         name: (median(samples[name]) - quiet) * launches * rounds / updates[name] for name in pauses if name != "quiet"
     }
+    pairs = compare([[[sample] for sample in found] for found in samples.values()])
     return {
         "median_us": {name: median(found) for name, found in samples.items()}, "asked": 1.05, "updates": updates,
-        "lost_us_per_update": lost,
-        "ratio": {name: median(found) / quiet for name, found in samples.items()}, "samples_us": samples,
+        "lost_us_per_update": lost, "ratio": {name: pair.ratio for name, pair in zip(samples, pairs, strict=True)},
+        "interval": {name: [pair.low, pair.high] for name, pair in zip(samples, pairs, strict=True)},
+        "samples_us": samples,
     }  # fmt: skip
 
 
@@ -252,8 +259,9 @@ def _print(result: dict[str, Any]) -> None:
         for what in ("median_us", "p99_us")
     ]
     rate = result["launch_rate"]
-    rows += [[f"launches, updates {name}", rate["asked"], ratio] for name, ratio in rate["ratio"].items()]
-    click.echo(tabulate(rows, headers=["what", "asked", "seen"], floatfmt=".3f"))
+    rows += [[f"launches, updates {name}", rate["asked"], ratio, *rate["interval"][name]]
+             for name, ratio in rate["ratio"].items()]  # fmt: skip
+    click.echo(tabulate(rows, headers=["what", "asked", "seen", "low", "high"], floatfmt=".3f"))
     click.echo(tabulate([{**result[name]} for name in ("bounded", "unbounded")], headers="keys", floatfmt=".3f"))
 
 

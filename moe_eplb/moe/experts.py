@@ -58,7 +58,7 @@ class Grouped(NamedTuple):
     position: Tensor
     """int32 [M, K]: the row of each entry, -1 for none."""
     offs: Tensor
-    """int32 [S + X]: end of each cell's entries."""
+    """int32 [S + X]: end of each cell's entries; or [S], of each slot's, where products look slots up themselves."""
     row_scale: Tensor | None = None
     """float32 [N], where the rows are fp8."""
 
@@ -159,21 +159,34 @@ class ExpertSlots(nn.Module):
         ]
 
     def group(
-        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] = lambda: None
-    ) -> Grouped:
+        self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] = lambda: None, *,
+        first: int = 0, likely: int | None = None,
+    ) -> Grouped:  # fmt: skip
         """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
+
+        Where the products will be those of few rows, the order is that of slots, which takes less time.
 
         Args:
             hidden: [M, D]; rows may be strided.
-            slots: Local slots; those outside [0, S) have no entry.
+            slots: Slots, of which this rank's are [first, first + S); others have no entry.
             entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
             copying: Called before the rows are copied.
+            first: The slot that is local slot 0.
+            likely: See `grouped_ffn`.
         """
-        cells, groups = self.slot_cells if self.spare else None, self.num_slots + self.spare
+        size = slots.numel() if entries is None else entries
+        by_slot = not self.spare or self._each(size, likely) <= self._few_rows
+        cells = None if by_slot else self.slot_cells
+        groups = self.num_slots if by_slot else self.num_slots + self.spare
+        given = (hidden, slots, groups, cells, entries, copying, first)
         if self.dtype is FP8:
-            rows, row_scale, position, offs = ops.permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
+            rows, row_scale, position, offs = ops.permute_rows_fp8(*given)
             return Grouped(rows, position, offs, row_scale)
-        return Grouped(*ops.permute_rows(hidden, slots, groups, cells, entries, copying))
+        return Grouped(*ops.permute_rows(*given))
+
+    def _each(self, rows: int, likely: int | None) -> int:
+        """Rows that a slot probably has of so many, of which `likely` are within the ends."""
+        return -(-(rows if likely is None else likely) // self.num_slots)
 
     def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
         """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""
@@ -204,7 +217,7 @@ class ExpertSlots(nn.Module):
     def grouped_ffn(
         self, rows: Tensor, offs: Tensor, row_scale: Tensor | None = None, *, likely: int | None = None
     ) -> Tensor:
-        """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] that are grouped by cell, as `offs` int32 [S + X] says.
+        """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] that are grouped as `group` does, with ends `offs`.
 
         Where the experts are fp8, so are the rows, with `row_scale` float32 [N], and outputs are bfloat16. Outputs of
         rows after the last end hold anything. `likely`: how many rows the cells probably have together, all unless
@@ -214,10 +227,11 @@ class ExpertSlots(nn.Module):
             assert row_scale is not None, "fp8 rows come with scales"
             activated, scale = ops.swiglu_fp8(self._scaled(rows, row_scale, "w3_w1", offs), offs)
             return self._scaled(activated, scale, "w2", offs)
-        each = -(-(len(rows) if likely is None else likely) // self.num_slots)
-        if each <= self._few_rows:
-            activated = ops.grouped_swiglu(rows, self.weight("w3_w1"), offs, each)
-            return ops.grouped_product(activated, self.weight("w2"), offs, each)
+        each, cells = self._each(len(rows), likely), self.num_slots + self.spare
+        if each <= self._few_rows or len(offs) < cells:
+            table = self.slot_cells if len(offs) < cells else None
+            activated = ops.grouped_swiglu(rows, self.weight("w3_w1"), offs, each, table)
+            return ops.grouped_product(activated, self.weight("w2"), offs, each, table)
         return self._multiply(ops.swiglu(self._multiply(rows, "w3_w1", offs), offs), "w2", offs)
 
     def _scaled(self, rows: Tensor, row_scale: Tensor, name: str, offs: Tensor) -> Tensor:

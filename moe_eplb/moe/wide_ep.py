@@ -264,8 +264,9 @@ class WideEPMoE(nn.Module):
         def compute() -> _Computed:
             beside_copying = partial(self._stages.mark_statistics, grouped=False)
             rows, position, offs, scale = self.experts.group(
-                received.hidden, received.slots, received.entries, beside_copying
-            )
+                received.hidden, received.slots, received.entries, beside_copying,
+                first=received.first_slot, likely=received.likely_entries,
+            )  # fmt: skip
             self._stages.mark_statistics(grouped=True)
             output = self.experts.grouped_ffn(rows, offs, scale, likely=received.likely_entries)
             return _Computed(output, position, offs)
@@ -283,7 +284,7 @@ class WideEPMoE(nn.Module):
         probe.output(self.layer_idx, x, router_logits, ids, scales, y)
 
     def _report_processed(self, probe: Probe, received: Received, position: Tensor, offs: Tensor) -> None:
-        entries = entries_of(received.slots, position, offs)
+        entries = entries_of(received.local_slots, position, offs)
         source, token = received.source_rank()[entries.row], received.token()[entries.row]
         probe.processed(self.layer_idx, source, token, entries.k, entries.slot + self.rank * self.slots_per_rank)
 

@@ -98,12 +98,13 @@ def sends() -> None:
 
 def products() -> None:
     """The experts' products of few rows, whose weights are the wide side of the matrix instruction."""
-    types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "result": "*bf16", "cells": "i32"}
+    types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "table": "*i32", "result": "*bf16"}
+    types |= {"ends": "i32", "cells": "i32"}
     for gated, each in product((True, False), (8, 16, 32, 128)):
         cut = triton_ffn.tiles(each, gated=gated)
         sizes = {"tile": cut.rows, "results": cut.results, "block": cut.depth, "stages": cut.stages}
-        for whole in (True, False):
-            constants = {"depth": 2048, "groups": 128, "gated": gated, "whole": whole, **sizes}
+        for whole, mapped in product((True, False), (True, False)):
+            constants = {"depth": 2048, "groups": 128, "gated": gated, "mapped": mapped, "whole": whole, **sizes}
             text = build(triton_ffn._products, cut.warps, types, ("rows", "weights", "result", "width"), **constants)
             assert "cp.async.cg.shared.global" in text, "what is copied one element at a time is not copied ahead"
             assert f"wgmma.mma_async.sync.aligned.m64n{cut.rows}k16.f32.bf16.bf16" in text

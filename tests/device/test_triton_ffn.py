@@ -46,6 +46,27 @@ def test_products_equal_their_twins(rows: list[int], depth: int, width: int) -> 
     _assert_close(triton_ffn.grouped_swiglu(x, weights, ends, 8), plain.grouped_swiglu(x, weights, ends, 8), ends)
 
 
+@pytest.mark.parametrize("cells", [[2, 0, 4], [1, 1, 3]])
+def test_a_group_has_the_weights_of_its_cell(cells: list[int]) -> None:
+    x, _, ends = _given([5, 40, 20], 64, 32, 3)
+    weights = _given([0] * 5, 64, 32, 0)[1]
+    table = torch.tensor(cells, dtype=torch.int32, device=DEVICE)
+    wanted = plain.grouped_product(x, weights[cells], ends, 8)
+    for twin in (plain, triton_ffn):
+        _assert_close(twin.grouped_product(x, weights, ends, 8, table), wanted, ends)
+        _assert_close(twin.grouped_swiglu(x, weights, ends, 8, table), plain.swiglu(wanted), ends)
+
+
+def test_a_cell_that_does_not_exist_is_not_read() -> None:
+    x, _, ends = _given([5, 20, 3, 4], 64, 32, 0)
+    weights = _given([0] * 5, 64, 32, 0)[1]
+    table = torch.tensor([2, -1, 5, 4], dtype=torch.int32, device=DEVICE)
+    wanted = plain.grouped_product(x, weights, ends, 8, table)
+    found = triton_ffn.grouped_product(x, weights, ends, 8, table)
+    for there in (slice(0, 5), slice(28, 32)):
+        assert torch.allclose(found[there].float(), wanted[there].float(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("tiles", [Tiles(16, 64, 32, 4, 2), Tiles(32, 128, 16, 8, 3), Tiles(64, 64, 64, 4, 4)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_however_they_are_cut(tiles: Tiles, gated: bool) -> None:
@@ -77,12 +98,19 @@ def test_ends_beyond_the_rows_are_those_of_the_last() -> None:
     assert not torch.equal(wanted, plain.grouped_product(x, weights, ends, 8))
 
 
-@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("which", [1, 2, 3])
 def test_what_is_not_in_one_piece_is_refused(which: int) -> None:
-    given = list(_given([5, 20, 3], 64, 64, 0))
-    given[which] = given[which].transpose(1, 2) if which == 1 else given[which].repeat(2)[::2]
-    with pytest.raises(AssertionError):
-        triton_ffn.grouped_product(*given, 8)
+    given = [*_given([5, 20, 3], 64, 64, 0), torch.arange(3, dtype=torch.int32, device=DEVICE)]
+    given[which] = given[which].transpose(1, 2) if which == 1 else given[which].repeat_interleave(2)[::2]
+    with pytest.raises(AssertionError, match=r"copied|lies behind"):
+        triton_ffn.grouped_product(*given[:3], 8, given[3])
+
+
+def test_each_group_has_one_end_and_one_cell() -> None:
+    x, weights, ends = _given([5, 20, 3], 64, 64, 0)
+    for cells in (None, torch.zeros(3, dtype=torch.int32, device=DEVICE)):
+        with pytest.raises(AssertionError, match="each group has one"):
+            triton_ffn.grouped_product(x, weights, ends[:2], 8, cells)
 
 
 def test_nothing_is_written_behind_the_last_end(monkeypatch: pytest.MonkeyPatch) -> None:

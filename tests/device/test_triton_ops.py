@@ -165,6 +165,26 @@ def test_permute(rows: int, slots: int, spare: int | None) -> None:
     assert len(placed) == int(((local >= 0) & (local < slots)).sum())
 
 
+@pytest.mark.parametrize("small", [0, 4096])
+@pytest.mark.parametrize("spare", [None, 3])
+@pytest.mark.parametrize("first", [1, 5, 2000])
+def test_slots_are_counted_from_the_first(
+    monkeypatch: pytest.MonkeyPatch, first: int, spare: int | None, small: int
+) -> None:
+    monkeypatch.setattr(triton_group, "_SMALL", small)
+    local, groups = _ids(37, 20, top_k=8), 20 + (spare or 0)
+    given, cells = (local + first).int(), None if spare is None else _cells(20, groups)
+    hidden = _randn(37, 24, dtype=torch.float32)
+    wanted = plain.permute_rows(hidden, local, groups, cells)
+    for twin in (plain, triton_ops):
+        found = twin.permute_rows(hidden, given, groups, cells, first=first)
+        position, offs = twin.permute(given, groups, cells, first)
+        last = int(offs[-1])
+        assert found[1].tolist() == position.tolist() == wanted[1].tolist()
+        assert found[2].tolist() == offs.tolist() == wanted[2].tolist()
+        assert torch.equal(found[0][:last], wanted[0][:last])
+
+
 def test_a_cell_that_does_not_exist_takes_nothing() -> None:
     local, cells = _ids(40, 3), torch.tensor([1, 7, -1], dtype=torch.int32, device=DEVICE)
     for twin in (plain, triton_ops):

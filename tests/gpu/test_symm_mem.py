@@ -35,7 +35,7 @@ def _forward(dispatcher: Dispatcher, given: tuple[torch.Tensor, ...], tokens: li
     x, slots, scales = given
     exchange = dispatcher.prepare(slots, slots, None, tokens)
     received = exchange.dispatch(x, scales)
-    rows, position, _ = ops.permute_rows(received.hidden, received.slots, PER_RANK, None, received.entries)
+    rows, position, _ = ops.permute_rows(received.hidden, received.local_slots, PER_RANK, None, received.entries)
     return exchange.combine(sum_over_k(rows, position, received.scales, exchange.partial_dtype))
 
 

@@ -74,8 +74,10 @@ def _forward(dispatcher: Dispatcher, rank: int, given: Inputs, tokens: list[int]
     assert (received.entries is None) == (dispatcher.static_shapes or one_rank)
     share = received.slots.numel() // dispatcher.ranks.size
     assert received.likely_entries == (share if received.entries is None else received.entries)
-    rows, position, offs = ops.permute_rows(received.hidden, received.slots, PER_RANK, None, received.entries)
-    entries = entries_of(received.slots, position, offs)
+    rows, position, offs = ops.permute_rows(
+        received.hidden, received.slots, PER_RANK, None, received.entries, first=received.first_slot
+    )
+    entries = entries_of(received.local_slots, position, offs)
     assert received.entries in (None, len(entries.row))
     slot = entries.slot + rank * PER_RANK
     # Rows that no entry has must not show anywhere.
@@ -223,7 +225,7 @@ def _forget_waiting(kind: str, monkeypatch: pytest.MonkeyPatch) -> Received:
     monkeypatch.setattr(torch, "tensor", _waits)
     exchange = dispatcher.prepare(given.slots, given.ids, given.riders, [4])
     received = exchange.dispatch(given.x, given.scales)
-    rows, position, _ = ops.permute_rows(received.hidden, received.slots, PER_RANK)
+    rows, position, _ = ops.permute_rows(received.hidden, received.local_slots, PER_RANK)
     y = exchange.combine(sum_over_k(rows, position, received.scales, exchange.partial_dtype))
     monkeypatch.undo()
     assert y.shape == given.x.shape

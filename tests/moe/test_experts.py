@@ -156,6 +156,27 @@ def test_a_slot_computes_with_the_weights_of_its_cell() -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize(("likely", "few"), [(5, True), (6, False), (None, False)])
+def test_few_rows_are_grouped_by_slot_and_products_look_the_cells_up(
+    likely: int | None, few: bool, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = _experts(torch.float32, spare=2)
+    experts.slot_cells.copy_(torch.tensor([6, 1, 0, 3, 5]))
+    slots = torch.tensor([[0, 4], [2, 1], [3, 0], [-1, 7]], dtype=torch.int32)
+    hidden, scales = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(5)), torch.ones(4, 2)
+    rows, position, offs, _ = experts.group(hidden, slots)
+    wanted = sum_over_k(experts.grouped_ffn(rows, offs), position, scales)
+    monkeypatch.setattr(experts, "_few_rows", 1)
+    rows, position, offs, _ = experts.group(hidden, (slots + first).int(), first=first, likely=likely)
+    assert offs.tolist() == ([2, 3, 4, 5, 6] if few else [1, 2, 2, 3, 3, 4, 6])
+    found = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    experts.slot_cells[0] = 2
+    other = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
+    assert torch.equal(other, found) is not few, "the cells are looked up when the products are made"
+
+
 def test_sum_over_k_weights_entries_and_leaves_other_rows_zero() -> None:
     slots = torch.tensor([[1, -1], [-1, -1], [0, 1]], dtype=torch.int32)
     scales = torch.tensor([[0.5, 9.0], [9.0, 9.0], [2.0, 3.0]])

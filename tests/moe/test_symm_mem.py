@@ -56,7 +56,7 @@ def _symm_mem(dtype: torch.dtype = torch.float32, *, static: bool = True) -> Sym
 def _forward(dispatcher: Dispatcher, rank: int, given: Inputs, tokens: list[int] | None) -> torch.Tensor:
     exchange = dispatcher.prepare(given.slots, given.slots, None, tokens)
     received = exchange.dispatch(given.x, given.scales)
-    rows, position, offs = ops.permute_rows(received.hidden, received.slots, PER_RANK, None, received.entries)
+    rows, position, offs = ops.permute_rows(received.hidden, received.local_slots, PER_RANK, None, received.entries)
     end = torch.arange(len(rows)).unsqueeze(1) < offs[-1]
     slot = torch.searchsorted(offs, torch.arange(len(rows)), right=True, out_int32=True) + rank * PER_RANK
     output = torch.where(end, rows.float() * (slot + 1).unsqueeze(1) + slot.unsqueeze(1), torch.nan).to(rows.dtype)
@@ -254,7 +254,7 @@ def test_nothing_waits_for_the_device(loopback: SymmMem, tokens: int, monkeypatc
     monkeypatch.setattr(torch, "tensor", _waits)
     exchange = loopback.prepare(given.slots, given.slots, None, [tokens, 5])
     received = exchange.dispatch(given.x, given.scales)
-    rows, position, _ = ops.permute_rows(received.hidden, received.slots, PER_RANK)
+    rows, position, _ = ops.permute_rows(received.hidden, received.local_slots, PER_RANK)
     y = exchange.combine(sum_over_k(rows, position, received.scales, exchange.partial_dtype))
     monkeypatch.undo()
     assert (y.shape, received.entries, len(received.slots)) == (given.x.shape, None, 10)

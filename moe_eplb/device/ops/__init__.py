@@ -70,27 +70,27 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     return ids, scales
 
 
-def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
     """See `plain.permute`."""
-    position, offs = _at(slots).permute(slots, groups, cells)
+    position, offs = _at(slots).permute(slots, groups, cells, first)
     return position, offs
 
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None,
+    copying: Callable[[], None] = lambda: None, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
-    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying)
+    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying, first)
     return rows, position, offs
 
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None,
+    copying: Callable[[], None] = lambda: None, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying)
+    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying, first)
     return rows, scale, position, offs
 
 
@@ -106,15 +106,15 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return values, scale
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
     """See `plain_ffn.grouped_swiglu`."""
-    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs, each)
+    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs, each, cells)
     return result
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
     """See `plain_ffn.grouped_product`."""
-    result: Tensor = _at(rows).grouped_product(rows, weights, offs, each)
+    result: Tensor = _at(rows).grouped_product(rows, weights, offs, each, cells)
     return result
 
 

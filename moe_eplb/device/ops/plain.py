@@ -90,19 +90,20 @@ def route(
     return torch.where(inside, slot, invalid).to(torch.int32).reshape(ids.shape)
 
 
-def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
     """Where each entry goes when entries are grouped, in order of arrival within a group.
 
     Args:
-        slots: int [M, K], the local slot of each entry, outside [0, S) for none.
+        slots: int [M, K], the slot of each entry, outside [first, first + S) for none.
         groups: G, the number of groups.
-        cells: int32 [S], the group of each slot; None when slot s is group s, and then S is G.
+        cells: int32 [S], the group of each slot; None when slot first + s is group s, and then S is G.
+        first: The lowest slot that has a group.
 
     Returns:
         position: int32 [M, K], from 0; -1 for entries without a slot.
         offs: int32 [G], the end of each group's entries.
     """
-    key = _groups_of(slots.reshape(-1), groups, cells)
+    key = _groups_of(slots.reshape(-1) - first, groups, cells)
     order = torch.argsort(key, stable=True)
     position = torch.empty_like(order)
     position[order] = torch.arange(order.numel(), device=slots.device)
@@ -112,12 +113,12 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None) -> tuple[Te
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None,
+    copying: Callable[[], None] = lambda: None, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute`, and the hidden states [M, D] (rows may be strided) copied to where their entries go.
 
     Args:
-        hidden, slots, groups, cells: As for `permute`.
+        hidden, slots, groups, cells, first: As for `permute`.
         entries: N, how many entries have a slot; None when nobody knows, and then N is M * K.
         copying: Called before the rows are copied: what is submitted then runs beside that.
 
@@ -125,7 +126,7 @@ def permute_rows(
         rows: [N, D]; rows after the last group's end hold anything.
         position, offs: As for `permute`.
     """
-    position, offs = permute(slots, groups, cells)
+    position, offs = permute(slots, groups, cells, first)
     source = _sources(position, slots.numel() if entries is None else entries)
     copying()
     return hidden[source], position, offs
@@ -133,7 +134,7 @@ def permute_rows(
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None,
+    copying: Callable[[], None] = lambda: None, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute_rows` of the hidden states as `quantize_rows` gives them; each is quantised once for all its entries.
 
@@ -141,7 +142,7 @@ def permute_rows_fp8(
         rows: `FP8` [N, D] and scale: float32 [N]; both hold anything after the last group's end.
         position, offs: As for `permute`.
     """
-    position, offs = permute(slots, groups, cells)
+    position, offs = permute(slots, groups, cells, first)
     source = _sources(position, slots.numel() if entries is None else entries)
     copying()
     rows, scale = quantize_rows(hidden)

@@ -24,27 +24,31 @@ def swiglu_float32(rows: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int) -> Tensor:
-    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] that are grouped by cell.
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] in groups, each of which has weights of its own.
 
     The bits of `grouped_product` and `swiglu` after each other.
 
     Args:
-        rows: In order of their cells.
-        w3_w1: [C, 2I, D], the rows of w3 before those of w1; contiguous, as `offs` is.
-        offs: int32 [C], end of each cell's rows, none beyond N; results of rows after the last end hold anything.
-        each: Rows that a cell probably has; the result does not depend on it.
+        rows: In order of their groups.
+        w3_w1: [C, 2I, D], the rows of w3 before those of w1; contiguous, as `offs` and `cells` are.
+        offs: int32 [G], end of each group's rows, none beyond N; results of rows after the last end hold anything.
+        each: Rows that a group probably has; the result does not depend on it.
+        cells: int32 [G], which of the C weights a group has, and where that is none of them its results hold anything;
+            None when group g has weights g, and then G is C.
     """
-    return swiglu(grouped_product(rows, w3_w1, offs, each))
+    return swiglu(grouped_product(rows, w3_w1, offs, each, cells))
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int) -> Tensor:
-    """``w x`` [N, B] of rows x [N, A] that are grouped by cell, as `grouped_swiglu` says; weights [C, B, A].
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+    """``w x`` [N, B] of rows x [N, A] in groups, as `grouped_swiglu` says; weights [C, B, A].
 
     Added in float32 and rounded once.
     """
     del each
     result = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32, device=rows.device)
-    for cell, (begin, end) in enumerate(pairwise([0, *offs.tolist()])):
-        result[begin:end] = rows[begin:end].float() @ weights[cell].float().T
+    held = range(len(offs)) if cells is None else cells.tolist()
+    for cell, (begin, end) in zip(held, pairwise([0, *offs.tolist()]), strict=True):
+        if 0 <= cell < len(weights):
+            result[begin:end] = rows[begin:end].float() @ weights[cell].float().T
     return result.to(rows.dtype)

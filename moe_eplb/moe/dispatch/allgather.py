@@ -127,8 +127,8 @@ class AllGatherExchange:
         found = gather_block(ranks, self._row, self._block, x, scales, self._integers, self._riding)
         hidden, scales, integers, _ = found
         self.riders = self.riders if self._riding is None else found.riders
-        slots = integers[0] if ranks.size == 1 else integers[0] - ranks.rank * owner.slots_per_rank
-        entries = None if self._static else int(((slots >= 0) & (slots < owner.slots_per_rank)).sum())
+        slots, first = integers[0], ranks.rank * owner.slots_per_rank
+        entries = None if self._static else int(((slots >= first) & (slots < first + owner.slots_per_rank)).sum())
         return Received(
             hidden=hidden,
             slots=slots,
@@ -136,6 +136,7 @@ class AllGatherExchange:
             source_counts=(self._block,) * ranks.size,
             entries=entries,
             expert_ids=self._real_rows(integers[1]) if owner.gather_ids else None,
+            first_slot=first,  # left to the grouping: a kernel of its own would only subtract it
         )
 
     def _real_rows(self, ids: Tensor) -> Tensor:

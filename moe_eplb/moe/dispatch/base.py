@@ -21,7 +21,8 @@ class Received:
     hidden: Tensor
     """[M, D] in the model's dtype, rows may be strided; rows without a slot may hold anything."""
     slots: Tensor
-    """int32 [M, K]: local slot of this rank, outside [0, S) where another rank or none processes the entry."""
+    """int32 [M, K]: slot, of which this rank's are [first_slot, first_slot + S); another rank or none processes the
+    other entries."""
     scales: Tensor
     """float32 [M, K], rows may be strided; entries without a slot may hold anything."""
     source_counts: tuple[int, ...]
@@ -32,6 +33,13 @@ class Received:
     """int64 or int32 [M]: the row's token within its source rank; None where row i of a source rank is its token i."""
     expert_ids: Tensor | None = None
     """int32 [sum of T over ranks, K] of all ranks, where the dispatch was asked to gather them."""
+    first_slot: int = 0
+    """What local slot 0 is called in `slots`."""
+
+    @property
+    def local_slots(self) -> Tensor:
+        """int32 [M, K]: local slot of this rank, outside [0, S) where another rank or none processes the entry."""
+        return self.slots - self.first_slot if self.first_slot else self.slots
 
     @property
     def likely_entries(self) -> int:
