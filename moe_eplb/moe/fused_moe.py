@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_eplb.device import ops
-from moe_eplb.moe.experts import Grouping, group_by_slot, sum_over_k
+from moe_eplb.moe.grouping import Grouping, group_by_slot, sum_over_k
 from moe_eplb.moe.local_moe import LocalMoE
 
 __all__ = ["FusedMoE"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_eplb.moe.experts import sum_over_k
+from moe_eplb.moe.grouping import sum_over_k
 from moe_eplb.moe.local_moe import LocalMoE
 
 __all__ = ["GroupedMoE"]

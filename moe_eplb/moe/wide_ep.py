@@ -17,7 +17,8 @@ from moe_eplb.core.probe import Probe
 from moe_eplb.device import AuxStreamType, Device, Stream
 from moe_eplb.moe.chunking import Chunk, ChunkStreams
 from moe_eplb.moe.dispatch import AllGather, AllToAll, Dispatcher, Exchange, Received, SymmMem
-from moe_eplb.moe.experts import ExpertSlots, entries_of, sum_over_k
+from moe_eplb.moe.experts import ExpertSlots
+from moe_eplb.moe.grouping import entries_of, sum_over_k
 from moe_eplb.moe.routing import BaseMoeRoutingMethod
 from moe_eplb.moe.shape import MoeShape
 from moe_eplb.moe.splitter import Splitter
@@ -271,8 +272,7 @@ class WideEPMoE(nn.Module):
             output = self.experts.grouped_ffn(rows, offs, scale, likely=received.likely_entries)
             return _Computed(output, position, offs)
 
-        most = received.slots.numel() if received.entries is None else received.entries
-        computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=most)
+        computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=received.most_entries)
         self._stages.release_statistics()
         if self.probe is not None:
             processed = partial(self._report_processed, self.probe, received, computed.position, computed.offs)

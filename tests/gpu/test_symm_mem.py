@@ -12,7 +12,7 @@ from torch.distributed import _symmetric_memory
 from moe_eplb.core.events import NullSink
 from moe_eplb.device import get_device, ops
 from moe_eplb.moe.dispatch import AllToAll, Dispatcher, SymmMem
-from moe_eplb.moe.experts import sum_over_k
+from moe_eplb.moe.grouping import sum_over_k
 from tests.support.ranks import run_ranks
 
 GPUS = torch.cuda.device_count()

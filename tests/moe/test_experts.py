@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
 from moe_eplb.moe import experts as experts_module
-from moe_eplb.moe.experts import ExpertSlots, entries_of, ffn_twin, group_by_slot, sum_over_k
+from moe_eplb.moe.experts import ExpertSlots, ffn_twin
+from moe_eplb.moe.grouping import entries_of, group_by_slot, sum_over_k
 
 HIDDEN, INTERMEDIATE, SLOTS = 24, 16, 5
 

@@ -10,8 +10,9 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import NullSink
 from moe_eplb.device import get_device
 from moe_eplb.moe import MoeShape, RenormalizeMoeRoutingMethod, create_moe
-from moe_eplb.moe.experts import ExpertSlots, Grouped, sum_over_k
+from moe_eplb.moe.experts import ExpertSlots
 from moe_eplb.moe.fp8 import in_expert_dtype, require_fp8, scaled_product
+from moe_eplb.moe.grouping import Grouped, sum_over_k
 
 FP8 = torch.float8_e4m3fn
 NAMES = ("w3_w1", "w2", "w3_w1_scale", "w2_scale")

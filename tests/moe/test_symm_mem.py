@@ -12,7 +12,7 @@ from moe_eplb.core.events import NullSink
 from moe_eplb.device import get_device, ops
 from moe_eplb.device.symmetric import HostSymmetric, Symmetric
 from moe_eplb.moe.dispatch import AllToAll, Dispatcher, Received, SymmMem
-from moe_eplb.moe.experts import sum_over_k
+from moe_eplb.moe.grouping import sum_over_k
 from tests.support.ranks import run_ranks
 
 HIDDEN, TOP_K, PER_RANK = 8, 3, 3

@@ -42,6 +42,11 @@ class Received:
         return self.slots - self.first_slot if self.first_slot else self.slots
 
     @property
+    def most_entries(self) -> int:
+        """`entries`, and where only the device knows them how many there can be."""
+        return self.slots.numel() if self.entries is None else self.entries
+
+    @property
     def likely_entries(self) -> int:
         """`entries`, and where only the device knows them what an even load would give this rank."""
         return self.slots.numel() // len(self.source_counts) if self.entries is None else self.entries
