@@ -169,8 +169,8 @@ def _graph_mixing(probes: Probes) -> Finding:
 
     value = probes.variable(GRAPH_MIXING)
     if value in ("", "0"):
-        return Finding(GRAPH_MIXING, "ok", value or "not set: ranks on one machine ask for 0")
-    cost = "NCCL adds nodes of its own to graphs, after which its kernels begin late: decode steps take longer"
+        return Finding(GRAPH_MIXING, "ok", value or "not set: ranks ask for 0 where all are on one machine")
+    cost = "NCCL adds nodes of its own to graphs, after which its kernels begin late: only several machines need them"
     return Finding(GRAPH_MIXING, "warning", value, cost, f"unset {GRAPH_MIXING}")
 
 

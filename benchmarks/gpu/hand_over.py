@@ -197,8 +197,7 @@ class Busy:
         copier.wait()  # for the one before the last, as the balancer does
         copier.enqueue([(self._target, self._source)])
         self.done += 1
-        if self._pause is not None:
-            self._rest.wait(self._pause)
+        if self._pause is not None and not self._rest.wait(self._pause) and self._pause is not None:
             self._submit()
         return StagedWeights()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import click
 import torch
+
+from moe_eplb.device.environment import CONNECTIONS, GRAPH_MIXING
 
 __all__ = ["machine", "require_gpus", "write"]
 
@@ -31,7 +34,10 @@ def write(out: Path, result: Mapping[str, Any]) -> None:
 
 
 def machine(module: str, ranks: int = 1) -> dict[str, Any]:
-    """Command, GPU, driver and versions, for a benchmark that was started as a module, in so many ranks by torchrun."""
+    """Command, GPU, driver, versions and what CUDA and NCCL are asked for, of a benchmark that was started as a module.
+
+    `ranks`: As many as torchrun has started.
+    """
     import triton
 
     program = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
@@ -43,6 +49,7 @@ def machine(module: str, ranks: int = 1) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
+        "environment": {name: os.environ.get(name) for name in (CONNECTIONS, GRAPH_MIXING)},
     }
 
 

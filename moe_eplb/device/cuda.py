@@ -22,7 +22,7 @@ from moe_eplb.device.cuda_graph import CudaGraph
 from moe_eplb.device.cuda_sharing import SharedDeviceMemory
 from moe_eplb.device.cuda_stream import CudaEvent, CudaStream
 from moe_eplb.device.cuda_times import CudaTimes, timing_event
-from moe_eplb.device.environment import CONNECTIONS
+from moe_eplb.device.environment import CONNECTIONS, GRAPH_MIXING
 from moe_eplb.device.nvshmem import NvshmemSymmetric
 from moe_eplb.device.order import StreamOrder
 from moe_eplb.device.sanitizer import attach
@@ -70,6 +70,7 @@ class CudaDevice(Device):
         self._looks: list[Callable[[], None]] = []
         self._capture: CudaGraph[Any] | None = None
         self._graphs = 0
+        self._replays_end_first, self._replaying = os.environ.get(GRAPH_MIXING) == "0", False
         self.graph_pool: Any = None
         # Else it may have its channel in common with a stream whose kernel waits for the copies.
         self._copies = _new_stream(self.torch_device, _COPIES)
@@ -141,6 +142,7 @@ class CudaDevice(Device):
         for stream in self._streams:  # not the whole device: other threads may have streams that wait for them
             stream.queue.synchronize()
             stream.release(stream.submitted)
+        self._replaying = False
         self._times.tell()
 
     def settle(self) -> None:
@@ -186,6 +188,7 @@ class CudaDevice(Device):
 
     def replayed(self, graph: CudaGraph[Any]) -> None:
         """A replay was enqueued in this iteration."""
+        self._replaying = self._replays_end_first
         self._looks += graph.looks
         self._times.replayed(graph, self.iteration)
 
@@ -258,6 +261,9 @@ class CudaDevice(Device):
         stream.submitted += 1
         if self._capture is not None:
             return self._times.capture(fn, stream, kind, layer, self._capture, a)
+        if self._replaying:  # NCCL may hang where a graph is under way, see `GRAPH_MIXING`, whatever streams wait for
+            self._streams[0].queue.synchronize()
+            self._replaying = False
         return self._times.launch(fn, stream, kind, layer, self.iteration, a, b)
 
     def _check(self, stream: Stream, kind: Kind, layer: int, a: int) -> None:

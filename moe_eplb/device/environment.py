@@ -13,14 +13,14 @@ stream that waits would hold up the model's."""
 
 GRAPH_MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
 """With 1, NCCL's default, it adds nodes to graphs that order its work against work outside of them: they make each of
-its kernels begin some us late (https://github.com/NVIDIA/nccl/issues/1901). Ours is in the order of streams anyway."""
+its kernels begin some us late (https://github.com/NVIDIA/nccl/issues/1901). With 0 it wants no two graphs beside each
+other, and none under way when a collective is launched that is not captured: `CudaDevice` keeps to that."""
 
 
 def prepare_process() -> None:
     """Ask for a hardware queue for each stream, and NCCL for graphs without nodes of its own; what is set stays.
 
-    The nodes stay, too, where torchrun says that ranks are on several machines: there threads of the host send, in
-    the order of NCCL's calls and not of streams.
+    The nodes stay, too, where torchrun says that ranks are on several machines, which was never tried without.
     """
     os.environ.setdefault(CONNECTIONS, str(ENOUGH_CONNECTIONS))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):

@@ -66,7 +66,7 @@ def replica_chosen_by_receiver(module: ModuleType) -> None:
         for block, count in zip(slots.chunk(len(exchange._counts)), exchange._counts, strict=True):
             block[:count] = mine[taken : taken + count]
             taken += count
-        return dataclasses.replace(received, slots=slots, entries=int((slots >= 0).sum()))
+        return dataclasses.replace(received, slots=slots, first_slot=0, entries=int((slots >= 0).sum()))
 
     module.WideEPMoE._dispatch = rechoose
 
