@@ -8,6 +8,7 @@ and all that it has started ends. Exit 1 unless all of them are there in the end
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -79,32 +80,38 @@ JOBS: Mapping[str, Job] = {
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the JSON files."
 )
 @click.option("--gpus", type=click.IntRange(1, 2), default=1, show_default=True, help="Those that need so many.")
-@click.option("--budget", type=click.FloatRange(min=0), help="Begin none that usually takes longer than what is left.")
+@click.option("--budget", type=click.FloatRange(min=0), help="Seconds in which all has ended.")
 def main(names: Sequence[str], out: Path, gpus: int, budget: float | None) -> None:
     """Run the benchmarks that are asked for, all that need as many GPUs unless they are named."""
-    chosen = {name: job for name, job in JOBS.items() if name in names or (not names and job.gpus == gpus)}
+    chosen = {name: JOBS[name] for name in names or JOBS if names or JOBS[name].gpus == gpus}
     require_gpus(max(job.gpus for job in chosen.values()))
     out.mkdir(parents=True, exist_ok=True)
-    deadline = None if budget is None else time.monotonic() + budget
-    rows = [[name, *_run(job, out / f"{name}.json", deadline)] for name, job in chosen.items()]
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    rows = []
+    for name, job in chosen.items():
+        rows.append([name, *_run(job, out / f"{name}.json", deadline)])
+        click.echo(f"{name}: {rows[-1][-1]}", err=True)
     click.echo(tabulate(rows, headers=["benchmark", "seconds", "how it went"], floatfmt=".0f"))
     raise SystemExit(not all((out / f"{name}.json").exists() for name in chosen))
 
 
-def _run(job: Job, target: Path, deadline: float | None) -> tuple[float | None, str]:
+def _run(job: Job, target: Path, deadline: float) -> tuple[float | None, str]:
     """Seconds that it took and how it went; its file has its name once it has come to its end."""
     if target.exists():
         return None, "there already"
     begun = time.monotonic()
-    if deadline is not None and begun + job.usual_s > deadline:
+    if begun + job.usual_s > deadline:
         return None, f"left out: it takes {job.usual_s} s"
     part = target.with_suffix(".part.json")
-    ended = run_bounded(job.command(part), mark=_MARK, timeout_s=_LIMIT * job.usual_s)
+    part.unlink(missing_ok=True)
+    ended = run_bounded(job.command(part), mark=_MARK, timeout_s=min(_LIMIT * job.usual_s, deadline - begun))
     took = time.monotonic() - begun
-    if ended.code == 0:
-        part.rename(target)
-        return took, "done"
-    return took, "out of time" if ended.code is None else f"ended with {ended.code}"
+    if ended.code is None:
+        return took, "out of time"
+    if ended.code != 0 or not part.exists():
+        return took, f"ended with {ended.code}" + (", and wrote nothing" if ended.code == 0 else "")
+    part.rename(target)
+    return took, "done"
 
 
 if __name__ == "__main__":

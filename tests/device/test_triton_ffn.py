@@ -57,14 +57,26 @@ def test_a_group_has_the_weights_of_its_cell(cells: list[int]) -> None:
         _assert_close(twin.grouped_swiglu(x, weights, ends, 8, table), plain.swiglu(wanted), ends)
 
 
-def test_a_cell_that_does_not_exist_is_not_read() -> None:
+def test_rows_of_a_cell_that_does_not_exist_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.full((32, 32), 7.0, dtype=DTYPE, device=DEVICE)
     x, _, ends = _given([5, 20, 3, 4], 64, 32, 0)
     weights = _given([0] * 5, 64, 32, 0)[1]
     table = torch.tensor([2, -1, 5, 4], dtype=torch.int32, device=DEVICE)
     wanted = plain.grouped_product(x, weights, ends, 8, table)
+    monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory)
     found = triton_ffn.grouped_product(x, weights, ends, 8, table)
+    assert found[5:28].eq(7).all()
     for there in (slice(0, 5), slice(28, 32)):
         assert torch.allclose(found[there].float(), wanted[there].float(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_there_may_be_more_groups_than_weights() -> None:
+    x, _, ends = _given([5, 0, 20, 3, 4, 1, 1, 2, 9], 64, 32, 0)
+    weights = _given([0] * 2, 64, 32, 0)[1]
+    cells = [1, 0, 0, 1, 0, 1, 1, 0, 1]
+    table = torch.tensor(cells, dtype=torch.int32, device=DEVICE)
+    wanted = plain.grouped_product(x, weights[cells], ends, 8)
+    _assert_close(triton_ffn.grouped_product(x, weights, ends, 8, table), wanted, ends)
 
 
 @pytest.mark.parametrize("tiles", [Tiles(16, 64, 32, 4, 2), Tiles(32, 128, 16, 8, 3), Tiles(64, 64, 64, 4, 4)])

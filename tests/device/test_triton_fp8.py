@@ -110,6 +110,17 @@ def test_permute_rows_fp8(
         assert torch.equal(_bytes(_fp8(found[:placed])), _bytes(wanted[:placed]))
 
 
+@pytest.mark.parametrize("first", [1, 7])
+def test_slots_are_counted_from_the_first(first: int) -> None:
+    local = torch.randint(-1, 6, (20, 4), dtype=torch.int32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    _, _, wanted, ends = plain.permute_rows_fp8(hidden, local, 5)
+    for twin in (plain, triton_ops):
+        _, _, position, offs = twin.permute_rows_fp8(hidden, (local + first).int(), 5, first=first)
+        assert position.tolist() == wanted.tolist()
+        assert offs.tolist() == ends.tolist()
+
+
 def test_permuted_rows_keep_the_bytes_of_their_token() -> None:
     local = torch.tensor([[1, 0], [-1, 1], [0, 0]], dtype=torch.int32, device=DEVICE)
     hidden = _randn(3, 32)

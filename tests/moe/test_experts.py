@@ -173,6 +173,8 @@ def test_few_rows_are_grouped_by_slot_and_products_look_the_cells_up(
     assert offs.tolist() == ([2, 3, 4, 5, 6] if few else [1, 2, 2, 3, 3, 4, 6])
     found = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    if few:
+        assert torch.equal(sum_over_k(experts.grouped_ffn(rows, offs), position, scales), found), "as they are grouped"
     experts.slot_cells[0] = 2
     other = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
     assert torch.equal(other, found) is not few, "the cells are looked up when the products are made"

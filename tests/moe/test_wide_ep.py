@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -271,15 +272,15 @@ def test_an_exception_in_the_experts_leaves_the_next_iteration_clean(monkeypatch
 
 def test_the_products_are_told_how_many_rows_to_expect(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = _layer(get_device("cpu", NullSink()))
-    compute, seen = moe.experts.grouped_ffn, []
+    seen: list[int | None] = []
 
-    def noted(*given: Any, **options: Any) -> torch.Tensor:
-        seen.append(options)
-        return compute(*given, **options)
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **options: (seen.append(options.get("likely")), call(*given, **options))[1]
 
-    monkeypatch.setattr(moe.experts, "grouped_ffn", noted)
+    for name in ("group", "grouped_ffn"):
+        monkeypatch.setattr(moe.experts, name, noted(getattr(moe.experts, name)))
     _step(moe, 0, 4, 0)
-    assert seen == [{"likely": 4 * TOP_K}]
+    assert seen == [4 * TOP_K] * 2, "both decide by the same number"
 
 
 def test_kinds_carry_their_numbers() -> None:
