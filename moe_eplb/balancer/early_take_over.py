@@ -14,11 +14,10 @@ class EarlyTakeOver(ResidentPlans):
     """The part of `ResidentLayer` that takes layers over.
 
     The first layer of an iteration is taken over beside its top-k, and in a graph before that: where a graph parts
-    into branches at its very beginning, all but the first begin several times as late as a take-over takes. Another one
-    beside the experts of the layer before,
-    where both have one queue, and where no exception discards what is enqueued: else one rank might have committed
-    what another forgets. All that a take-over needs is the vote, for what read the layer's tables in the last iteration
-    has ended before the layer's own hand-over then.
+    into branches at its very beginning, all but one begin several times as late as a take-over takes. Another one
+    beside the experts of the layer before, where both have one queue, and where no exception discards what is enqueued:
+    else one rank might have committed what another forgets. All that a take-over needs is the vote, for what read the
+    layer's tables in the last iteration has ended before the layer's own hand-over then.
     """
 
     _following: EarlyTakeOver
