@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,18 @@ def test_an_unwritable_place_is_no_bug(call: Call, monkeypatch: pytest.MonkeyPat
     assert (answer.code, answer.err) == (2, "error[E006]: cannot use /locked/x\n  why: Permission denied\n")
 
 
+@pytest.fixture
+def _process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The program sets handlers for the process that it has for itself: here other tests follow."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_process_as_before")
 def test_python_m_eplbctl_is_the_same_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
