@@ -173,17 +173,19 @@ class Busy:
         self._target = torch.zeros(8 << 20, dtype=torch.uint8, device=stack.x.device)
         self._copiers = deque(self._device.new_copier() for _ in range(2))
         self.done = 0
-        self._pause: float | None = None
+        self._pause = 0.0
         self._latest: Update | None = None
-        self._rest = threading.Event()
+        self._stopped = threading.Event()
         self._plan(self._load, self._placement)  # compiled by now
 
     def switch(self, pause_s: float | None) -> None:
         """Begin with so long a rest after each update, or stop after the update under way."""
-        self._pause = pause_s
         if pause_s is not None:
+            self._pause = pause_s
+            self._stopped.clear()
             self._submit()
         elif self._latest is not None:
+            self._stopped.set()
             self._latest.done.wait(10)
 
     def _submit(self) -> None:
@@ -197,7 +199,7 @@ class Busy:
         copier.wait()  # for the one before the last, as the balancer does
         copier.enqueue([(self._target, self._source)])
         self.done += 1
-        if self._pause is not None and not self._rest.wait(self._pause) and self._pause is not None:
+        if not self._stopped.wait(self._pause):
             self._submit()
         return StagedWeights()
 

@@ -95,7 +95,7 @@ class ExpertSlots(nn.Module):
 
     def group(
         self, hidden: Tensor, slots: Tensor, entries: int | None = None, copying: Callable[[], None] = lambda: None, *,
-        first: int = 0, likely: int | None = None,
+        first_slot: int = 0, likely: int | None = None,
     ) -> Grouped:  # fmt: skip
         """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
 
@@ -103,17 +103,17 @@ class ExpertSlots(nn.Module):
 
         Args:
             hidden: [M, D]; rows may be strided.
-            slots: Slots, of which this rank's are [first, first + S); others have no entry.
+            slots: Slots, of which this rank's are [first_slot, first_slot + S); others have no entry.
             entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
             copying: Called before the rows are copied.
-            first: The slot that is local slot 0.
+            first_slot: The slot that is local slot 0.
             likely: See `grouped_ffn`.
         """
         size = slots.numel() if entries is None else entries
         by_slot = not self.spare or self._each(size, likely) <= self._few_rows
         cells = None if by_slot else self.slot_cells
         groups = self.num_slots if by_slot else self.num_slots + self.spare
-        given = (hidden, slots, groups, cells, entries, copying, first)
+        given = (hidden, slots, groups, cells, entries, copying, first_slot)
         if self.dtype is FP8:
             rows, row_scale, position, offs = ops.permute_rows_fp8(*given)
             return Grouped(rows, position, offs, row_scale)
@@ -162,9 +162,9 @@ class ExpertSlots(nn.Module):
             assert row_scale is not None, "fp8 rows come with scales"
             activated, scale = ops.swiglu_fp8(self._scaled(rows, row_scale, "w3_w1", offs), offs)
             return self._scaled(activated, scale, "w2", offs)
-        each, cells = self._each(len(rows), likely), self.num_slots + self.spare
-        if each <= self._few_rows or len(offs) < cells:
-            table = self.slot_cells if len(offs) < cells else None
+        each, by_slot = self._each(len(rows), likely), len(offs) < self.num_slots + self.spare
+        if by_slot or each <= self._few_rows:
+            table = self.slot_cells if by_slot else None
             activated = ops.grouped_swiglu(rows, self.weight("w3_w1"), offs, each, table)
             return ops.grouped_product(activated, self.weight("w2"), offs, each, table)
         return self._multiply(ops.swiglu(self._multiply(rows, "w3_w1", offs), offs), "w2", offs)

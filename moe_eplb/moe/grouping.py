@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_eplb.device import ops
+from moe_eplb.device.ops.plain import entry_at
 
 __all__ = ["Grouped", "Grouping", "entries_of", "group_by_slot", "sum_over_k"]
 
 
 class Grouping(NamedTuple):
-    """N entries in order of their cell, entries of one slot in order of arrival."""
+    """N entries in order of their cell or slot, entries of one slot in order of arrival."""
 
     row: Tensor
     """int64 [N]: row of the hidden states."""
@@ -25,7 +26,7 @@ class Grouping(NamedTuple):
     slot: Tensor
     """int32 [N]: local slot."""
     offs: Tensor
-    """int32 [S + X]: end of each cell's entries."""
+    """int32 [S + X]: end of each cell's entries; or [S], of each slot's."""
     position: Tensor
     """int32 [M, K]: where an entry of a row stands among the N, -1 for none."""
 
@@ -46,11 +47,7 @@ class Grouped(NamedTuple):
 def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:
     """Order the entries of `slots` int32 [M, K] (local slot, -1 for none; `entries` of them are not -1) by slot."""
     position, offs = ops.permute(slots, num_slots)
-    flat, top_k = position.flatten().long(), slots.shape[1]
-    # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
-    source = torch.zeros(entries + 1, dtype=torch.int64, device=slots.device)
-    source.scatter_(0, torch.where(flat >= 0, flat, entries), torch.arange(flat.numel(), device=slots.device))
-    source = source[:entries]
+    source, top_k = entry_at(position, entries), slots.shape[1]
     row = source.div(top_k, rounding_mode="floor")
     return Grouping(row, source - row * top_k, slots.flatten()[source], offs, position)
 

@@ -266,7 +266,7 @@ class WideEPMoE(nn.Module):
             beside_copying = partial(self._stages.mark_statistics, grouped=False)
             rows, position, offs, scale = self.experts.group(
                 received.hidden, received.slots, received.entries, beside_copying,
-                first=received.first_slot, likely=received.likely_entries,
+                first_slot=received.first_slot, likely=received.likely_entries,
             )  # fmt: skip
             self._stages.mark_statistics(grouped=True)
             output = self.experts.grouped_ffn(rows, offs, scale, likely=received.likely_entries)

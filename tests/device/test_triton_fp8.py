@@ -116,7 +116,7 @@ def test_slots_are_counted_from_the_first(first: int) -> None:
     hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     _, _, wanted, ends = plain.permute_rows_fp8(hidden, local, 5)
     for twin in (plain, triton_ops):
-        _, _, position, offs = twin.permute_rows_fp8(hidden, (local + first).int(), 5, first=first)
+        _, _, position, offs = twin.permute_rows_fp8(hidden, (local + first).int(), 5, first_slot=first)
         assert position.tolist() == wanted.tolist()
         assert offs.tolist() == ends.tolist()
 

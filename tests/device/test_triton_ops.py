@@ -177,7 +177,7 @@ def test_slots_are_counted_from_the_first(
     hidden = _randn(37, 24, dtype=torch.float32)
     wanted = plain.permute_rows(hidden, local, groups, cells)
     for twin in (plain, triton_ops):
-        found = twin.permute_rows(hidden, given, groups, cells, first=first)
+        found = twin.permute_rows(hidden, given, groups, cells, first_slot=first)
         position, offs = twin.permute(given, groups, cells, first)
         last = int(offs[-1])
         assert found[1].tolist() == position.tolist() == wanted[1].tolist()

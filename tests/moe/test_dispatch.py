@@ -75,7 +75,7 @@ def _forward(dispatcher: Dispatcher, rank: int, given: Inputs, tokens: list[int]
     share = received.slots.numel() // dispatcher.ranks.size
     assert received.likely_entries == (share if received.entries is None else received.entries)
     rows, position, offs = ops.permute_rows(
-        received.hidden, received.slots, PER_RANK, None, received.entries, first=received.first_slot
+        received.hidden, received.slots, PER_RANK, None, received.entries, first_slot=received.first_slot
     )
     entries = entries_of(received.local_slots, position, offs)
     assert received.entries in (None, len(entries.row))

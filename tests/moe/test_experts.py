@@ -169,7 +169,7 @@ def test_few_rows_are_grouped_by_slot_and_products_look_the_cells_up(
     rows, position, offs, _ = experts.group(hidden, slots)
     wanted = sum_over_k(experts.grouped_ffn(rows, offs), position, scales)
     monkeypatch.setattr(experts, "_few_rows", 1)
-    rows, position, offs, _ = experts.group(hidden, (slots + first).int(), first=first, likely=likely)
+    rows, position, offs, _ = experts.group(hidden, (slots + first).int(), first_slot=first, likely=likely)
     assert offs.tolist() == ([2, 3, 4, 5, 6] if few else [1, 2, 2, 3, 3, 4, 6])
     found = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -70,27 +70,29 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     return ids, scales
 
 
-def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first_slot: int = 0) -> tuple[Tensor, Tensor]:
     """See `plain.permute`."""
-    position, offs = _at(slots).permute(slots, groups, cells, first)
+    position, offs = _at(slots).permute(slots, groups, cells, first_slot)
     return position, offs
 
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None, first: int = 0,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
-    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying, first)
+    rows, position, offs = _at(slots).permute_rows(hidden, slots, groups, cells, entries, copying, first_slot)
     return rows, position, offs
 
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None, first: int = 0,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    rows, scale, position, offs = _at(slots).permute_rows_fp8(hidden, slots, groups, cells, entries, copying, first)
+    rows, scale, position, offs = _at(slots).permute_rows_fp8(
+        hidden, slots, groups, cells, entries, copying, first_slot
+    )
     return rows, scale, position, offs
 
 

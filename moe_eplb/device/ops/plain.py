@@ -19,6 +19,7 @@ __all__ = [
     "add_returned",
     "arrive",
     "combine",
+    "entry_at",
     "grouped_product",
     "grouped_swiglu",
     "histogram",
@@ -90,20 +91,20 @@ def route(
     return torch.where(inside, slot, invalid).to(torch.int32).reshape(ids.shape)
 
 
-def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first_slot: int = 0) -> tuple[Tensor, Tensor]:
     """Where each entry goes when entries are grouped, in order of arrival within a group.
 
     Args:
-        slots: int [M, K], the slot of each entry, outside [first, first + S) for none.
+        slots: int [M, K], the slot of each entry, outside [first_slot, first_slot + S) for none.
         groups: G, the number of groups.
-        cells: int32 [S], the group of each slot; None when slot first + s is group s, and then S is G.
-        first: The lowest slot that has a group.
+        cells: int32 [S], the group of each slot; None when slot first_slot + s is group s, and then S is G.
+        first_slot: The lowest slot that has a group.
 
     Returns:
         position: int32 [M, K], from 0; -1 for entries without a slot.
         offs: int32 [G], the end of each group's entries.
     """
-    key = _groups_of(slots.reshape(-1) - first, groups, cells)
+    key = _groups_of(slots.reshape(-1) - first_slot, groups, cells)
     order = torch.argsort(key, stable=True)
     position = torch.empty_like(order)
     position[order] = torch.arange(order.numel(), device=slots.device)
@@ -113,12 +114,12 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int 
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None, first: int = 0,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute`, and the hidden states [M, D] (rows may be strided) copied to where their entries go.
 
     Args:
-        hidden, slots, groups, cells, first: As for `permute`.
+        hidden, slots, groups, cells, first_slot: As for `permute`.
         entries: N, how many entries have a slot; None when nobody knows, and then N is M * K.
         copying: Called before the rows are copied: what is submitted then runs beside that.
 
@@ -126,7 +127,7 @@ def permute_rows(
         rows: [N, D]; rows after the last group's end hold anything.
         position, offs: As for `permute`.
     """
-    position, offs = permute(slots, groups, cells, first)
+    position, offs = permute(slots, groups, cells, first_slot)
     source = _sources(position, slots.numel() if entries is None else entries)
     copying()
     return hidden[source], position, offs
@@ -134,7 +135,7 @@ def permute_rows(
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None, first: int = 0,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`permute_rows` of the hidden states as `quantize_rows` gives them; each is quantised once for all its entries.
 
@@ -142,7 +143,7 @@ def permute_rows_fp8(
         rows: `FP8` [N, D] and scale: float32 [N]; both hold anything after the last group's end.
         position, offs: As for `permute`.
     """
-    position, offs = permute(slots, groups, cells, first)
+    position, offs = permute(slots, groups, cells, first_slot)
     source = _sources(position, slots.numel() if entries is None else entries)
     copying()
     rows, scale = quantize_rows(hidden)
@@ -235,13 +236,18 @@ def top_k(logits: Tensor, k: int, method: Choice) -> tuple[Tensor, Tensor]:
     return ids.to(torch.int32), best.contiguous()
 
 
-def _sources(position: Tensor, size: int) -> Tensor:
-    """int64 [size]: the row whose entry stands at each place, 0 where none does."""
+def entry_at(position: Tensor, size: int) -> Tensor:
+    """int64 [size]: number of the entry at each place, as `position` int32 [M, K] says; 0 where none stands."""
     flat = position.flatten().long()
     # Entries without a slot all go to one place behind the others, so that no size depends on the contents.
     source = torch.zeros(size + 1, dtype=torch.int64, device=position.device)
     source.scatter_(0, torch.where(flat >= 0, flat, size), torch.arange(flat.numel(), device=position.device))
-    return source[:size].div(max(1, position.shape[1]), rounding_mode="floor")
+    return source[:size]
+
+
+def _sources(position: Tensor, size: int) -> Tensor:
+    """int64 [size]: the row whose entry stands at each place, 0 where none does."""
+    return entry_at(position, size).div(max(1, position.shape[1]), rounding_mode="floor")
 
 
 def _groups_of(flat: Tensor, groups: int, cells: Tensor | None) -> Tensor:

@@ -35,10 +35,10 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None, first: int = 0,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows_fp8`."""
-    position, offs = permute_few(slots, groups, cells, first)
+    position, offs = permute_few(slots, groups, cells, first_slot)
     copying()
     size, width = slots.numel() if entries is None else entries, hidden.shape[1]
     rows = torch.empty(size, width, dtype=FP8, device=hidden.device)

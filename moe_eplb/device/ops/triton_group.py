@@ -35,7 +35,7 @@ _ENDS = 16
 """Groups whose ends one program of the small kernel finds."""
 
 
-def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
+def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first_slot: int = 0) -> tuple[Tensor, Tensor]:
     """See `plain.permute`."""
     position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
     if not slots.numel():
@@ -43,40 +43,40 @@ def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first: int 
     slots = with_dense_rows(slots)
     entries, blocks = slots.numel(), triton.cdiv(slots.numel(), _BLOCK)
     offs = torch.empty(groups, dtype=torch.int32, device=slots.device)
-    below, begin = torch.empty(2, groups, blocks, dtype=torch.int32, device=slots.device).unbind()
+    below, first = torch.empty(2, groups, blocks, dtype=torch.int32, device=slots.device).unbind()
     bins = max(16, triton.next_power_of_2(groups + 1))
-    given = (slots, *_table(slots, groups, cells), first, slots.stride(0), entries, groups, blocks)
+    given = (slots, *_table(slots, groups, cells), first_slot, slots.stride(0), entries, groups, blocks)
     how = (slots.shape[1], cells is not None, _BLOCK)
     _count[(blocks,)](*given, below, *how, bins)
-    _scan[(groups,)](below, begin, offs, blocks, _CHUNK)
-    _place[(blocks,)](*given, begin, position, *how)
+    _scan[(groups,)](below, first, offs, blocks, _CHUNK)
+    _place[(blocks,)](*given, first, position, *how)
     return position, offs
 
 
 def permute_rows(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
-    copying: Callable[[], None] = lambda: None, first: int = 0,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
     size = slots.numel() if entries is None else entries
     hidden = with_dense_rows(hidden)
     rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if not slots.numel() or slots.numel() > _SMALL:
-        position, offs = permute(slots, groups, cells, first)
+        position, offs = permute(slots, groups, cells, first_slot)
         copying()
         if rows.numel():
             _copy(hidden, position, rows)
         return rows, position, offs
     copying()
-    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, first, rows))
+    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, first_slot, rows))
 
 
-def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
+def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None, first_slot: int = 0) -> tuple[Tensor, Tensor]:
     """`permute`, in one launch where there are few entries, as in a decode step."""
     if not slots.numel() or slots.numel() > _SMALL:
-        return permute(slots, groups, cells, first)
+        return permute(slots, groups, cells, first_slot)
     nothing = torch.empty(slots.shape[0], 0, dtype=torch.float32, device=slots.device)
-    return _permute_small(nothing, with_dense_rows(slots), groups, cells, first, nothing)
+    return _permute_small(nothing, with_dense_rows(slots), groups, cells, first_slot, nothing)
 
 
 def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
@@ -89,7 +89,7 @@ def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
 
 
 def _permute_small(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, first: int, rows: Tensor
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, first_slot: int, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     tokens, top_k = slots.shape
     position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
@@ -97,10 +97,10 @@ def _permute_small(
     block = _column_block(hidden.shape[1])
     grid = (tokens + triton.cdiv(groups, _ENDS), max(1, triton.cdiv(hidden.shape[1], block)))
     _small[grid](
-        hidden, slots, *_table(slots, groups, cells), first, rows, position, offs, hidden.stride(0), slots.stride(0),
-        tokens, tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k, triton.next_power_of_2(top_k),
-        0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE, _ENDS, block,
-        num_warps=max(4, block // 256),
+        hidden, slots, *_table(slots, groups, cells), first_slot, rows, position, offs, hidden.stride(0),
+        slots.stride(0), tokens, tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k,
+        triton.next_power_of_2(top_k), 0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE,
+        _ENDS, block, num_warps=max(4, block // 256),
     )  # fmt: skip
     return position, offs
 
@@ -125,12 +125,12 @@ def _column_block(width: int) -> int:
 
 @triton.jit
 def _cell(
-    slots, cells, num_slots, lowest, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr,
+    slots, cells, num_slots, first_slot, slot_stride, at, real, groups, top_k: tl.constexpr, mapped: tl.constexpr,
     held: tl.constexpr,
 ):  # fmt: skip
     """The cell of each entry and whether it has one; `cells` is where the table lies, or `held`, what it holds."""
     token = (at // top_k).to(tl.int64)
-    slot = tl.load(slots + token * slot_stride + at % top_k, mask=real, other=-1) - lowest
+    slot = tl.load(slots + token * slot_stride + at % top_k, mask=real, other=-1) - first_slot
     inside = (slot >= 0) & (slot < num_slots)
     cell = tl.where(inside, slot, 0).to(tl.int32)
     if mapped:
@@ -140,14 +140,16 @@ def _cell(
 
 
 @declares(writes=["below"])
-@triton.jit(do_not_specialize=["lowest", "entries", "blocks"])
+@triton.jit(do_not_specialize=["first_slot", "entries", "blocks"])
 def _count(
-    slots, cells, num_slots, lowest, slot_stride, entries, groups, blocks, below,
+    slots, cells, num_slots, first_slot, slot_stride, entries, groups, blocks, below,
     top_k: tl.constexpr, mapped: tl.constexpr, block: tl.constexpr, nbins: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     at = program * block + tl.arange(0, block)
-    cell, inside = _cell(slots, cells, num_slots, lowest, slot_stride, at, at < entries, groups, top_k, mapped, False)
+    cell, inside = _cell(
+        slots, cells, num_slots, first_slot, slot_stride, at, at < entries, groups, top_k, mapped, False
+    )
     # The last bin takes what belongs to nobody; it is never written.
     found = tl.histogram(tl.where(inside, cell, nbins - 1), nbins)
     bins = tl.arange(0, nbins)
@@ -179,15 +181,17 @@ def _scan(below, first, offs, blocks, chunk: tl.constexpr):
 
 
 @declares(writes=["position"])
-@triton.jit(do_not_specialize=["lowest", "entries", "blocks"])
+@triton.jit(do_not_specialize=["first_slot", "entries", "blocks"])
 def _place(
-    slots, cells, num_slots, lowest, slot_stride, entries, groups, blocks, first, position,
+    slots, cells, num_slots, first_slot, slot_stride, entries, groups, blocks, first, position,
     top_k: tl.constexpr, mapped: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index = tl.arange(0, block)
     at = program * block + index
-    cell, inside = _cell(slots, cells, num_slots, lowest, slot_stride, at, at < entries, groups, top_k, mapped, False)
+    cell, inside = _cell(
+        slots, cells, num_slots, first_slot, slot_stride, at, at < entries, groups, top_k, mapped, False
+    )
     # No two keys are equal, so that one comparison ranks by cell and then by arrival. A thread keeps the column of its
     # own entry, so that it adds up alone.
     key = tl.where(inside, cell * block + index, 0x7FFFFFFF)
@@ -208,10 +212,10 @@ def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl
 
 
 @declares(writes=["rows", "position", "offs"])
-@triton.jit(do_not_specialize=["lowest", "tokens", "entries", "capacity"])
+@triton.jit(do_not_specialize=["first_slot", "tokens", "entries", "capacity"])
 def _small(
-    hidden, slots, cells, num_slots, lowest, rows, position, offs, hidden_stride, slot_stride, tokens, entries, groups,
-    width, capacity, top_k: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr,
+    hidden, slots, cells, num_slots, first_slot, rows, position, offs, hidden_stride, slot_stride, tokens, entries,
+    groups, width, capacity, top_k: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr,
     ends: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A program a token, then programs that find the ends of groups.
@@ -226,11 +230,21 @@ def _small(
     if program < tokens:
         k = tl.arange(0, k_width)
         cell, inside = _cell(
-            slots, table, num_slots, lowest, slot_stride, program * top_k + k, k < top_k, groups, top_k, held > 0, True
+            slots,
+            table,
+            num_slots,
+            first_slot,
+            slot_stride,
+            program * top_k + k,
+            k < top_k,
+            groups,
+            top_k,
+            held > 0,
+            True,
         )
         limit = tl.where(inside, cell * entries + program * top_k + k, -1)
         place = _before(
-            slots, table, num_slots, lowest, slot_stride, entries, groups, limit, k_width, top_k, held > 0, tile
+            slots, table, num_slots, first_slot, slot_stride, entries, groups, limit, k_width, top_k, held > 0, tile
         )
         place = tl.where(inside, place, -1)
         once = (k < top_k) & (tl.program_id(1) == 0)
@@ -243,13 +257,15 @@ def _small(
     elif tl.program_id(1) == 0:
         group = (program - tokens) * ends + tl.arange(0, ends)
         limit = (group + 1) * entries
-        end = _before(slots, table, num_slots, lowest, slot_stride, entries, groups, limit, ends, top_k, held > 0, tile)
+        end = _before(
+            slots, table, num_slots, first_slot, slot_stride, entries, groups, limit, ends, top_k, held > 0, tile
+        )
         tl.store(offs + group, end, mask=group < groups)
 
 
 @triton.jit
 def _before(
-    slots, table, num_slots, lowest, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
+    slots, table, num_slots, first_slot, slot_stride, entries, groups, limit, size: tl.constexpr, top_k: tl.constexpr,
     mapped: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """For each limit, how many entries have a smaller key; an entry's key is cell * entries + its number."""
@@ -258,7 +274,7 @@ def _before(
     while begin < entries:
         at = begin + tl.arange(0, tile)
         cell, inside = _cell(
-            slots, table, num_slots, lowest, slot_stride, at, at < entries, groups, top_k, mapped, True
+            slots, table, num_slots, first_slot, slot_stride, at, at < entries, groups, top_k, mapped, True
         )
         key = tl.where(inside, cell * entries + at, 0x7FFFFFFF)
         found += tl.sum((key[None, :] < limit[:, None]).to(tl.int32), axis=1)
