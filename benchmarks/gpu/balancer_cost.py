@@ -11,7 +11,7 @@ Exit 2 where there is no GPU, 1 where outputs differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median, quantiles
@@ -60,11 +60,16 @@ CAPTURES = 4
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 @click.option("--replays", type=click.IntRange(min=2), default=200, show_default=True, help="Replays of each variant.")
 @click.option("--only", multiple=True, help="Only cases whose name contains this.")
-def main(out: Path, replays: int, only: Sequence[str]) -> None:
+@click.option("--layers", type=click.IntRange(min=1), help="So many layers, instead of each case's own number.")
+def main(out: Path, replays: int, only: Sequence[str], layers: int | None) -> None:
     """Time layers with an idle balancer against static routing."""
     require_gpus()
     device = CudaDevice(NullSink())
-    budgets = [budget for budget in BUDGETS if not only or any(part in budget.case for part in only)]
+    budgets = [
+        replace(budget, layers=layers or budget.layers)
+        for budget in BUDGETS
+        if not only or any(part in budget.case for part in only)
+    ]
     with torch.inference_mode():
         limits, found = ceilings(), [_measure(budget, device, replays) for budget in budgets]
     result = {**machine("benchmarks.gpu.balancer_cost"), "replays": replays, "ceilings": limits, "cases": found}

@@ -24,6 +24,7 @@ from benchmarks.gpu.layer_cases import drawn
 from benchmarks.gpu.machine import machine, require_gpus, write
 from benchmarks.gpu.timing import ceilings, time_in_turns, told
 from moe_eplb.device import ops
+from moe_eplb.device.ops.plain_parts import parts_of
 from moe_eplb.moe.grouped_mm import grouped_mm
 
 if TYPE_CHECKING:
@@ -94,8 +95,11 @@ def _measure(name: str, each: int, even: bool, replays: int) -> dict[str, Any]:
     sizes, generator = MODELS[name], torch.Generator().manual_seed(each)
     rows = rows_of(sizes.slots, each * sizes.slots, even=even, generator=generator)
     given = _given(sizes, rows)
-    cuts = {str(tuple(cut)): cut for cut in (triton_ffn.tiles(n, gated=gated) for n in EACH for gated in (True, False))}
-    chosen = [str(tuple(triton_ffn.tiles(each, gated=gated))) for gated in (True, False)]
+    cuts = {
+        str(tuple(cut)): cut
+        for cut in (triton_ffn.tiles(ops.part_rows(n), gated=gated) for n in EACH for gated in (True, False))
+    }
+    chosen = [str(tuple(triton_ffn.tiles(ops.part_rows(each), gated=gated))) for gated in (True, False)]
     work, differing = _work(given, cuts)
     samples = time_in_turns(work, replays)
     touched = int((rows > 0).sum()) * sizes.expert_bytes
@@ -122,12 +126,13 @@ def _work(given: Given, cuts: Mapping[str, Tiles]) -> tuple[dict[str, Callable[[
     activated = swiglu()
     second = partial(grouped_mm, activated, given.w2.transpose(1, 2), offs=given.offs)
     work: dict[str, Callable[[], object]] = {"1 torch": swiglu, "2 torch": second}
-    differing = 0
+    cells, differing = torch.arange(len(given.offs), device=given.offs.device), 0
     for name, cut in cuts.items():
+        parts = parts_of(given.offs, cells, cut.rows, len(given.rows))
         for number, rows, weights, wanted in (
             (1, given.rows, given.w3_w1, activated), (2, activated, given.w2, second()),
         ):  # fmt: skip
-            ours = partial(triton_ffn.launch, rows, weights, given.offs, cut, gated=number == 1)
+            ours = partial(triton_ffn.launch, rows, weights, parts, cut, gated=number == 1)
             differing += int((ours() != wanted).sum())
             work[f"{number} {name}"] = ours
     return work, differing

@@ -13,11 +13,10 @@ __all__ = ["EarlyTakeOver"]
 class EarlyTakeOver(ResidentPlans):
     """The part of `ResidentLayer` that takes layers over.
 
-    The first layer of an iteration is taken over beside its top-k, and in a graph before that: where a graph parts
-    into branches at its very beginning, all but one begin several times as late as a take-over takes. Another one
-    beside the experts of the layer before, where both have one queue, and where no exception discards what is enqueued:
-    else one rank might have committed what another forgets. All that a take-over needs is the vote, for what read the
-    layer's tables in the last iteration has ended before the layer's own hand-over then.
+    The first layer of an iteration is taken over beside its top-k. Another one beside the experts of the layer before,
+    where both have one queue, and where no exception discards what is enqueued: else one rank might have committed
+    what another forgets. All that a take-over needs is the vote, for what read the layer's tables in the last iteration
+    has ended before the layer's own hand-over then.
     """
 
     _following: EarlyTakeOver
@@ -26,14 +25,12 @@ class EarlyTakeOver(ResidentPlans):
     """The queue of the layer before, from when that has taken this one over until this one is read."""
 
     def _begin_wait(self) -> None:
-        ours, inline = self._our_stream, self._device.capturing and self.layer_idx == 0
-        if ours is None or (self._taken is None and not inline):
+        ours = self._our_stream
+        if ours is None or self._taken is None:
             super()._begin_wait()
-            return
-        if self._taken is None:
-            self._device.run(Kind.START_WAIT_GPU_STAGE, self.layer_idx, self._take_over)
-        ours.follow()  # as it must where a capture begins here
-        ours.mark()
+        else:
+            ours.follow()  # as it must where a capture begins here
+            ours.mark()
 
     def _end_wait(self) -> None:
         """Where the current stream has joined the end of the layer before, it has joined this one's take-over too."""

@@ -99,7 +99,8 @@ class ExpertSlots(nn.Module):
     ) -> Grouped:  # fmt: skip
         """Hidden states [M, D], once for each entry of `slots` int [M, K], in order of the cells that hold the slots.
 
-        Where the products will be those of few rows, the order is that of slots, which takes less time.
+        Where the products will be those of few rows, the order is that of slots, and parts are told. What is fastest
+        depends on how many rows a slot has, and on an H200 no bit of a result.
 
         Args:
             hidden: [M, D]; rows may be strided.
@@ -107,21 +108,21 @@ class ExpertSlots(nn.Module):
             entries: How many entries have a slot, and N; None when nobody knows, and N is their bound M * K.
             copying: Called before the rows are copied.
             first_slot: The slot that is local slot 0.
-            likely: See `grouped_ffn`.
+            likely: How many entries probably have a slot; `entries` or their bound unless given.
         """
         size = slots.numel() if entries is None else entries
-        by_slot = not self.spare or self._each(size, likely) <= self._few_rows
-        cells = None if by_slot else self.slot_cells
-        groups = self.num_slots if by_slot else self.num_slots + self.spare
-        given = (hidden, slots, groups, cells, entries, copying, first_slot)
+        each = -(-(size if likely is None else likely) // self.num_slots)
+        if each <= self._few_rows:
+            rows, position, offs, parts = ops.permute_in_parts(
+                hidden, slots, self.slot_cells, ops.part_rows(each), entries, copying, first_slot
+            )
+            return Grouped(rows, position, offs, parts=parts)
+        cells = self.slot_cells if self.spare else None
+        given = (hidden, slots, self.num_slots + self.spare, cells, entries, copying, first_slot)
         if self.dtype is FP8:
             rows, row_scale, position, offs = ops.permute_rows_fp8(*given)
             return Grouped(rows, position, offs, row_scale)
         return Grouped(*ops.permute_rows(*given))
-
-    def _each(self, rows: int, likely: int | None) -> int:
-        """Rows that a slot probably has of so many, of which `likely` are within the ends."""
-        return -(-(rows if likely is None else likely) // self.num_slots)
 
     def by_slot(self) -> Sequence[Mapping[str, Tensor]]:
         """For each local slot, the tensors by name that `grouped_ffn` reads at the time of asking."""
@@ -149,24 +150,19 @@ class ExpertSlots(nn.Module):
         """An expert's tensors as slots hold them, see `in_expert_dtype`."""
         return in_expert_dtype(weights, self.dtype)
 
-    def grouped_ffn(
-        self, rows: Tensor, offs: Tensor, row_scale: Tensor | None = None, *, likely: int | None = None
-    ) -> Tensor:
-        """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] that are grouped as `group` does, with ends `offs`.
+    def grouped_ffn(self, grouped: Grouped) -> Tensor:
+        """w2 @ (silu(w1 x) * (w3 x)) [N, D] of rows [N, D] as `group` gives them.
 
-        Where the experts are fp8, so are the rows, with `row_scale` float32 [N], and outputs are bfloat16. Outputs of
-        rows after the last end hold anything. `likely`: how many rows the cells probably have together, all unless
-        given. What is fastest depends on it, and on an H200 no bit of a result.
+        Outputs of fp8 experts are bfloat16. Outputs of rows after the last end hold anything.
         """
+        rows, offs = grouped.rows, grouped.offs
         if self.dtype is FP8:
-            assert row_scale is not None, "fp8 rows come with scales"
-            activated, scale = ops.swiglu_fp8(self._scaled(rows, row_scale, "w3_w1", offs), offs)
+            assert grouped.row_scale is not None, "fp8 rows come with scales"
+            activated, scale = ops.swiglu_fp8(self._scaled(rows, grouped.row_scale, "w3_w1", offs), offs)
             return self._scaled(activated, scale, "w2", offs)
-        each, by_slot = self._each(len(rows), likely), len(offs) < self.num_slots + self.spare
-        if by_slot or each <= self._few_rows:
-            table = self.slot_cells if by_slot else None
-            activated = ops.grouped_swiglu(rows, self.weight("w3_w1"), offs, each, table)
-            return ops.grouped_product(activated, self.weight("w2"), offs, each, table)
+        if grouped.parts is not None:
+            activated = ops.grouped_swiglu(rows, self.weight("w3_w1"), grouped.parts)
+            return ops.grouped_product(activated, self.weight("w2"), grouped.parts)
         return self._multiply(ops.swiglu(self._multiply(rows, "w3_w1", offs), offs), "w2", offs)
 
     def _scaled(self, rows: Tensor, row_scale: Tensor, name: str, offs: Tensor) -> Tensor:

@@ -14,5 +14,5 @@ class GroupedMoE(LocalMoE):
     """See `LocalMoE`."""
 
     def _compute(self, x: Tensor, ids: Tensor, scales: Tensor) -> Tensor:
-        rows, position, offs, row_scale = self.experts.group(x, ids)
-        return sum_over_k(self.experts.grouped_ffn(rows, offs, row_scale), position, scales, x.dtype)
+        grouped = self.experts.group(x, ids)
+        return sum_over_k(self.experts.grouped_ffn(grouped), grouped.position, scales, x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_eplb.device import ops
+from moe_eplb.device.ops import Parts
 from moe_eplb.device.ops.plain import entry_at
 
 __all__ = ["Grouped", "Grouping", "entries_of", "group_by_slot", "sum_over_k"]
@@ -39,9 +40,11 @@ class Grouped(NamedTuple):
     position: Tensor
     """int32 [M, K]: the row of each entry, -1 for none."""
     offs: Tensor
-    """int32 [S + X]: end of each cell's entries; or [S], of each slot's, where products look slots up themselves."""
+    """int32 [S + X]: end of each cell's entries; or [S], of each slot's, where there are parts."""
     row_scale: Tensor | None = None
     """float32 [N], where the rows are fp8."""
+    parts: Parts | None = None
+    """Of the rows, where the products are those of few rows."""
 
 
 def group_by_slot(slots: Tensor, entries: int, num_slots: int) -> Grouping:

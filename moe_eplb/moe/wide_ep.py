@@ -264,13 +264,12 @@ class WideEPMoE(nn.Module):
     def _compute(self, received: Received) -> _Computed:
         def compute() -> _Computed:
             beside_copying = partial(self._stages.mark_statistics, grouped=False)
-            rows, position, offs, scale = self.experts.group(
+            grouped = self.experts.group(
                 received.hidden, received.slots, received.entries, beside_copying,
                 first_slot=received.first_slot, likely=received.likely_entries,
             )  # fmt: skip
             self._stages.mark_statistics(grouped=True)
-            output = self.experts.grouped_ffn(rows, offs, scale, likely=received.likely_entries)
-            return _Computed(output, position, offs)
+            return _Computed(self.experts.grouped_ffn(grouped), grouped.position, grouped.offs)
 
         computed = self.device.run(Kind.EXPERTS, self.layer_idx, compute, a=received.most_entries)
         self._stages.release_statistics()

@@ -360,46 +360,6 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
         rig.balancer.shutdown()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("seed", [None, 0, 1])
-def test_a_capture_has_the_first_layer_taken_over_by_the_stream_that_reads_it(
-    seed: int | None, shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig = resident(layers=2, updates=2, commit_delay=2, seed=seed, check_order=True, sink=(marks := Marks()))
-    device, seen, start = rig.balancer.device, set[tuple[int, str]](), ResidentLayer.start_wait_gpu_stage
-    run, submit = CpuDevice.run, CpuDevice.submit
-
-    def captured(self: ResidentLayer) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(type(device), "capturing", True)
-            start(self)
-
-    def watch_run(self: CpuDevice, kind: Kind, layer: int, *rest: Any, **options: Any) -> Any:
-        seen.update({(layer, self.current.name)} if kind is Kind.START_WAIT_GPU_STAGE else set())
-        return run(self, kind, layer, *rest, **options)
-
-    def watch_submit(self: CpuDevice, stream: Stream, kind: Kind, layer: int, *rest: Any, **options: Any) -> None:
-        seen.update({(layer, stream.name)} if kind is Kind.START_WAIT_GPU_STAGE else set())
-        submit(self, stream, kind, layer, *rest, **options)
-
-    monkeypatch.setattr(device, "immediate", False)
-    monkeypatch.setattr(ResidentLayer, "start_wait_gpu_stage", captured)
-    monkeypatch.setattr(CpuDevice, "run", watch_run)
-    monkeypatch.setattr(CpuDevice, "submit", watch_submit)
-    if shared:
-        rig.share_queue()
-    try:
-        rig.iterate(6)
-        assert seen == {(0, "Main"), (1, "MoeBalancer")}
-        assert marks.unordered == []
-        device.synchronize()
-        rig.balancer.collect()
-        rig.assert_weights_match()
-        assert rig.journal.commits
-    finally:
-        rig.balancer.shutdown()
-
-
 @pytest.mark.parametrize("ends_on", ["main", "other"])
 @pytest.mark.parametrize("routes_on", ["main", "other"])
 def test_streams_that_have_not_joined_the_layer_before_join_one_that_was_taken_over_early(

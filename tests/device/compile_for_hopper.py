@@ -98,14 +98,14 @@ def sends() -> None:
 
 def products() -> None:
     """The experts' products of few rows, whose weights are the wide side of the matrix instruction."""
-    types = {"rows": "*bf16", "weights": "*bf16", "offs": "*i32", "table": "*i32", "result": "*bf16"}
-    types |= {"ends": "i32", "cells": "i32"}
-    for gated, each in product((True, False), (8, 16, 32, 128)):
-        cut = triton_ffn.tiles(each, gated=gated)
+    types = {"rows": "*bf16", "weights": "*bf16", "parts": "*i32", "result": "*bf16", "cells": "i32"}
+    for gated, rows in product((True, False), (16, 32, 64, 128)):
+        cut = triton_ffn.tiles(rows, gated=gated)
         sizes = {"tile": cut.rows, "results": cut.results, "block": cut.depth, "stages": cut.stages}
-        for whole, mapped in product((True, False), (True, False)):
-            constants = {"depth": 2048, "groups": 128, "gated": gated, "mapped": mapped, "whole": whole, **sizes}
+        for whole in (True, False):
+            constants = {"depth": 2048, "gated": gated, "whole": whole, **sizes}
             text = build(triton_ffn._products, cut.warps, types, ("rows", "weights", "result", "width"), **constants)
+            assert "bar.sync" not in text[: text.index("cp.async")], "a program waits before it reads weights"
             assert "cp.async.cg.shared.global" in text, "what is copied one element at a time is not copied ahead"
             assert f"wgmma.mma_async.sync.aligned.m64n{cut.rows}k16.f32.bf16.bf16" in text
 
@@ -113,7 +113,7 @@ def products() -> None:
 def entries() -> None:
     """Expert ids, entries and their sums; numbers that are 1 become constants."""
     words = dict.fromkeys(("ids", "count", "start", "slots", "routed", "counts", "cells", "below", "first"), "*i32")
-    words |= dict.fromkeys(("position", "offs", "second", "third", "fourth"), "*i32")
+    words |= dict.fromkeys(("position", "offs", "own_cells", "parts", "second", "third", "fourth"), "*i32")
     rows = dict.fromkeys(("hidden", "output", "blocks", "total", "rows"), "*bf16") | {"scales": "*fp32"}
     every(triton_choose._histogram, words, block=1024, nbins=16)
     for ids in ("*i32", "*i64"):
@@ -122,9 +122,12 @@ def entries() -> None:
         for mapped in (True, False):
             every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16)
             every(triton_group._place, words, top_k=top_k, mapped=mapped, block=128)
-            constants = {"top_k": top_k, "k_width": top_k, "tile": 1024, "ends": 16, "block": block}
-            every(triton_group._small, words | rows, held=128 if mapped else 0, **constants)
-        every(triton_group._copy_rows, words | rows, top_k=top_k, block=block)
+            constants = {"top_k": top_k, "k_width": top_k, "tile": 1024, "bins": 128, "block": block}
+            for part_rows in (0, 16):
+                held = 128 if mapped else 0
+                every(triton_group._small, words | rows, held=held, part_rows=part_rows, **constants)
+        for part_rows in (0, 16):
+            every(triton_group._copy_rows, words | rows, top_k=top_k, part_rows=part_rows, bins=128, block=block)
         every(triton_rows._combine, words | rows, top_k=top_k, block=block)
     every(triton_group._scan, words, chunk=2048)
     every(triton_rows._add_blocks, {"blocks": "*bf16", "total": "*bf16"}, ranks=8, block=512)

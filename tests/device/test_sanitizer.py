@@ -96,10 +96,11 @@ def launch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
         for table in (None, cells):
             rows, position, offs = triton_ops.permute_rows(hidden, ids(20, 5), 5, table)
             triton_ops.permute_rows_fp8(hidden, ids(20, 5), 5, table)
+        rows, position, offs, parts = triton_ops.permute_in_parts(hidden, ids(20, 5), cells, 16)
     for ends in (None, offs):
         triton_ops.swiglu(rows, ends)
         triton_ops.swiglu_fp8(rows, ends)
-    triton_ops.grouped_swiglu(rows, torch.randn(5, 32, 64).to(DEVICE), offs, 4)
+    triton_ops.grouped_swiglu(rows, torch.randn(5, 32, 64).to(DEVICE), parts)
     triton_ops.combine(rows, position, torch.rand(20, 3).to(DEVICE))
     triton_ops.add_blocks(torch.randn(2, 4, 64).to(DEVICE), 3, torch.float32)
     columns = [torch.ones(3, width, dtype=torch.int32, device=DEVICE) for width in (4, 2)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_eplb.device import ops
-from moe_eplb.device.ops import plain
+from moe_eplb.device.ops import Parts, part_rows, plain
+from moe_eplb.device.ops.plain_parts import parts_of
 from moe_eplb.moe.grouped_mm import grouped_mm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +32,13 @@ def _given(rows: list[int], depth: int, width: int, left: int) -> tuple[torch.Te
     return x, weights, torch.tensor(rows).cumsum(0).int().to(DEVICE)
 
 
+def _parts(
+    ends: torch.Tensor, count: int, each: int = 8, cells: list[int] | None = None, rows: int | None = None
+) -> Parts:
+    table = torch.tensor(range(len(ends)) if cells is None else cells, dtype=torch.int32, device=DEVICE)
+    return parts_of(ends, table, rows or part_rows(each), count)
+
+
 def _assert_close(found: torch.Tensor, wanted: torch.Tensor, ends: torch.Tensor) -> None:
     last = int(ends[-1])
     assert found.dtype is DTYPE
@@ -42,29 +50,41 @@ def _assert_close(found: torch.Tensor, wanted: torch.Tensor, ends: torch.Tensor)
 @pytest.mark.parametrize(("depth", "width"), [(64, 32), (16, 8), (136, 72)])
 def test_products_equal_their_twins(rows: list[int], depth: int, width: int) -> None:
     x, weights, ends = _given(rows, depth, width, 3)
-    _assert_close(triton_ffn.grouped_product(x, weights, ends, 8), plain.grouped_product(x, weights, ends, 8), ends)
-    _assert_close(triton_ffn.grouped_swiglu(x, weights, ends, 8), plain.grouped_swiglu(x, weights, ends, 8), ends)
+    parts = _parts(ends, len(x))
+    _assert_close(triton_ffn.grouped_product(x, weights, parts), plain.grouped_product(x, weights, parts), ends)
+    _assert_close(triton_ffn.grouped_swiglu(x, weights, parts), plain.grouped_swiglu(x, weights, parts), ends)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_plain_product_is_each_groups_rows_times_its_weights(rows: list[int]) -> None:
+    x, weights, ends = _given(rows, 64, 32, 3)
+    found = plain.grouped_product(x, weights, _parts(ends, len(x)))
+    begin = 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        wanted = x[begin:end].float() @ weight.float().T
+        assert torch.allclose(found[begin:end].float(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
+        begin = end
 
 
 @pytest.mark.parametrize("cells", [[2, 0, 4], [1, 1, 3]])
 def test_a_group_has_the_weights_of_its_cell(cells: list[int]) -> None:
     x, _, ends = _given([5, 40, 20], 64, 32, 3)
     weights = _given([0] * 5, 64, 32, 0)[1]
-    table = torch.tensor(cells, dtype=torch.int32, device=DEVICE)
-    wanted = plain.grouped_product(x, weights[cells], ends, 8)
+    wanted = plain.grouped_product(x, weights[cells], _parts(ends, len(x)))
+    parts = _parts(ends, len(x), cells=cells)
     for twin in (plain, triton_ffn):
-        _assert_close(twin.grouped_product(x, weights, ends, 8, table), wanted, ends)
-        _assert_close(twin.grouped_swiglu(x, weights, ends, 8, table), plain.swiglu(wanted), ends)
+        _assert_close(twin.grouped_product(x, weights, parts), wanted, ends)
+        _assert_close(twin.grouped_swiglu(x, weights, parts), plain.swiglu(wanted), ends)
 
 
 def test_rows_of_a_cell_that_does_not_exist_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.full((32, 32), 7.0, dtype=DTYPE, device=DEVICE)
     x, _, ends = _given([5, 20, 3, 4], 64, 32, 0)
     weights = _given([0] * 5, 64, 32, 0)[1]
-    table = torch.tensor([2, -1, 5, 4], dtype=torch.int32, device=DEVICE)
-    wanted = plain.grouped_product(x, weights, ends, 8, table)
+    parts = _parts(ends, len(x), cells=[2, -1, 5, 4])
+    wanted = plain.grouped_product(x, weights, parts)
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory)
-    found = triton_ffn.grouped_product(x, weights, ends, 8, table)
+    found = triton_ffn.grouped_product(x, weights, parts)
     assert found[5:28].eq(7).all()
     for there in (slice(0, 5), slice(28, 32)):
         assert torch.allclose(found[there].float(), wanted[there].float(), rtol=TOLERANCE, atol=TOLERANCE)
@@ -74,22 +94,25 @@ def test_there_may_be_more_groups_than_weights() -> None:
     x, _, ends = _given([5, 0, 20, 3, 4, 1, 1, 2, 9], 64, 32, 0)
     weights = _given([0] * 2, 64, 32, 0)[1]
     cells = [1, 0, 0, 1, 0, 1, 1, 0, 1]
-    table = torch.tensor(cells, dtype=torch.int32, device=DEVICE)
-    wanted = plain.grouped_product(x, weights[cells], ends, 8)
-    _assert_close(triton_ffn.grouped_product(x, weights, ends, 8, table), wanted, ends)
+    wanted = plain.grouped_product(x, weights[cells], _parts(ends, len(x)))
+    _assert_close(triton_ffn.grouped_product(x, weights, _parts(ends, len(x), cells=cells)), wanted, ends)
 
 
 @pytest.mark.parametrize("tiles", [Tiles(16, 64, 32, 4, 2), Tiles(32, 128, 16, 8, 3), Tiles(64, 64, 64, 4, 4)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_however_they_are_cut(tiles: Tiles, gated: bool) -> None:
     x, weights, ends = _given([33, 0, 70], 64, 256, 0)
-    wanted = (plain.grouped_swiglu if gated else plain.grouped_product)(x, weights, ends, 8)
-    _assert_close(triton_ffn.launch(x, weights, ends, tiles, gated=gated), wanted, ends)
+    parts = _parts(ends, len(x), rows=tiles.rows)
+    wanted = (plain.grouped_swiglu if gated else plain.grouped_product)(x, weights, parts)
+    _assert_close(triton_ffn.launch(x, weights, parts, tiles, gated=gated), wanted, ends)
 
 
-@pytest.mark.parametrize(("each", "rows"), [(0, 16), (8, 16), (9, 32), (17, 64), (32, 64), (33, 128), (5000, 128)])
-def test_most_cells_have_one_tile(each: int, rows: int) -> None:
-    assert {triton_ffn.tiles(each, gated=gated).rows for gated in (False, True)} == {rows}
+@pytest.mark.parametrize(
+    ("each", "rows"), [(0, 16), (1, 16), (8, 16), (9, 32), (17, 64), (32, 64), (33, 128), (5000, 128)]
+)
+def test_most_groups_are_one_part(each: int, rows: int) -> None:
+    assert part_rows(each) == rows
+    assert {triton_ffn.tiles(rows, gated=gated).rows for gated in (False, True)} == {rows}
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: numpy's sums depend on the size, other GPUs' on the kernel")
@@ -98,37 +121,35 @@ def test_most_cells_have_one_tile(each: int, rows: int) -> None:
 def test_a_row_has_the_bits_of_torchs_product(depth: int, width: int, each: int) -> None:
     x, weights, ends = _given([40, 0, 300, 1], depth, width, 0)
     torchs = grouped_mm(x, weights.transpose(1, 2), offs=ends)
-    assert torch.equal(triton_ffn.grouped_product(x, weights, ends, each), torchs)
-    assert torch.equal(triton_ffn.grouped_swiglu(x, weights, ends, each), ops.swiglu(torchs))
+    parts = _parts(ends, len(x), each)
+    assert torch.equal(triton_ffn.grouped_product(x, weights, parts), torchs)
+    assert torch.equal(triton_ffn.grouped_swiglu(x, weights, parts), ops.swiglu(torchs))
 
 
-def test_ends_beyond_the_rows_are_those_of_the_last() -> None:
-    x, weights, ends = _given([5, 20, 3], 64, 32, 0)
-    beyond = torch.tensor([5, 40, 60], dtype=torch.int32, device=DEVICE)
-    wanted = plain.grouped_product(x, weights, torch.tensor([5, 28, 28]), 8)
-    _assert_close(triton_ffn.grouped_product(x, weights, beyond, 8), wanted, torch.tensor([28]))
-    assert not torch.equal(wanted, plain.grouped_product(x, weights, ends, 8))
+def test_a_group_that_ends_beyond_the_rows_ends_with_them() -> None:
+    x, weights, _ = _given([5, 20, 3], 64, 32, 0)
+    longer = parts_of(torch.tensor([5, 40, 60]), torch.arange(3), 16, 60)
+    parts = Parts(longer.table.to(DEVICE), 16)
+    wanted = plain.grouped_product(x, weights, _parts(torch.tensor([5, 28, 28]).int().to(DEVICE), len(x)))
+    _assert_close(triton_ffn.grouped_product(x, weights, parts), wanted, torch.tensor([28]))
 
 
-@pytest.mark.parametrize("which", [1, 2, 3])
-def test_what_is_not_in_one_piece_is_refused(which: int) -> None:
-    given = [*_given([5, 20, 3], 64, 64, 0), torch.arange(3, dtype=torch.int32, device=DEVICE)]
-    given[which] = given[which].transpose(1, 2) if which == 1 else given[which].repeat_interleave(2)[::2]
-    with pytest.raises(AssertionError, match=r"copied|lies behind"):
-        triton_ffn.grouped_product(*given[:3], 8, given[3])
-
-
-def test_each_group_has_one_end_and_one_cell() -> None:
+def test_what_is_not_in_one_piece_is_refused() -> None:
     x, weights, ends = _given([5, 20, 3], 64, 64, 0)
-    for cells in (None, torch.zeros(3, dtype=torch.int32, device=DEVICE)):
-        with pytest.raises(AssertionError, match="each group has one"):
-            triton_ffn.grouped_product(x, weights, ends[:2], 8, cells)
+    parts = _parts(ends, len(x))
+    with pytest.raises(AssertionError, match="copied"):
+        triton_ffn.grouped_product(x, weights.transpose(1, 2), parts)
+    with pytest.raises(AssertionError, match="lies behind"):
+        triton_ffn.grouped_product(x, weights, Parts(parts.table.repeat_interleave(2, dim=1)[:, ::2], parts.rows))
+    with pytest.raises(AssertionError, match="a part"):
+        triton_ffn.launch(x, weights, parts, triton_ffn.tiles(32, gated=False), gated=False)
 
 
 def test_nothing_is_written_behind_the_last_end(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.full((40, 16), 7.0, dtype=DTYPE, device=DEVICE)
-    monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory)
     x, weights, ends = _given([5, 20], 64, 32, 15)
-    triton_ffn.grouped_swiglu(x, weights, ends, 8)
+    parts = _parts(ends, len(x))
+    monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory)
+    triton_ffn.grouped_swiglu(x, weights, parts)
     assert memory[25:].eq(7).all()
     assert not memory[:25].eq(7).all(dim=1).any()

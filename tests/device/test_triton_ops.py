@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_eplb.device.ops import plain
+from moe_eplb.device.ops import Parts, plain
+from moe_eplb.device.ops.plain_parts import parts_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -221,6 +222,39 @@ def test_permute_rows(
         assert found_offs.tolist() == offs.tolist()
         assert found_rows.shape == wanted_rows.shape == (local.numel() if entries is None else entries, width)
         assert torch.equal(found_rows[: int(offs[-1])], wanted_rows[: int(offs[-1])])
+
+
+@pytest.mark.parametrize("small", [0, 4096])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "slots", "part"), [(0, 2, 4, 16), (1, 1, 1, 16), (37, 8, 20, 16), (90, 1, 2, 32), (80, 4, 70, 64)]
+)
+def test_permute_in_parts(
+    monkeypatch: pytest.MonkeyPatch, rows: int, top_k: int, slots: int, part: int, small: int
+) -> None:
+    monkeypatch.setattr(triton_group, "_SMALL", small)
+    monkeypatch.setattr(triton_group, "_TILE", 64)
+    local, cells = _ids(rows, slots, top_k=top_k), _cells(slots, slots + 3)
+    hidden, given = _randn(rows, 24, dtype=torch.float32), (local + 5).int()
+    for entries in (None, int(((local >= 0) & (local < slots)).sum())):
+        wanted_rows, wanted, offs, wanted_parts = plain.permute_in_parts(hidden, local, cells, part, entries)
+        found_rows, found, found_offs, parts = triton_ops.permute_in_parts(
+            hidden, given, cells, part, entries, first_slot=5
+        )
+        assert found.tolist() == wanted.tolist()
+        assert found_offs.tolist() == offs.tolist()
+        last = int(offs[-1])
+        assert torch.equal(found_rows[:last], wanted_rows[:last])
+        _assert_same_parts(parts, wanted_parts)
+    if rows > 1:  # fewer places than entries
+        *_, offs, parts = triton_ops.permute_in_parts(hidden, local, cells, part, 10)
+        _assert_same_parts(parts, parts_of(offs, cells, part, 10))
+
+
+def _assert_same_parts(found: Parts, wanted: Parts) -> None:
+    count = int(wanted.table[0, 0])
+    assert found.table.shape == wanted.table.shape
+    assert (found.rows, int(found.table[0, 0])) == (wanted.rows, count)
+    assert found.table[1 : 1 + count].tolist() == wanted.table[1 : 1 + count].tolist()
 
 
 @pytest.mark.parametrize("small", [0, 4096])

@@ -11,7 +11,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import ops
 from moe_eplb.moe import experts as experts_module
 from moe_eplb.moe.experts import ExpertSlots, ffn_twin
-from moe_eplb.moe.grouping import entries_of, group_by_slot, sum_over_k
+from moe_eplb.moe.grouping import Grouped, entries_of, group_by_slot, sum_over_k
 
 HIDDEN, INTERMEDIATE, SLOTS = 24, 16, 5
 
@@ -32,7 +32,7 @@ def test_grouped_ffn_equals_its_twin(dtype: torch.dtype, tolerance: float, slots
     hidden = torch.randn(len(slots), HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
     slot = torch.tensor(slots, dtype=torch.int32)
     offs = torch.bincount(slot, minlength=SLOTS).cumsum(0, dtype=torch.int32)
-    got = experts.grouped_ffn(hidden, offs)
+    got = experts.grouped_ffn(Grouped(hidden, torch.arange(len(slots)), offs))
     wanted = ffn_twin(hidden, slot, experts.weight("w3_w1"), experts.weight("w2"))
     assert got.shape == wanted.shape
     assert got.dtype == dtype
@@ -41,23 +41,23 @@ def test_grouped_ffn_equals_its_twin(dtype: torch.dtype, tolerance: float, slots
 
 
 @pytest.mark.parametrize(
-    ("rows", "likely", "each"), [(10, None, 2), (11, None, None), (11, 10, 2), (10, 11, None), (3, 0, 0), (0, None, 0)]
+    ("rows", "likely", "each"),
+    [(50, None, 10), (51, None, None), (51, 45, 9), (50, 51, None), (3, 0, 0), (0, None, 0), (40, None, 8)],
 )
 def test_few_rows_a_slot_go_through_products_of_their_own(
     rows: int, likely: int | None, each: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = _experts(torch.float32)
-    slot = torch.arange(rows, dtype=torch.int32) % SLOTS
-    hidden = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))[slot.argsort(stable=True)]
-    offs = torch.bincount(slot, minlength=SLOTS).cumsum(0, dtype=torch.int32)
-    by_torch = experts.grouped_ffn(hidden, offs, likely=likely)
+    slots = (torch.arange(rows, dtype=torch.int32) % SLOTS).view(-1, 1)
+    hidden = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))
+    by_torch = experts.grouped_ffn(experts.group(hidden, slots, likely=likely))
     seen: list[int] = []
     first, second = ops.grouped_swiglu, ops.grouped_product
-    monkeypatch.setattr(experts, "_few_rows", 2)
-    monkeypatch.setattr(ops, "grouped_swiglu", lambda *given: (seen.append(given[3]), first(*given))[1])
-    monkeypatch.setattr(ops, "grouped_product", lambda *given: (seen.append(given[3]), second(*given))[1])
-    assert torch.allclose(experts.grouped_ffn(hidden, offs, likely=likely), by_torch, atol=1e-5)
-    assert seen == ([] if each is None else [each, each])
+    monkeypatch.setattr(experts, "_few_rows", 10)
+    monkeypatch.setattr(ops, "grouped_swiglu", lambda *given: (seen.append(given[2].rows), first(*given))[1])
+    monkeypatch.setattr(ops, "grouped_product", lambda *given: (seen.append(given[2].rows), second(*given))[1])
+    assert torch.allclose(experts.grouped_ffn(experts.group(hidden, slots, likely=likely)), by_torch, atol=1e-5)
+    assert seen == ([] if each is None else [16 if each <= 8 else 32] * 2)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_entries_are_grouped_by_the_cells_that_hold_their_slots(
     wanted = sorted(
         (cells[s], row, k, s) for row, line in enumerate(table) for k, s in enumerate(line) if 0 <= s < SLOTS
     )
-    rows, position, offs, _ = experts.group(hidden, slots, len(wanted) if exact else None)
+    rows, position, offs, *_ = experts.group(hidden, slots, len(wanted) if exact else None)
     found = entries_of(slots, position, offs)
     assert list(zip(found.row.tolist(), found.k.tolist(), found.slot.tolist(), strict=True)) == [e[1:] for e in wanted]
     assert torch.equal(rows[: len(wanted)], hidden[found.row])
@@ -123,11 +123,11 @@ def test_rows_after_the_last_end_change_nothing(dtype: torch.dtype) -> None:
     scales = torch.rand(3, 2)
     outputs = []
     for entries in (3, None):
-        rows, position, offs, _ = experts.group(hidden, slots, entries)
-        rows[3:] = float("nan")
-        output = experts.grouped_ffn(rows, offs)
+        grouped = experts.group(hidden, slots, entries)
+        grouped.rows[3:] = float("nan")
+        output = experts.grouped_ffn(grouped)
         output[3:] = float("nan")
-        outputs.append(sum_over_k(output, position, scales))
+        outputs.append(sum_over_k(output, grouped.position, scales))
     assert torch.equal(outputs[0], outputs[1])
     assert outputs[0].abs().sum(dim=1).gt(0).tolist() == [True, False, True]
 
@@ -149,8 +149,8 @@ def test_a_slot_computes_with_the_weights_of_its_cell() -> None:
     experts.slot_cells.copy_(torch.tensor([6, 1, 0, 3, 5]))
     slots = torch.tensor([[0, 4], [2, 1], [3, 0]], dtype=torch.int32)
     hidden, scales = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5)), torch.ones(3, 2)
-    rows, position, offs, _ = experts.group(hidden, slots)
-    got = sum_over_k(experts.grouped_ffn(rows, offs), position, scales)
+    grouped = experts.group(hidden, slots)
+    got = sum_over_k(experts.grouped_ffn(grouped), grouped.position, scales)
     cells = experts.slot_cells[slots.long()].flatten()
     weights = [experts.weight(name) for name in ("w3_w1", "w2")]
     wanted = ffn_twin(hidden.repeat_interleave(2, dim=0), cells, *weights).view(3, 2, -1).sum(1)
@@ -159,25 +159,24 @@ def test_a_slot_computes_with_the_weights_of_its_cell() -> None:
 
 @pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize(("likely", "few"), [(5, True), (6, False), (None, False)])
-def test_few_rows_are_grouped_by_slot_and_products_look_the_cells_up(
+def test_few_rows_are_grouped_by_slot_and_multiplied_by_the_weights_of_their_cells(
     likely: int | None, few: bool, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = _experts(torch.float32, spare=2)
     experts.slot_cells.copy_(torch.tensor([6, 1, 0, 3, 5]))
     slots = torch.tensor([[0, 4], [2, 1], [3, 0], [-1, 7]], dtype=torch.int32)
     hidden, scales = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(5)), torch.ones(4, 2)
-    rows, position, offs, _ = experts.group(hidden, slots)
-    wanted = sum_over_k(experts.grouped_ffn(rows, offs), position, scales)
+    grouped = experts.group(hidden, slots)
+    wanted = sum_over_k(experts.grouped_ffn(grouped), grouped.position, scales)
     monkeypatch.setattr(experts, "_few_rows", 1)
-    rows, position, offs, _ = experts.group(hidden, (slots + first).int(), first_slot=first, likely=likely)
-    assert offs.tolist() == ([2, 3, 4, 5, 6] if few else [1, 2, 2, 3, 3, 4, 6])
-    found = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
+    grouped = experts.group(hidden, (slots + first).int(), first_slot=first, likely=likely)
+    assert grouped.offs.tolist() == ([2, 3, 4, 5, 6] if few else [1, 2, 2, 3, 3, 4, 6])
+    assert (grouped.parts is not None) is few
+    found = sum_over_k(experts.grouped_ffn(grouped), grouped.position, scales)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    if few:
-        assert torch.equal(sum_over_k(experts.grouped_ffn(rows, offs), position, scales), found), "as they are grouped"
     experts.slot_cells[0] = 2
-    other = sum_over_k(experts.grouped_ffn(rows, offs, likely=likely), position, scales)
-    assert torch.equal(other, found) is not few, "the cells are looked up when the products are made"
+    again = sum_over_k(experts.grouped_ffn(grouped), grouped.position, scales)
+    assert torch.equal(again, found), "the cells are those of when the entries were grouped"
 
 
 def test_sum_over_k_weights_entries_and_leaves_other_rows_zero() -> None:

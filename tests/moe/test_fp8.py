@@ -54,9 +54,9 @@ def _slots(tokens: int, least: int = 0) -> torch.Tensor:
 def _output(
     experts: ExpertSlots, hidden: torch.Tensor, slots: torch.Tensor, entries: int | None = None
 ) -> torch.Tensor:
-    rows, position, offs, row_scale = experts.group(hidden, slots, entries)
+    grouped = experts.group(hidden, slots, entries)
     scales = torch.full(slots.shape, 1.0, device=DEVICE)
-    return sum_over_k(experts.grouped_ffn(rows, offs, row_scale), position, scales, torch.bfloat16)
+    return sum_over_k(experts.grouped_ffn(grouped), grouped.position, scales, torch.bfloat16)
 
 
 # -- what slots hold --------------------------------------------------------------------------------------------------
@@ -190,9 +190,9 @@ def test_random_layers_of_any_size_are_within_the_tolerance(
             experts.load(slot, weights)
         x, scales = torch.randn(tokens, hidden).bfloat16(), torch.softmax(torch.randn(tokens, top_k), dim=1)
         ids = torch.rand(tokens, 8).argsort(dim=1)[:, :top_k].int()
-        rows, position, offs, row_scale = experts.group(x.to(DEVICE), ids.to(DEVICE))
-        output = experts.grouped_ffn(rows, offs, row_scale)
-        y = sum_over_k(output, position, scales.to(DEVICE), torch.bfloat16).cpu()
+        grouped = experts.group(x.to(DEVICE), ids.to(DEVICE))
+        output = experts.grouped_ffn(grouped)
+        y = sum_over_k(output, grouped.position, scales.to(DEVICE), torch.bfloat16).cpu()
         assert compare(y, reference_output(x, ids, scales, masters.__getitem__)).ratio <= TOLERANCE[FP8]
 
 
@@ -227,13 +227,13 @@ def test_rows_after_the_last_end_change_nothing() -> None:
     entries = int((slots >= 0).sum())
     outputs = []
     for given in (entries, None):
-        rows, position, offs, row_scale = experts.group(hidden, slots, given)
-        assert row_scale is not None
-        rows[entries:].view(torch.uint8).fill_(0x7F)  # NaN
-        row_scale[entries:] = float("nan")
-        output = experts.grouped_ffn(rows, offs, row_scale)
+        grouped = experts.group(hidden, slots, given)
+        assert grouped.row_scale is not None
+        grouped.rows[entries:].view(torch.uint8).fill_(0x7F)  # NaN
+        grouped.row_scale[entries:] = float("nan")
+        output = experts.grouped_ffn(grouped)
         output[entries:] = float("nan")
-        outputs.append(sum_over_k(output, position, torch.ones(slots.shape, device=DEVICE), torch.bfloat16))
+        outputs.append(sum_over_k(output, grouped.position, torch.ones(slots.shape, device=DEVICE), torch.bfloat16))
     assert torch.isfinite(outputs[0]).all()
     # A GPU's GEMM adds in an order that goes by the number of rows, and what is rounded then differs by a step.
     allowed = 0.0 if DEVICE.type == "cpu" else 0.03

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.device import AuxStreamType, Device, get_device
 from moe_eplb.moe import MoeShape, RenormalizeMoeRoutingMethod, SuppliedMoeRoutingMethod, WideEPMoE, create_moe
+from moe_eplb.moe.grouping import Grouped
 from tests.support.moe_layers import (
     EXPERTS,
     HIDDEN,
@@ -270,17 +270,18 @@ def test_an_exception_in_the_experts_leaves_the_next_iteration_clean(monkeypatch
         balancer.shutdown()
 
 
-def test_the_products_are_told_how_many_rows_to_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_experts_are_told_how_many_rows_to_expect(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = _layer(get_device("cpu", NullSink()))
     seen: list[int | None] = []
+    group = moe.experts.group
 
-    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **options: (seen.append(options.get("likely")), call(*given, **options))[1]
+    def noted(*given: Any, likely: int | None = None, **options: Any) -> Grouped:
+        seen.append(likely)
+        return group(*given, likely=likely, **options)
 
-    for name in ("group", "grouped_ffn"):
-        monkeypatch.setattr(moe.experts, name, noted(getattr(moe.experts, name)))
+    monkeypatch.setattr(moe.experts, "group", noted)
     _step(moe, 0, 4, 0)
-    assert seen == [4 * TOP_K] * 2, "both decide by the same number"
+    assert seen == [4 * TOP_K]
 
 
 def test_kinds_carry_their_numbers() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_eplb.device.ops import plain
 from moe_eplb.device.ops.plain import FP8, Choice, quantize_rows
+from moe_eplb.device.ops.plain_parts import Parts, part_rows
 from moe_eplb.device.ops.plain_sends import MARKS, Arrived, needed_by
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MARKS",
     "Arrived",
     "Choice",
+    "Parts",
     "add_blocks",
     "add_returned",
     "arrive",
@@ -31,7 +33,9 @@ __all__ = [
     "needed_by",
     "order_sends",
     "pack_rows",
+    "part_rows",
     "permute",
+    "permute_in_parts",
     "permute_rows",
     "permute_rows_fp8",
     "quantize_rows",
@@ -85,6 +89,17 @@ def permute_rows(
     return rows, position, offs
 
 
+def permute_in_parts(
+    hidden: Tensor, slots: Tensor, cells: Tensor, rows: int, entries: int | None = None,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Parts]:  # fmt: skip
+    """See `plain.permute_in_parts`."""
+    grouped, position, offs, parts = _at(slots).permute_in_parts(
+        hidden, slots, cells, rows, entries, copying, first_slot
+    )
+    return grouped, position, offs, parts
+
+
 def permute_rows_fp8(
     hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None = None, entries: int | None = None,
     copying: Callable[[], None] = lambda: None, first_slot: int = 0,
@@ -108,15 +123,15 @@ def swiglu_fp8(rows: Tensor, offs: Tensor | None = None) -> tuple[Tensor, Tensor
     return values, scale
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, parts: Parts) -> Tensor:
     """See `plain_ffn.grouped_swiglu`."""
-    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, offs, each, cells)
+    result: Tensor = _at(rows).grouped_swiglu(rows, w3_w1, parts)
     return result
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+def grouped_product(rows: Tensor, weights: Tensor, parts: Parts) -> Tensor:
     """See `plain_ffn.grouped_product`."""
-    result: Tensor = _at(rows).grouped_product(rows, weights, offs, each, cells)
+    result: Tensor = _at(rows).grouped_product(rows, weights, parts)
     return result
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_eplb.device.ops.plain_ffn import grouped_product, grouped_swiglu, swiglu, swiglu_float32
+from moe_eplb.device.ops.plain_parts import Parts, parts_of
 from moe_eplb.device.ops.plain_rows import require_columns
 from moe_eplb.device.ops.plain_sends import add_returned, arrive, order_sends, send_rows
 
@@ -26,6 +27,7 @@ __all__ = [
     "order_sends",
     "pack_rows",
     "permute",
+    "permute_in_parts",
     "permute_rows",
     "permute_rows_fp8",
     "quantize_rows",
@@ -131,6 +133,21 @@ def permute_rows(
     source = _sources(position, slots.numel() if entries is None else entries)
     copying()
     return hidden[source], position, offs
+
+
+def permute_in_parts(
+    hidden: Tensor, slots: Tensor, cells: Tensor, rows: int, entries: int | None = None,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Parts]:  # fmt: skip
+    """`permute_rows` with slots as groups, and their parts, for products of few rows.
+
+    Args:
+        hidden, slots, entries, copying, first_slot: As for `permute_rows`.
+        cells: int32 [S], where each slot's weights are.
+        rows: Of a part.
+    """
+    grouped, position, offs = permute_rows(hidden, slots, len(cells), None, entries, copying, first_slot)
+    return grouped, position, offs, parts_of(offs, cells, rows, len(grouped))
 
 
 def permute_rows_fp8(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from moe_eplb.device.ops.plain_parts import Parts
 
 __all__ = ["grouped_product", "grouped_swiglu", "swiglu", "swiglu_float32"]
 
@@ -24,31 +24,29 @@ def swiglu_float32(rows: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
-    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] in groups, each of which has weights of its own.
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, parts: Parts) -> Tensor:
+    """``silu(w1 x) * (w3 x)`` [N, I] of rows x [N, D] in groups, each of which has the weights of a cell.
 
     The bits of `grouped_product` and `swiglu` after each other.
 
     Args:
         rows: In order of their groups.
-        w3_w1: [C, 2I, D], the rows of w3 before those of w1; contiguous, as `offs` and `cells` are.
-        offs: int32 [G], end of each group's rows, none beyond N; results of rows after the last end hold anything.
-        each: Rows that a group probably has; the result does not depend on it.
-        cells: int32 [G], which of the C weights a group has, and where that is none of them its results hold anything;
-            None when group g has weights g, and then G is C.
+        w3_w1: [C, 2I, D], the rows of w3 before those of w1; contiguous.
+        parts: Of the rows. Results of rows that are in none, or whose cell is none of the C, hold anything.
     """
-    return swiglu(grouped_product(rows, w3_w1, offs, each, cells))
+    return swiglu(grouped_product(rows, w3_w1, parts))
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+def grouped_product(rows: Tensor, weights: Tensor, parts: Parts) -> Tensor:
     """``w x`` [N, B] of rows x [N, A] in groups, as `grouped_swiglu` says; weights [C, B, A].
 
     Added in float32 and rounded once.
     """
-    del each
     result = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32, device=rows.device)
-    held = range(len(offs)) if cells is None else cells.tolist()
-    for cell, (begin, end) in zip(held, pairwise([0, *offs.tolist()]), strict=True):
+    (count, *_), *lines = parts.table.tolist()
+    for number, (cell, begin, end, first) in enumerate(lines[:count]):
+        at = begin + (number - first) * parts.rows
+        until = min(at + parts.rows, end)
         if 0 <= cell < len(weights):
-            result[begin:end] = rows[begin:end].float() @ weights[cell].float().T
+            result[at:until] = rows[at:until].float() @ weights[cell].float().T
     return result.to(rows.dtype)

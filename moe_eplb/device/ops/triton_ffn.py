@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_parts import Parts
 from moe_eplb.device.ops.triton_rows import silu_times
 from moe_eplb.device.sanitizer import declares
 
@@ -39,58 +40,53 @@ _PLAIN = _GATED | {128: (128, 64, 8, 3)}
 tiles."""
 
 
-def grouped_swiglu(rows: Tensor, w3_w1: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+def grouped_swiglu(rows: Tensor, w3_w1: Tensor, parts: Parts) -> Tensor:
     """See `plain_ffn.grouped_swiglu`."""
-    return launch(rows, w3_w1, offs, tiles(each, gated=True), gated=True, cells=cells)
+    return launch(rows, w3_w1, parts, tiles(parts.rows, gated=True), gated=True)
 
 
-def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, each: int, cells: Tensor | None = None) -> Tensor:
+def grouped_product(rows: Tensor, weights: Tensor, parts: Parts) -> Tensor:
     """See `plain_ffn.grouped_product`."""
-    return launch(rows, weights, offs, tiles(each, gated=False), gated=False, cells=cells)
+    return launch(rows, weights, parts, tiles(parts.rows, gated=False), gated=False)
 
 
-def tiles(each: int, *, gated: bool) -> Tiles:
-    """How a product is cut where a group has `each` rows on average: in tiles of twice as many, 16 to 128."""
-    cuts = _GATED if gated else _PLAIN
-    rows = min(max(cuts), max(min(cuts), triton.next_power_of_2(2 * each)))
-    return Tiles(rows, *cuts[rows])
+def tiles(rows: int, *, gated: bool) -> Tiles:
+    """How a product of parts of so many rows is cut."""
+    return Tiles(rows, *(_GATED if gated else _PLAIN)[rows])
 
 
-def launch(
-    rows: Tensor, weights: Tensor, offs: Tensor, cut: Tiles, *, gated: bool, cells: Tensor | None = None
-) -> Tensor:
+def launch(rows: Tensor, weights: Tensor, parts: Parts, cut: Tiles, *, gated: bool) -> Tensor:
     """Either product, cut so."""
-    table, ends = offs if cells is None else cells, len(offs)
     assert weights.is_contiguous(), "they are too large to be copied"
-    assert offs.is_contiguous(), "one end lies behind the other"
-    assert table.is_contiguous(), "one cell lies behind the other"
-    assert ends == (len(weights) if cells is None else len(cells)), "each group has one"
+    assert parts.table.is_contiguous(), "one number lies behind the other"
+    assert parts.rows == cut.rows, "a program computes a part"
     width, depth = weights.shape[1] // (1 + gated), weights.shape[2]
     result = torch.empty(len(rows), width, dtype=rows.dtype, device=rows.device)
     if not result.numel():
         return result
-    most = len(rows) // cut.rows + min(ends, len(rows))
-    _products[(most * triton.cdiv(width, cut.results),)](
-        rows.contiguous(), weights, offs, table, result, len(rows), ends, len(weights), width, depth=depth, gated=gated,
-        mapped=cells is not None, groups=triton.next_power_of_2(ends), tile=cut.rows, results=cut.results,
-        block=cut.depth, whole=width % cut.results == 0 and depth % cut.depth == 0, stages=cut.stages,
-        num_warps=cut.warps,
+    _products[((len(parts.table) - 1) * triton.cdiv(width, cut.results),)](
+        rows.contiguous(), weights, parts.table, result, len(rows), len(weights), width, depth=depth, gated=gated,
+        tile=cut.rows, results=cut.results, block=cut.depth,
+        whole=width % cut.results == 0 and depth % cut.depth == 0, stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     return result
 
 
 @declares(writes=["result"])
-@triton.jit(do_not_specialize=["count", "ends", "cells"])
+@triton.jit(do_not_specialize=["count", "cells"])
 def _products(
-    rows, weights, offs, table, result, count, ends, cells, width, depth: tl.constexpr, gated: tl.constexpr,
-    mapped: tl.constexpr, groups: tl.constexpr, tile: tl.constexpr, results: tl.constexpr, block: tl.constexpr,
-    whole: tl.constexpr, stages: tl.constexpr,
+    rows, weights, parts, result, count, cells, width, depth: tl.constexpr, gated: tl.constexpr, tile: tl.constexpr,
+    results: tl.constexpr, block: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    cell, first, end, slice_ = _part_of(
-        tl.program_id(0), offs, table, count, ends, tl.cdiv(width, results), mapped, groups, tile
-    )
-    if (cell >= 0) & (cell < cells):
-        row, at = first + tl.arange(0, tile), tl.arange(0, block)
+    """Programs of one group follow each other, and of them those that read the same weights."""
+    slices = tl.cdiv(width, results)
+    line = parts + 4 + tl.program_id(0) // slices * 4
+    listed = tl.program_id(0) // slices < tl.load(parts)
+    cell, start, end, before = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    if listed & (cell >= 0) & (cell < cells):
+        within, those = tl.program_id(0) - before * slices, tl.maximum((end - start + tile - 1) // tile, 1)
+        slice_, end = within // those, tl.minimum(end, count)
+        row, at = start + within % those * tile + tl.arange(0, tile), tl.arange(0, block)
         out = slice_ * results + tl.arange(0, results)
         matrix = weights + cell.to(tl.int64) * width * depth * (2 if gated else 1)
         there = row < end
@@ -116,27 +112,3 @@ def _products(
             summed = silu_times(gate_value, up_value)
         place = result + row.to(tl.int64)[None, :] * width + out[:, None]
         tl.store(place, summed.to(kept), mask=there[None, :] & (out < width)[:, None])
-
-
-@triton.jit
-def _part_of(
-    number, offs, table, count, ends, slices, mapped: tl.constexpr, groups: tl.constexpr, tile: tl.constexpr
-):  # fmt: skip
-    """A program's cell, first row, end of its group's rows, and slice of the results; beyond the last a cell that is
-    not there.
-
-    Programs of one group follow each other, and of them those that read the same weights. The table of cells is read
-    as a whole, beside the ends and not behind them.
-    """
-    group = tl.arange(0, groups)
-    end = tl.minimum(tl.load(offs + group, mask=group < ends, other=0), count)
-    begin = tl.minimum(tl.load(offs + group - 1, mask=(group > 0) & (group < ends), other=0), count)
-    cell = tl.load(table + group, mask=group < ends, other=-1) if mapped else group
-    tiles = tl.where(group < ends, (end - begin + tile - 1) // tile, 0)
-    last = tl.cumsum(tiles * slices, 0)
-    here = group == tl.sum((last <= number).to(tl.int32), 0)
-    within = number - tl.sum(tl.where(here, last - tiles * slices, 0), 0)
-    parts = tl.maximum(tl.sum(tl.where(here, tiles, 0), 0), 1)
-    first = tl.sum(tl.where(here, begin, 0), 0) + within % parts * tile
-    mine = tl.sum(tl.where(here, cell + 1, 0), 0) - 1
-    return mine, first, tl.sum(tl.where(here, end, 0), 0), within // parts

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_eplb.device.ops.plain_parts import Parts, most_parts
 from moe_eplb.device.sanitizer import declares
 
-__all__ = ["permute", "permute_few", "permute_rows", "with_dense_rows"]
+__all__ = ["permute", "permute_few", "permute_in_parts", "permute_rows", "with_dense_rows"]
 
 _BLOCK = 128
 _CHUNK = 2048
@@ -31,8 +32,6 @@ _SMALL = 4096
 """Entries up to which one launch does everything."""
 _TILE = 1024
 """Entries that a program of the small kernel compares with at a time."""
-_ENDS = 16
-"""Groups whose ends one program of the small kernel finds."""
 
 
 def permute(slots: Tensor, groups: int, cells: Tensor | None = None, first_slot: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,6 +57,26 @@ def permute_rows(
     copying: Callable[[], None] = lambda: None, first_slot: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `plain.permute_rows`."""
+    return _permute_rows(hidden, slots, groups, cells, entries, copying, first_slot, None)
+
+
+def permute_in_parts(
+    hidden: Tensor, slots: Tensor, cells: Tensor, rows: int, entries: int | None = None,
+    copying: Callable[[], None] = lambda: None, first_slot: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Parts]:  # fmt: skip
+    """See `plain.permute_in_parts`."""
+    size, groups = slots.numel() if entries is None else entries, len(cells)
+    make = torch.empty if size else torch.zeros  # without rows nothing is launched that writes it
+    table = make(1 + most_parts(size, groups, rows), 4, dtype=torch.int32, device=slots.device)
+    wanted = Parts(table, rows), cells
+    return (*_permute_rows(hidden, slots, groups, None, entries, copying, first_slot, wanted), wanted[0])
+
+
+def _permute_rows(
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, entries: int | None, copying: Callable[[], None],
+    first_slot: int, wanted: tuple[Parts, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`permute_rows`; writes the parts of groups that have those cells, where they are wanted."""
     size = slots.numel() if entries is None else entries
     hidden = with_dense_rows(hidden)
     rows = torch.empty(size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
@@ -65,10 +84,10 @@ def permute_rows(
         position, offs = permute(slots, groups, cells, first_slot)
         copying()
         if rows.numel():
-            _copy(hidden, position, rows)
+            _copy(hidden, position, offs, rows, wanted)
         return rows, position, offs
     copying()
-    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, first_slot, rows))
+    return (rows, *_permute_small(hidden, with_dense_rows(slots), groups, cells, first_slot, rows, wanted))
 
 
 def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None, first_slot: int = 0) -> tuple[Tensor, Tensor]:
@@ -76,33 +95,43 @@ def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None, first_s
     if not slots.numel() or slots.numel() > _SMALL:
         return permute(slots, groups, cells, first_slot)
     nothing = torch.empty(slots.shape[0], 0, dtype=torch.float32, device=slots.device)
-    return _permute_small(nothing, with_dense_rows(slots), groups, cells, first_slot, nothing)
+    return _permute_small(nothing, with_dense_rows(slots), groups, cells, first_slot, nothing, None)
 
 
-def _copy(hidden: Tensor, position: Tensor, rows: Tensor) -> None:
+def _copy(
+    hidden: Tensor, position: Tensor, offs: Tensor, rows: Tensor, wanted: tuple[Parts, Tensor] | None
+) -> None:  # fmt: skip
     width = hidden.shape[1]
     block = _column_block(width)
-    grid = (hidden.shape[0], triton.cdiv(width, block))
+    parts, own_cells, part_rows = _given(wanted, rows)
+    grid = (hidden.shape[0] + (part_rows > 0), triton.cdiv(width, block))
     _copy_rows[grid](
-        hidden, position, rows, hidden.stride(0), width, rows.shape[0], position.shape[1], block, num_warps=block // 256
-    )
+        hidden, position, offs, own_cells, rows, parts, hidden.stride(0), width, rows.shape[0], len(offs),
+        position.shape[1], part_rows, max(16, triton.next_power_of_2(len(offs))), block, num_warps=block // 256,
+    )  # fmt: skip
 
 
 def _permute_small(
-    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, first_slot: int, rows: Tensor
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, slots: Tensor, groups: int, cells: Tensor | None, first_slot: int, rows: Tensor,
+    wanted: tuple[Parts, Tensor] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, top_k = slots.shape
     position = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
     offs = torch.empty(groups, dtype=torch.int32, device=slots.device)
     block = _column_block(hidden.shape[1])
-    grid = (tokens + triton.cdiv(groups, _ENDS), max(1, triton.cdiv(hidden.shape[1], block)))
-    _small[grid](
-        hidden, slots, *_table(slots, groups, cells), first_slot, rows, position, offs, hidden.stride(0),
-        slots.stride(0), tokens, tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k,
+    parts, own_cells, part_rows = _given(wanted, rows)
+    _small[(1 + tokens, max(1, triton.cdiv(hidden.shape[1], block)))](
+        hidden, slots, *_table(slots, groups, cells), own_cells, first_slot, rows, position, offs, parts,
+        hidden.stride(0), slots.stride(0), tokens * top_k, groups, hidden.shape[1], rows.shape[0], top_k,
         triton.next_power_of_2(top_k), 0 if cells is None else max(16, triton.next_power_of_2(cells.numel())), _TILE,
-        _ENDS, block, num_warps=max(4, block // 256),
+        max(16, triton.next_power_of_2(groups + 1)), part_rows, block, num_warps=max(4, block // 256),
     )  # fmt: skip
     return position, offs
+
+
+def _given(wanted: tuple[Parts, Tensor] | None, nothing: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Table, cells of the groups and rows of the parts that are wanted; of none, what nothing reads or writes."""
+    return (nothing, nothing, 0) if wanted is None else (wanted[0].table, wanted[1].contiguous(), wanted[0].rows)
 
 
 def _table(slots: Tensor, groups: int, cells: Tensor | None) -> tuple[Tensor, int]:
@@ -200,67 +229,111 @@ def _place(
     tl.store(position + at, tl.where(inside, begin + rank, -1), mask=at < entries)
 
 
-@declares(writes=["rows"])
+@declares(writes=["rows", "parts"])
 @triton.jit(do_not_specialize=["capacity"])
-def _copy_rows(hidden, position, rows, hidden_stride, width, capacity, top_k: tl.constexpr, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * block + tl.arange(0, block)
-    value = tl.load(hidden + row * hidden_stride + column, mask=column < width)
-    for k in tl.static_range(top_k):
-        at = tl.load(position + row * top_k + k).to(tl.int64)
-        tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
-
-
-@declares(writes=["rows", "position", "offs"])
-@triton.jit(do_not_specialize=["first_slot", "tokens", "entries", "capacity"])
-def _small(
-    hidden, slots, cells, num_slots, first_slot, rows, position, offs, hidden_stride, slot_stride, tokens, entries,
-    groups, width, capacity, top_k: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr, tile: tl.constexpr,
-    ends: tl.constexpr, block: tl.constexpr,
+def _copy_rows(
+    hidden, position, offs, own_cells, rows, parts, hidden_stride, width, capacity, groups, top_k: tl.constexpr,
+    part_rows: tl.constexpr, bins: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program a token, then programs that find the ends of groups.
+    """A program a token, behind one that finds the parts where they are wanted."""
+    token = tl.program_id(0) - (1 if part_rows > 0 else 0)
+    if token >= 0:
+        row = token.to(tl.int64)
+        column = tl.program_id(1) * block + tl.arange(0, block)
+        value = tl.load(hidden + row * hidden_stride + column, mask=column < width)
+        for k in tl.static_range(top_k):
+            at = tl.load(position + row * top_k + k).to(tl.int64)
+            tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
+    elif tl.program_id(1) == 0:
+        group = tl.arange(0, bins)
+        end = tl.load(offs + group, mask=group < groups, other=0)
+        begin = tl.load(offs + group - 1, mask=(group > 0) & (group < groups), other=0)
+        cell = tl.load(own_cells + group, mask=group < groups, other=-1)
+        _write_parts(parts, cell, begin, end, group < groups, capacity, part_rows)
+
+
+@triton.jit
+def _write_parts(parts, cell, begin, end, real, capacity, part_rows: tl.constexpr):
+    """The table of the parts of all groups, of which those are `real`; it has lines for as many rows as `capacity`."""
+    begin, end = tl.minimum(begin, capacity), tl.minimum(end, capacity)
+    number = tl.where(real, (end - begin + part_rows - 1) // part_rows, 0)
+    first = tl.cumsum(number, 0) - number
+    tl.store(parts, tl.sum(number, 0))
+    most = tl.max(number, 0)
+    turn = 0
+    while turn < most:
+        line, more = parts + (1 + first + turn) * 4, turn < number
+        tl.store(line, cell, mask=more)
+        tl.store(line + 1, begin, mask=more)
+        tl.store(line + 2, end, mask=more)
+        tl.store(line + 3, first, mask=more)
+        turn += 1
+
+
+@declares(writes=["rows", "position", "offs", "parts"])
+@triton.jit(do_not_specialize=["first_slot", "entries", "capacity"])
+def _small(
+    hidden, slots, cells, num_slots, own_cells, first_slot, rows, position, offs, parts, hidden_stride, slot_stride,
+    entries, groups, width, capacity, top_k: tl.constexpr, k_width: tl.constexpr, held: tl.constexpr,
+    tile: tl.constexpr, bins: tl.constexpr, part_rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A program a token, behind one that finds the ends of groups, and their parts where they are wanted.
 
     Each reads the whole table of cells, `held` of them or none, beside the slots, and not each slot's cell behind it.
     """
-    program = tl.program_id(0)
+    token = tl.program_id(0) - 1
     table = slots
     if held > 0:
         slot = tl.arange(0, held)
         table = tl.load(cells + slot, mask=slot < num_slots, other=-1)
-    if program < tokens:
+    if token >= 0:
         k = tl.arange(0, k_width)
         cell, inside = _cell(
-            slots,
-            table,
-            num_slots,
-            first_slot,
-            slot_stride,
-            program * top_k + k,
-            k < top_k,
-            groups,
-            top_k,
-            held > 0,
+            slots, table, num_slots, first_slot, slot_stride, token * top_k + k, k < top_k, groups, top_k, held > 0,
             True,
-        )
-        limit = tl.where(inside, cell * entries + program * top_k + k, -1)
+        )  # fmt: skip
+        limit = tl.where(inside, cell * entries + token * top_k + k, -1)
         place = _before(
             slots, table, num_slots, first_slot, slot_stride, entries, groups, limit, k_width, top_k, held > 0, tile
         )
         place = tl.where(inside, place, -1)
         once = (k < top_k) & (tl.program_id(1) == 0)
-        tl.store(position + program * top_k + k, place, mask=once)
+        tl.store(position + token * top_k + k, place, mask=once)
         column = tl.program_id(1) * block + tl.arange(0, block)
-        value = tl.load(hidden + program.to(tl.int64) * hidden_stride + column, mask=column < width)
+        value = tl.load(hidden + token.to(tl.int64) * hidden_stride + column, mask=column < width)
         for turn in tl.static_range(top_k):
             at = tl.sum(tl.where(k == turn, place, 0), axis=0).to(tl.int64)
             tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
     elif tl.program_id(1) == 0:
-        group = (program - tokens) * ends + tl.arange(0, ends)
-        limit = (group + 1) * entries
-        end = _before(
-            slots, table, num_slots, first_slot, slot_stride, entries, groups, limit, ends, top_k, held > 0, tile
+        group = tl.arange(0, bins)
+        if part_rows > 0:
+            own = tl.load(own_cells + group, mask=group < groups, other=-1)
+        count = _per_group(
+            slots, table, num_slots, first_slot, slot_stride, entries, groups, top_k, held > 0, tile, bins
         )
+        end = tl.cumsum(count, 0)
         tl.store(offs + group, end, mask=group < groups)
+        if part_rows > 0:
+            _write_parts(parts, own, end - count, end, group < groups, capacity, part_rows)
+
+
+@triton.jit
+def _per_group(
+    slots, table, num_slots, first_slot, slot_stride, entries, groups, top_k: tl.constexpr, mapped: tl.constexpr,
+    tile: tl.constexpr, bins: tl.constexpr,
+):  # fmt: skip
+    """How many entries each group has; 0 behind the last group."""
+    found = tl.zeros([bins], dtype=tl.int32)
+    begin = 0
+    while begin < entries:
+        at = begin + tl.arange(0, tile)
+        cell, inside = _cell(
+            slots, table, num_slots, first_slot, slot_stride, at, at < entries, groups, top_k, mapped, True
+        )
+        # The last bin takes what belongs to nobody.
+        found += tl.histogram(tl.where(inside, cell, bins - 1), bins)
+        begin += tile
+    return tl.where(tl.arange(0, bins) < groups, found, 0)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_eplb.device.ops.triton_choose import histogram, route, top_k
 from moe_eplb.device.ops.triton_ffn import grouped_product, grouped_swiglu
 from moe_eplb.device.ops.triton_fp8 import permute_rows_fp8, swiglu_fp8
-from moe_eplb.device.ops.triton_group import permute, permute_rows
+from moe_eplb.device.ops.triton_group import permute, permute_in_parts, permute_rows
 from moe_eplb.device.ops.triton_rows import add_blocks, combine, pack_rows, swiglu
 from moe_eplb.device.ops.triton_sends import add_returned, arrive, order_sends, send_rows
 
@@ -20,6 +20,7 @@ __all__ = [
     "order_sends",
     "pack_rows",
     "permute",
+    "permute_in_parts",
     "permute_rows",
     "permute_rows_fp8",
     "route",
