@@ -10,7 +10,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_eplb.device.control import triton_all, triton_control, triton_load
-from moe_eplb.device.ops import triton_choose, triton_ffn, triton_fp8, triton_group, triton_rows, triton_sends
+from moe_eplb.device.ops import (
+    triton_choose,
+    triton_ffn,
+    triton_fp8,
+    triton_group,
+    triton_group_few,
+    triton_rows,
+    triton_sends,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = (
@@ -125,7 +133,7 @@ def entries() -> None:
             constants = {"top_k": top_k, "k_width": top_k, "tile": 1024, "bins": 128, "block": block}
             for part_rows in (0, 16):
                 held = 128 if mapped else 0
-                every(triton_group._small, words | rows, held=held, part_rows=part_rows, **constants)
+                every(triton_group_few._small, words | rows, held=held, part_rows=part_rows, **constants)
         for part_rows in (0, 16):
             every(triton_group._copy_rows, words | rows, top_k=top_k, part_rows=part_rows, bins=128, block=block)
         every(triton_rows._combine, words | rows, top_k=top_k, block=block)

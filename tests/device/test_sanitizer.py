@@ -29,7 +29,7 @@ from tests.support import balanced
 # Behind the import above, which turns Triton's interpreter on where there is no GPU.
 triton_ops = pytest.importorskip("moe_eplb.device.ops.triton_ops")
 triton_group = pytest.importorskip("moe_eplb.device.ops.triton_group")
-OPS = ("choose", "ffn", "fp8", "group", "rows", "sends")
+OPS = ("choose", "ffn", "fp8", "group", "group_few", "rows", "sends")
 NAMES = (*(f"ops.triton_{name}" for name in OPS), "control.triton_all", "control.triton_control", "control.triton_load")
 MODULES = [pytest.importorskip(f"moe_eplb.device.{name}") for name in NAMES]
 triton_load = MODULES[-1]

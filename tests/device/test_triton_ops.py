@@ -8,27 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from moe_eplb.device.ops import Parts, plain
-from moe_eplb.device.ops.plain_parts import parts_of
+from moe_eplb.device.ops import plain
+from tests.support.kernel_inputs import randn, skewed_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
-from moe_eplb.device.ops import triton_group, triton_ops  # noqa: E402
+from moe_eplb.device.ops import triton_ops  # noqa: E402
 
 EXPERTS = (1, 8, 64, 129, 256, 1000)
 BOTH = [torch.float32, torch.bfloat16]
-
-
-def _ids(entries: int, experts: int, seed: int = 0, top_k: int = 2) -> torch.Tensor:
-    """Skewed ids [T, K], some of them outside [0, E) on either side."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = (torch.rand(entries, top_k, generator=generator) ** 2 * (experts + 2)).int() - 1
-    return ids.to(DEVICE)
-
-
-def _randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 # -- histogram -------------------------------------------------------------------------------------------------------
@@ -37,7 +26,7 @@ def _randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> to
 @pytest.mark.parametrize("entries", [0, 1, 700, 1500])
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_histogram(entries: int, experts: int) -> None:
-    ids = _ids(entries, experts)
+    ids = skewed_ids(entries, experts)
     counts = [torch.full((experts,), 3, dtype=torch.int32, device=DEVICE) for _ in range(2)]
     plain.histogram(ids, counts[0])
     triton_ops.histogram(ids, counts[1])
@@ -47,7 +36,7 @@ def test_histogram(entries: int, experts: int) -> None:
 
 def test_histogram_writes_nothing_beyond_the_counts() -> None:
     memory = torch.zeros(131, dtype=torch.int32, device=DEVICE)
-    triton_ops.histogram(_ids(900, 129), memory[1:130])
+    triton_ops.histogram(skewed_ids(900, 129), memory[1:130])
     assert memory[0] == memory[130] == 0
 
 
@@ -67,7 +56,7 @@ def _tables(experts: int, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch
 def test_route(entries: int, experts: int, extra: int) -> None:
     torch.manual_seed(experts)
     tables = _tables(experts, experts + extra)
-    ids = _ids(entries, experts)
+    ids = skewed_ids(entries, experts)
     wanted = plain.route(ids, *tables, offset=3, invalid=experts + 7)
     assert triton_ops.route(ids, *tables, offset=3, invalid=experts + 7).tolist() == wanted.tolist()
 
@@ -77,7 +66,7 @@ def test_route(entries: int, experts: int, extra: int) -> None:
 @pytest.mark.parametrize("hot", [False, True])
 def test_route_counts_beside(entries: int, experts: int, hot: bool) -> None:
     tables = _tables(experts, experts + 7)
-    ids = _ids(entries, experts)
+    ids = skewed_ids(entries, experts)
     if hot:
         ids = torch.where(ids % 3 > 0, experts - 1, ids)
     counts = [torch.full((experts + 2,), 3, dtype=torch.int32, device=DEVICE) for _ in range(2)]
@@ -114,7 +103,7 @@ METHODS: tuple[plain.Choice, ...] = ("default", "renormalize_naive", "renormaliz
 )
 def test_top_k(tokens: int, experts: int, k: int, dtype: torch.dtype, method: plain.Choice) -> None:
     # Every token has all of E values, half a unit or more apart, so that rounding cannot change the choice.
-    order = _randn(tokens, experts).argsort(dim=1)
+    order = randn(tokens, experts).argsort(dim=1)
     logits = (order.float() * 0.5 - 3).clamp(-30, 600).to(dtype) * (0.125 if experts > 100 else 1)
     wanted_ids, wanted = plain.top_k(logits, k, method)
     ids, scales = triton_ops.top_k(logits, k, method)
@@ -142,140 +131,13 @@ def test_top_k_of_infinite_and_undefined_logits_still_chooses_different_experts(
         assert ids[1].tolist() == [1, 0, 2]
 
 
-# -- grouping --------------------------------------------------------------------------------------------------------
-
-
-def _cells(slots: int, cells: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(slots)
-    return torch.randperm(cells, generator=generator)[:slots].int().to(DEVICE)
-
-
-@pytest.mark.parametrize("spare", [None, 0, 3])
-@pytest.mark.parametrize("rows", [0, 3, 520, 1100])
-@pytest.mark.parametrize("slots", [1, 5, 36, 130])
-def test_permute(rows: int, slots: int, spare: int | None) -> None:
-    local = _ids(rows, slots, top_k=3)
-    groups = slots + (spare or 0)
-    cells = None if spare is None else _cells(slots, groups)
-    position, offs = plain.permute(local, groups, cells)
-    fast_position, fast_offs = triton_ops.permute(local, groups, cells)
-    assert fast_offs.tolist() == offs.tolist()
-    assert fast_position.tolist() == position.tolist()
-    placed = position[position >= 0]
-    assert sorted(placed.tolist()) == list(range(len(placed)))
-    assert len(placed) == int(((local >= 0) & (local < slots)).sum())
-
-
-@pytest.mark.parametrize("small", [0, 4096])
-@pytest.mark.parametrize("spare", [None, 3])
-@pytest.mark.parametrize("first", [1, 5, 2000])
-def test_slots_are_counted_from_the_first(
-    monkeypatch: pytest.MonkeyPatch, first: int, spare: int | None, small: int
-) -> None:
-    monkeypatch.setattr(triton_group, "_SMALL", small)
-    local, groups = _ids(37, 20, top_k=8), 20 + (spare or 0)
-    given, cells = (local + first).int(), None if spare is None else _cells(20, groups)
-    hidden = _randn(37, 24, dtype=torch.float32)
-    wanted = plain.permute_rows(hidden, local, groups, cells)
-    for twin in (plain, triton_ops):
-        found = twin.permute_rows(hidden, given, groups, cells, first_slot=first)
-        position, offs = twin.permute(given, groups, cells, first)
-        last = int(offs[-1])
-        assert found[1].tolist() == position.tolist() == wanted[1].tolist()
-        assert found[2].tolist() == offs.tolist() == wanted[2].tolist()
-        assert torch.equal(found[0][:last], wanted[0][:last])
-
-
-def test_a_cell_that_does_not_exist_takes_nothing() -> None:
-    local, cells = _ids(40, 3), torch.tensor([1, 7, -1], dtype=torch.int32, device=DEVICE)
-    for twin in (plain, triton_ops):
-        position, offs = twin.permute(local, 5, cells)
-        assert torch.equal(position >= 0, local == 0)
-        assert offs.tolist() == [0] + [int((local == 0).sum())] * 4
-
-
-@pytest.mark.parametrize("small", [0, 4096])
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize(
-    ("rows", "top_k", "width", "slots", "spare"),
-    [(0, 2, 8, 4, None), (1, 1, 8, 1, 0), (37, 8, 64, 20, 2), (50, 3, 300, 33, None), (40, 8, 24, 7, 3)],
-)
-def test_permute_rows(
-    monkeypatch: pytest.MonkeyPatch,
-    rows: int,
-    top_k: int,
-    width: int,
-    slots: int,
-    spare: int | None,
-    dtype: torch.dtype,
-    small: int,
-) -> None:
-    monkeypatch.setattr(triton_group, "_SMALL", small)
-    monkeypatch.setattr(triton_group, "_TILE", 64)  # so that few entries are several tiles
-    local, groups = _ids(rows, slots, top_k=top_k), slots + (spare or 0)
-    cells = None if spare is None else _cells(slots, groups)
-    hidden = _randn(rows, width + 5, dtype=dtype)[:, :width]  # rows with a stride, as they come out of a collective
-    for entries in (None, int(((local >= 0) & (local < slots)).sum())):
-        wanted_rows, wanted, offs = plain.permute_rows(hidden, local, groups, cells, entries)
-        found_rows, found, found_offs = triton_ops.permute_rows(hidden, local, groups, cells, entries)
-        assert found.tolist() == wanted.tolist()
-        assert found_offs.tolist() == offs.tolist()
-        assert found_rows.shape == wanted_rows.shape == (local.numel() if entries is None else entries, width)
-        assert torch.equal(found_rows[: int(offs[-1])], wanted_rows[: int(offs[-1])])
-
-
-@pytest.mark.parametrize("small", [0, 4096])
-@pytest.mark.parametrize(
-    ("rows", "top_k", "slots", "part"), [(0, 2, 4, 16), (1, 1, 1, 16), (37, 8, 20, 16), (90, 1, 2, 32), (80, 4, 70, 64)]
-)
-def test_permute_in_parts(
-    monkeypatch: pytest.MonkeyPatch, rows: int, top_k: int, slots: int, part: int, small: int
-) -> None:
-    monkeypatch.setattr(triton_group, "_SMALL", small)
-    monkeypatch.setattr(triton_group, "_TILE", 64)
-    local, cells = _ids(rows, slots, top_k=top_k), _cells(slots, slots + 3)
-    hidden, given = _randn(rows, 24, dtype=torch.float32), (local + 5).int()
-    for entries in (None, int(((local >= 0) & (local < slots)).sum())):
-        wanted_rows, wanted, offs, wanted_parts = plain.permute_in_parts(hidden, local, cells, part, entries)
-        found_rows, found, found_offs, parts = triton_ops.permute_in_parts(
-            hidden, given, cells, part, entries, first_slot=5
-        )
-        assert found.tolist() == wanted.tolist()
-        assert found_offs.tolist() == offs.tolist()
-        last = int(offs[-1])
-        assert torch.equal(found_rows[:last], wanted_rows[:last])
-        _assert_same_parts(parts, wanted_parts)
-    if rows > 1:  # fewer places than entries
-        *_, offs, parts = triton_ops.permute_in_parts(hidden, local, cells, part, 10)
-        _assert_same_parts(parts, parts_of(offs, cells, part, 10))
-
-
-def _assert_same_parts(found: Parts, wanted: Parts) -> None:
-    count = int(wanted.table[0, 0])
-    assert found.table.shape == wanted.table.shape
-    assert (found.rows, int(found.table[0, 0])) == (wanted.rows, count)
-    assert found.table[1 : 1 + count].tolist() == wanted.table[1 : 1 + count].tolist()
-
-
-@pytest.mark.parametrize("small", [0, 4096])
-def test_permute_rows_writes_nothing_beyond_its_rows(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
-    """Fewer places are given than there are entries, inside memory that shows every other write."""
-    monkeypatch.setattr(triton_group, "_SMALL", small)
-    memory = torch.zeros(30, 8, device=DEVICE)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory[5:15] if size == (10, 8) else empty(*size, **kw))
-    local = torch.zeros(20, 1, dtype=torch.int32, device=DEVICE)
-    triton_ops.permute_rows(torch.ones(20, 8, device=DEVICE), local, 2, None, 10)
-    assert memory.sum(dim=1).tolist() == [0.0] * 5 + [8.0] * 10 + [0.0] * 15
-
-
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 8), (37, 768), (3, 1100), (9, 512)])
 def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
-    x = _randn(rows, 2 * width, dtype=dtype)
+    x = randn(rows, 2 * width, dtype=dtype)
     wanted, found = plain.swiglu(x), triton_ops.swiglu(x)
     assert found.dtype is dtype
     tolerance = 1e-6 if dtype is torch.float32 else 1e-2
@@ -291,7 +153,7 @@ def test_combine(rows: int, width: int, dtype: torch.dtype, result: torch.dtype)
     local = torch.randint(-1, 6, (rows, 4), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     position, offs = plain.permute(local, 6)
     # What no entry's place is may hold anything, and nothing of it may be read.
-    output = torch.cat((_randn(int(offs[-1]), width, dtype=dtype), _randn(3, width, dtype=dtype) * float("nan")))
+    output = torch.cat((randn(int(offs[-1]), width, dtype=dtype), randn(3, width, dtype=dtype) * float("nan")))
     scales = torch.rand(rows, 6, generator=torch.Generator().manual_seed(3)).to(DEVICE)[:, :4]
     scales[local < 0] = float("nan")
     wanted = plain.combine(output, position, scales, result)
@@ -309,7 +171,7 @@ def test_combine(rows: int, width: int, dtype: torch.dtype, result: torch.dtype)
     ("ranks", "rows", "tokens", "width"), [(1, 1, 1, 1), (2, 5, 3, 300), (3, 4, 0, 8), (4, 2, 2, 2048)]
 )
 def test_add_blocks(ranks: int, rows: int, tokens: int, width: int) -> None:
-    blocks = _randn(ranks, rows, width, dtype=torch.bfloat16)
+    blocks = randn(ranks, rows, width, dtype=torch.bfloat16)
     for dtype in BOTH:
         wanted, found = plain.add_blocks(blocks, tokens, dtype), triton_ops.add_blocks(blocks, tokens, dtype)
         assert found.dtype is dtype

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_eplb.device.ops.plain import FP8, LARGEST, LEAST_MAX
-from moe_eplb.device.ops.triton_group import permute_few, with_dense_rows
+from moe_eplb.device.ops.triton_entries import with_dense_rows
+from moe_eplb.device.ops.triton_group import permute_few
 from moe_eplb.device.ops.triton_rows import silu_times
 from moe_eplb.device.sanitizer import declares
 
