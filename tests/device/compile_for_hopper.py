@@ -109,7 +109,7 @@ def products() -> None:
     types = {"rows": "*bf16", "weights": "*bf16", "parts": "*i32", "result": "*bf16", "cells": "i32"}
     for gated, rows in product((True, False), (16, 32, 64, 128)):
         cut = triton_ffn.tiles(rows, gated=gated)
-        sizes = {"tile": cut.rows, "results": cut.results, "block": cut.depth, "stages": cut.stages}
+        sizes = {"part_rows": cut.rows, "results": cut.results, "block": cut.depth, "stages": cut.stages}
         for whole in (True, False):
             constants = {"depth": 2048, "gated": gated, "whole": whole, **sizes}
             text = build(triton_ffn._products, cut.warps, types, ("rows", "weights", "result", "width"), **constants)
@@ -123,6 +123,8 @@ def entries() -> None:
     words = dict.fromkeys(("ids", "count", "start", "slots", "routed", "counts", "cells", "below", "first"), "*i32")
     words |= dict.fromkeys(("position", "offs", "own_cells", "parts", "second", "third", "fourth"), "*i32")
     rows = dict.fromkeys(("hidden", "output", "blocks", "total", "rows"), "*bf16") | {"scales": "*fp32"}
+    # Where no parts are wanted, rows stand in for what nothing reads or writes.
+    parts = {0: words | rows | dict.fromkeys(("parts", "own_cells"), "*bf16"), 16: words | rows}
     every(triton_choose._histogram, words, block=1024, nbins=16)
     for ids in ("*i32", "*i64"):
         every(triton_choose._route, words | {"ids": ids}, counting=True, block=1024, tile=64, others=256)
@@ -130,12 +132,12 @@ def entries() -> None:
         for mapped in (True, False):
             every(triton_group._count, words, top_k=top_k, mapped=mapped, block=128, nbins=16)
             every(triton_group._place, words, top_k=top_k, mapped=mapped, block=128)
-            constants = {"top_k": top_k, "k_width": top_k, "tile": 1024, "bins": 128, "block": block}
-            for part_rows in (0, 16):
+            constants = {"top_k": top_k, "k_width": top_k, "chunk": 1024, "bins": 128, "block": block}
+            for part_rows, kinds in parts.items():
                 held = 128 if mapped else 0
-                every(triton_group_few._small, words | rows, held=held, part_rows=part_rows, **constants)
-        for part_rows in (0, 16):
-            every(triton_group._copy_rows, words | rows, top_k=top_k, part_rows=part_rows, bins=128, block=block)
+                every(triton_group_few._small, kinds, held=held, part_rows=part_rows, **constants)
+        for part_rows, kinds in parts.items():
+            every(triton_group._copy_rows, kinds, top_k=top_k, part_rows=part_rows, bins=128, block=block)
         every(triton_rows._combine, words | rows, top_k=top_k, block=block)
     every(triton_group._scan, words, chunk=2048)
     every(triton_rows._add_blocks, {"blocks": "*bf16", "total": "*bf16"}, ranks=8, block=512)

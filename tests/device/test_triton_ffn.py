@@ -134,6 +134,17 @@ def test_a_group_that_ends_beyond_the_rows_ends_with_them() -> None:
     _assert_close(triton_ffn.grouped_product(x, weights, parts), wanted, torch.tensor([28]))
 
 
+def test_what_stands_behind_the_last_part_is_nothing() -> None:
+    x, weights, ends = _given([5, 20, 3], 64, 32, 9)
+    parts = _parts(ends, len(x))
+    wanted = triton_ffn.grouped_product(x, weights, parts)
+    count = int(parts.table[0, 0])
+    assert len(parts.table) > 1 + count
+    parts.table[1 + count :] = torch.tensor([0, 0, len(x), count], dtype=torch.int32, device=DEVICE)
+    last = int(ends[-1])
+    assert torch.equal(triton_ffn.grouped_product(x, weights, parts)[:last], wanted[:last])
+
+
 def test_what_is_not_in_one_piece_is_refused() -> None:
     x, weights, ends = _given([5, 20, 3], 64, 64, 0)
     parts = _parts(ends, len(x))

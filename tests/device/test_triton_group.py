@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_eplb.device.ops import Parts, plain
-from moe_eplb.device.ops.plain_parts import parts_of
+from moe_eplb.device.ops.plain_parts import most_parts, parts_of
 from tests.support.kernel_inputs import randn, skewed_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,15 @@ def test_a_cell_that_does_not_exist_takes_nothing() -> None:
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
     ("rows", "top_k", "width", "slots", "spare"),
-    [(0, 2, 8, 4, None), (1, 1, 8, 1, 0), (37, 8, 64, 20, 2), (50, 3, 300, 33, None), (40, 8, 24, 7, 3)],
+    [
+        (0, 2, 8, 4, None),
+        (1, 1, 8, 1, 0),
+        (37, 8, 64, 20, 2),
+        (50, 3, 300, 33, None),
+        (40, 8, 24, 7, 3),
+        (40, 8, 24, 16, None),
+        (40, 8, 24, 29, 3),
+    ],
 )
 def test_permute_rows(
     monkeypatch: pytest.MonkeyPatch,
@@ -85,7 +93,7 @@ def test_permute_rows(
     small: int,
 ) -> None:
     monkeypatch.setattr(triton_group, "_SMALL", small)
-    monkeypatch.setattr(triton_group_few, "_TILE", 64)  # so that few entries are several tiles
+    monkeypatch.setattr(triton_group_few, "_CHUNK", 64)  # so that few entries are several tiles
     local, groups = skewed_ids(rows, slots, top_k=top_k), slots + (spare or 0)
     cells = None if spare is None else _cells(slots, groups)
     hidden = randn(rows, width + 5, dtype=dtype)[:, :width]  # rows with a stride, as they come out of a collective
@@ -100,13 +108,14 @@ def test_permute_rows(
 
 @pytest.mark.parametrize("small", [0, 4096])
 @pytest.mark.parametrize(
-    ("rows", "top_k", "slots", "part"), [(0, 2, 4, 16), (1, 1, 1, 16), (37, 8, 20, 16), (90, 1, 2, 32), (80, 4, 70, 64)]
+    ("rows", "top_k", "slots", "part"),
+    [(0, 2, 4, 16), (1, 1, 1, 16), (37, 8, 20, 16), (90, 1, 2, 32), (80, 4, 70, 64), (37, 8, 16, 16), (37, 8, 32, 16)],
 )
 def test_permute_in_parts(
     monkeypatch: pytest.MonkeyPatch, rows: int, top_k: int, slots: int, part: int, small: int
 ) -> None:
     monkeypatch.setattr(triton_group, "_SMALL", small)
-    monkeypatch.setattr(triton_group_few, "_TILE", 64)
+    monkeypatch.setattr(triton_group_few, "_CHUNK", 64)
     local, cells = skewed_ids(rows, slots, top_k=top_k), _cells(slots, slots + 3)
     hidden, given = randn(rows, 24, dtype=torch.float32), (local + 5).int()
     for entries in (None, int(((local >= 0) & (local < slots)).sum())):
@@ -120,8 +129,26 @@ def test_permute_in_parts(
         assert torch.equal(found_rows[:last], wanted_rows[:last])
         _assert_same_parts(parts, wanted_parts)
     if rows > 1:  # fewer places than entries
-        *_, offs, parts = triton_ops.permute_in_parts(hidden, local, cells, part, 10)
+        strided = cells.repeat_interleave(2)[::2]
+        *_, offs, parts = triton_ops.permute_in_parts(hidden, local, strided, part, 10)
         _assert_same_parts(parts, parts_of(offs, cells, part, 10))
+
+
+@pytest.mark.parametrize("small", [0, 4096])
+@pytest.mark.parametrize("entries", [None, 20])
+def test_nothing_is_written_beside_the_parts(monkeypatch: pytest.MonkeyPatch, entries: int | None, small: int) -> None:
+    monkeypatch.setattr(triton_group, "_SMALL", small)
+    local = torch.tensor([0, 0, 2] * 20, dtype=torch.int32, device=DEVICE).view(-1, 1)
+    lines = 1 + most_parts(60 if entries is None else entries, 3, 16)
+    memory = torch.full((lines + 8, 4), -77, dtype=torch.int32, device=DEVICE)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kw: memory[4:-4] if size == (lines, 4) else empty(*size, **kw))
+    cells = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    *_, parts = triton_ops.permute_in_parts(randn(60, 8), local, cells, 16, entries)
+    count = int(parts.table[0, 0])
+    assert count == (5 if entries is None else 2)
+    assert memory[4 + 1 + count :].eq(-77).all()
+    assert memory[:4].eq(-77).all()
 
 
 def _assert_same_parts(found: Parts, wanted: Parts) -> None:

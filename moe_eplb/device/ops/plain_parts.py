@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["Parts", "most_parts", "part_rows", "parts_of"]
 
 _LEAST, _MOST = 16, 128
+"""Rows of a part; `triton_ffn` has a cut for each power of two between them."""
 
 
 class Parts(NamedTuple):
@@ -27,7 +28,7 @@ class Parts(NamedTuple):
 
 
 def part_rows(each: int) -> int:
-    """Rows of a part where a group has `each` on average: a power of two, twice as many or more, 16 to 128."""
+    """Rows of a part where a group has `each` on average: a power of two, twice as many or more, but 128 at most."""
     return min(_MOST, max(_LEAST, 1 << (2 * each - 1).bit_length() if each > 0 else 0))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_eplb.device.ops.plain_parts import Parts
 
-__all__ = ["Wanted", "asked", "cell_of", "column_block", "table_of", "with_dense_rows", "write_parts"]
+__all__ = ["Wanted", "cell_of", "column_block", "table_of", "wanted_or_nothing", "with_dense_rows", "write_parts"]
 
 
 class Wanted(NamedTuple):
@@ -40,7 +40,7 @@ def table_of(slots: Tensor, groups: int, cells: Tensor | None) -> tuple[Tensor, 
     return (slots, groups) if cells is None else (cells, cells.numel())
 
 
-def asked(wanted: Wanted | None, nothing: Tensor) -> tuple[Tensor, Tensor, int]:
+def wanted_or_nothing(wanted: Wanted | None, nothing: Tensor) -> tuple[Tensor, Tensor, int]:
     """Table, cells of the groups and rows of the parts that are wanted; of none, what nothing reads or writes."""
     return (nothing, nothing, 0) if wanted is None else (wanted.parts.table, wanted.cells, wanted.parts.rows)
 
@@ -62,10 +62,13 @@ def cell_of(
 
 
 @triton.jit
-def write_parts(parts, cell, begin, end, real, capacity, part_rows: tl.constexpr):
-    """The table of the parts of all groups, of which those are `real`; it has lines for as many rows as `capacity`."""
+def write_parts(parts, cell, begin, end, capacity, part_rows: tl.constexpr):
+    """The table of the parts of all groups, those behind the last one empty; it has lines for `capacity` rows.
+
+    In turns, one for each part of the largest group: mostly one or two.
+    """
     begin, end = tl.minimum(begin, capacity), tl.minimum(end, capacity)
-    number = tl.where(real, (end - begin + part_rows - 1) // part_rows, 0)
+    number = (end - begin + part_rows - 1) // part_rows
     first = tl.cumsum(number, 0) - number
     tl.store(parts, tl.sum(number, 0))
     most = tl.max(number, 0)

@@ -1,6 +1,6 @@
 """The experts' two products as Triton kernels for few rows an expert, where time goes by how fast weights are read.
 
-torch's grouped product computes tiles of 256 rows, of which a decode step has 8 in an expert. Here a tile has room for
+torch's grouped product computes tiles of 256 rows, of which a decode step has 8 in an expert. Here a part has room for
 twice an expert's mean, so that most need one, and for 128 rows at most; the weights' rows are the wide side of the
 matrix instruction, and SwiGLU is computed before the first product is written to memory. A row's result depends neither
 on the rows beside it nor on how work is cut.
@@ -25,7 +25,7 @@ __all__ = ["Tiles", "grouped_product", "grouped_swiglu", "launch", "tiles"]
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: rows and results of a program, values that it adds at a time, and what it runs in."""
+    """How a product is cut: rows of a part, results of a program, values that it adds at a time, what it runs in."""
 
     rows: int
     results: int
@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 _GATED = {16: (64, 128, 4, 3), 32: (64, 64, 4, 4), 64: (64, 64, 4, 4), 128: (128, 64, 8, 4)}
 _PLAIN = _GATED | {128: (128, 64, 8, 3)}
-"""By the rows of a tile, the fastest on an H200 of six to ten that were tried; `benchmarks.gpu.few_rows` compares the
+"""By the rows of a part, the fastest on an H200 of six to ten that were tried; `benchmarks.gpu.few_rows` compares the
 tiles."""
 
 
@@ -66,7 +66,7 @@ def launch(rows: Tensor, weights: Tensor, parts: Parts, cut: Tiles, *, gated: bo
         return result
     _products[((len(parts.table) - 1) * triton.cdiv(width, cut.results),)](
         rows.contiguous(), weights, parts.table, result, len(rows), len(weights), width, depth=depth, gated=gated,
-        tile=cut.rows, results=cut.results, block=cut.depth,
+        part_rows=cut.rows, results=cut.results, block=cut.depth,
         whole=width % cut.results == 0 and depth % cut.depth == 0, stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     return result
@@ -75,25 +75,28 @@ def launch(rows: Tensor, weights: Tensor, parts: Parts, cut: Tiles, *, gated: bo
 @declares(writes=["result"])
 @triton.jit(do_not_specialize=["count", "cells"])
 def _products(
-    rows, weights, parts, result, count, cells, width, depth: tl.constexpr, gated: tl.constexpr, tile: tl.constexpr,
-    results: tl.constexpr, block: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+    rows, weights, parts, result, count, cells, width, depth: tl.constexpr, gated: tl.constexpr,
+    part_rows: tl.constexpr, results: tl.constexpr, block: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """Programs of one group follow each other, and of them those that read the same weights."""
+    """Programs of one group follow each other, and of them those that read the same weights.
+
+    The line of a part is read beside the number of parts, and not behind it: behind the last part it is there, too.
+    """
     slices = tl.cdiv(width, results)
-    line = parts + 4 + tl.program_id(0) // slices * 4
-    listed = tl.program_id(0) // slices < tl.load(parts)
-    cell, start, end, before = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    number = tl.program_id(0) // slices
+    line, listed = parts + 4 + number * 4, number < tl.load(parts)
+    cell, start, end, first_part = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
     if listed & (cell >= 0) & (cell < cells):
-        within, those = tl.program_id(0) - before * slices, tl.maximum((end - start + tile - 1) // tile, 1)
-        slice_, end = within // those, tl.minimum(end, count)
-        row, at = start + within % those * tile + tl.arange(0, tile), tl.arange(0, block)
+        within, own_parts = tl.program_id(0) - first_part * slices, (end - start + part_rows - 1) // part_rows
+        slice_, end = within // own_parts, tl.minimum(end, count)
+        row, at = start + within % own_parts * part_rows + tl.arange(0, part_rows), tl.arange(0, block)
         out = slice_ * results + tl.arange(0, results)
         matrix = weights + cell.to(tl.int64) * width * depth * (2 if gated else 1)
         there = row < end
         left = rows + row.to(tl.int64)[:, None] * depth + at[None, :]
         up = matrix + out.to(tl.int64)[:, None] * depth + at[None, :]
         gate = up + tl.cast(width, tl.int64) * depth
-        summed, gating = tl.zeros([results, tile], dtype=tl.float32), tl.zeros([results, tile], dtype=tl.float32)
+        summed, gating = tl.zeros([results, part_rows], tl.float32), tl.zeros([results, part_rows], tl.float32)
         for begin in tl.range(0, depth, block, num_stages=stages):
             if whole:
                 x, w = tl.load(left + begin, mask=there[:, None], other=0.0), tl.load(up + begin)

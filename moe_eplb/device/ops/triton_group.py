@@ -23,10 +23,10 @@ from torch import Tensor
 from moe_eplb.device.ops.plain_parts import Parts, most_parts
 from moe_eplb.device.ops.triton_entries import (
     Wanted,
-    asked,
     cell_of,
     column_block,
     table_of,
+    wanted_or_nothing,
     with_dense_rows,
     write_parts,
 )
@@ -74,7 +74,7 @@ def permute_in_parts(
 ) -> tuple[Tensor, Tensor, Tensor, Parts]:  # fmt: skip
     """See `plain.permute_in_parts`."""
     size, groups = slots.numel() if entries is None else entries, len(cells)
-    make = torch.empty if size else torch.zeros  # without rows nothing is launched that writes it
+    make = torch.empty if size * hidden.shape[1] else torch.zeros  # without rows nothing is launched that writes it
     table = make(1 + most_parts(size, groups, rows), 4, dtype=torch.int32, device=slots.device)
     wanted = Wanted(Parts(table, rows), cells.contiguous())
     return (*_permute_rows(hidden, slots, groups, None, entries, copying, first_slot, wanted), wanted.parts)
@@ -109,7 +109,7 @@ def permute_few(slots: Tensor, groups: int, cells: Tensor | None = None, first_s
 def _copy(hidden: Tensor, position: Tensor, offs: Tensor, rows: Tensor, wanted: Wanted | None) -> None:
     width = hidden.shape[1]
     block = column_block(width)
-    parts, own_cells, part_rows = asked(wanted, rows)
+    parts, own_cells, part_rows = wanted_or_nothing(wanted, rows)
     grid = (hidden.shape[0] + (part_rows > 0), triton.cdiv(width, block))
     _copy_rows[grid](
         hidden, position, offs, own_cells, rows, parts, hidden.stride(0), width, rows.shape[0], len(offs),
@@ -185,7 +185,15 @@ def _copy_rows(
     part_rows: tl.constexpr, bins: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A program a token, behind one that finds the parts where they are wanted."""
-    token = tl.program_id(0) - (1 if part_rows > 0 else 0)
+    token = tl.program_id(0)
+    if part_rows > 0:
+        token -= 1
+        if (token < 0) & (tl.program_id(1) == 0):
+            group = tl.arange(0, bins)
+            end = tl.load(offs + group, mask=group < groups, other=0)
+            begin = tl.load(offs + group - 1, mask=(group > 0) & (group < groups), other=0)
+            cell = tl.load(own_cells + group, mask=group < groups, other=-1)
+            write_parts(parts, cell, begin, end, capacity, part_rows)
     if token >= 0:
         row = token.to(tl.int64)
         column = tl.program_id(1) * block + tl.arange(0, block)
@@ -193,9 +201,3 @@ def _copy_rows(
         for k in tl.static_range(top_k):
             at = tl.load(position + row * top_k + k).to(tl.int64)
             tl.store(rows + at * width + column, value, mask=(column < width) & (at >= 0) & (at < capacity))
-    elif tl.program_id(1) == 0:
-        group = tl.arange(0, bins)
-        end = tl.load(offs + group, mask=group < groups, other=0)
-        begin = tl.load(offs + group - 1, mask=(group > 0) & (group < groups), other=0)
-        cell = tl.load(own_cells + group, mask=group < groups, other=-1)
-        write_parts(parts, cell, begin, end, group < groups, capacity, part_rows)
