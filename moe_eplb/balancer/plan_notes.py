@@ -48,7 +48,7 @@ class PlanNotes:
             # Which of the two says where to look: at this process, or at what keeps the device's copies from going on.
             lacks = "there is no plan yet" if update.staged is None else "its copies are enqueued, but were not done"
             _LOG.error(
-                "layer %d: the update taken in iteration %d is not ready after %g s: %s", *update.where, waited / 1e9,
+                "layer %d: the update taken in iteration %d is not ready after %.3f s: %s", *update.where, waited / 1e9,
                 lacks,
             )  # fmt: skip
 
