@@ -53,11 +53,12 @@ def _gain(workload: str) -> Job:
 
 
 JOBS: Mapping[str, Job] = {
-    "balancer_cost": Job("balancer_cost", usual_s=100),
-    "hand_over": Job("hand_over", usual_s=150),
+    "balancer_cost": Job("balancer_cost", usual_s=105),
+    "balancer_cost_24_layers": Job("balancer_cost", ("--only", "128 tokens", "--layers", "24"), usual_s=65),
+    "hand_over": Job("hand_over", usual_s=170),
     "moving": Job("moving", usual_s=70),
     "moe_layer": Job("moe_layer", usual_s=90),
-    "few_rows": Job("few_rows", usual_s=90),
+    "few_rows": Job("few_rows", usual_s=25),
     "grouped_products": Job("grouped_products", usual_s=40),
     "choreographies_decode": _pair("choreographies", "--only", "decode", usual_s=45),
     "choreographies_decode_16_layers": _pair("choreographies", "--only", "decode", "--layers", "16", usual_s=60),
