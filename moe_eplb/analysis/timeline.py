@@ -82,7 +82,7 @@ def make_timeline(capture: Capture, selection: Selection = EVERYTHING, most_even
     only = selection.mask(gpu["rank"], gpu["iteration"], gpu["layer"])
     lanes, left_out = lanes_of(capture, last)
     events = sum(int(lane.events["count"].sum()) for lane in lanes)
-    lanes, bucket = merge_events(lanes, last - first, most_events)
+    lanes, bucket = merge_events(lanes, first, last, most_events)
     exposed, gap = _exposed(capture, only, most_events)
     drawn = sum(len(lane.events) for lane in lanes)
     return Timeline(

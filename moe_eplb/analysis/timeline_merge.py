@@ -15,19 +15,19 @@ from moe_eplb.analysis.timeline_lanes import RANGE_ROLE, Lane
 __all__ = ["merge_events", "merge_stretches"]
 
 
-def merge_events(lanes: Sequence[Lane], span: int, most: int) -> tuple[list[Lane], int]:
+def merge_events(lanes: Sequence[Lane], first: int, last: int, most: int) -> tuple[list[Lane], int]:
     """Lanes with at most `most` entries, and how long an event must be to stay by itself; 0 if all of them do.
 
-    Time is cut into buckets of a power of two of ns, the least that does. Events of one row shorter than a bucket that
-    start in the same one become one entry. A row is left with at most two entries a bucket, so the end is certain
-    unless there are more rows than `most`.
+    Time from `first` on is cut into buckets of a power of two of ns, the least that does. Events of one row shorter
+    than a bucket that start in the same one become one entry. A bucket that all times up to `last` are in leaves one
+    entry of a row, so that there are more than `most` only where there are more rows.
     """
     bucket = 0
-    while sum(len(lane.events) for lane in lanes) > most and bucket <= 2 * span:
-        bucket = bucket * 2 or 2
-        if sum(int(_begins(lane.events, bucket).sum()) for lane in lanes) <= most or bucket > span:
-            lanes = [replace(lane, events=_merged(lane.events, bucket)) for lane in lanes]
-            break
+    if sum(len(lane.events) for lane in lanes) > most:
+        bucket = 2
+        while bucket <= last - first and sum(int(_begins(lane.events, first, bucket).sum()) for lane in lanes) > most:
+            bucket *= 2
+        lanes = [replace(lane, events=_merged(lane.events, first, bucket)) for lane in lanes]
     return list(lanes), bucket
 
 
@@ -40,18 +40,18 @@ def merge_stretches(found: dict[tuple[int, int], Intervals], most: int) -> tuple
     return found, gap
 
 
-def _begins(events: Table, bucket: int) -> NDArray[np.bool_]:
+def _begins(events: Table, origin: int, bucket: int) -> NDArray[np.bool_]:
     """Which events are the first of what becomes one entry."""
     begins = np.ones(len(events), np.bool_)
     short = events["end"] - events["start"] < bucket
-    place = events["start"] // bucket
+    place = (events["start"] - origin) // bucket
     joined = short[1:] & short[:-1] & (place[1:] == place[:-1]) & (events["row"][1:] == events["row"][:-1])
     begins[1:] = ~joined
     return begins
 
 
-def _merged(events: Table, bucket: int) -> Table:
-    begins = _begins(events, bucket)
+def _merged(events: Table, origin: int, bucket: int) -> Table:
+    begins = _begins(events, origin, bucket)
     first = np.flatnonzero(begins)
     if len(first) == len(events):
         return events

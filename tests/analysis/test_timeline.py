@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_eplb.analysis import capture as c
@@ -164,6 +164,10 @@ EVENTS = st.lists(
 
 @settings(max_examples=60)
 @given(EVENTS, st.integers(6, 60))
+# Rows that need a bucket longer than the whole span, which begins where one of that length would end.
+@example(
+    [(1, 0, stream, Role.COMPUTE) for stream in (0, 1)] + [(1, 1, 0, Role.COMPUTE)] * 4 + [(2, 0, 0, Role.COMPUTE)], 6
+)
 def test_merging_keeps_every_event_and_the_order(events: list[tuple[int, int, int, Role]], most: int) -> None:
     make = MakeCapture()
     for start, long, stream, role in events:
