@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING
 
 from moe_eplb.balancer import agreement
 from moe_eplb.balancer.agreement import Outcome
+from moe_eplb.balancer.drop_log import DropLog
 from moe_eplb.balancer.host_weights import HostMoeTensorSharer
 from moe_eplb.balancer.migrate import SlotWeights, StagedWeights
 from moe_eplb.balancer.statistics import LoadWindow
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerUpdate"]
 
-_LOG = logging.getLogger(__name__)
-
 
 class LayerUpdate:
     """Placement, weights and the one update under way of a layer. All but `_stage` runs on the model's thread."""
@@ -32,6 +30,7 @@ class LayerUpdate:
         self.placement = placement
         self.version = 0
         self.pending: Update | None = None
+        self._log = DropLog(layer)
         self.slots = SlotWeights(self._layer, placement.slots_per_rank)
         self.host = HostMoeTensorSharer(
             self._layer, placement.experts, rank=owner.ep_rank, ranks=owner.ep_size,
@@ -98,6 +97,7 @@ class LayerUpdate:
         self.placement = plan.placement
         self.version += 1
         self.pending = None
+        self._log.committed()
         sink.end(token, a=len(plan.changed), b=plan.placement.digest())
         self._owner.probe.copied(self._layer, staged.by_source)
         self._owner.probe.committed(self._layer, update.taken, plan.placement, plan.changed, staged.bytes)
@@ -108,11 +108,7 @@ class LayerUpdate:
         due, self.pending = self.pending.due, None
         self._owner.updater.forget(self._layer)
         iteration = self._owner.device.iteration
-        _LOG.error(
-            "layer %d: plan for iteration %d dropped in iteration %d: %s (ready on %d of %d ranks%s)",
-            self._layer, due, iteration, reason, ready, self._owner.ep_size,
-            ", digests differ" if digests_differ else "",
-        )  # fmt: skip
+        self._log.dropped(due, iteration, reason, ready=ready, ranks=self._owner.ep_size, differ=digests_differ)
         self._owner.device.sink.mark(
             Kind.PLAN_DROPPED, self._layer, iteration, self._owner.device.current.index, ready, int(digests_differ)
         )

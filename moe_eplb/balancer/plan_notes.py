@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moe_eplb.balancer.drop_log import DropLog
 from moe_eplb.balancer.resident_update import ResidentUpdate
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import HOST, Kind
@@ -28,7 +29,7 @@ class PlanNotes:
     """
 
     def __init__(self, layer: ResidentPlans) -> None:
-        self._layer = layer
+        self._layer, self._log = layer, DropLog(layer.layer_idx)
 
     def planned(self, update: ResidentUpdate, report: Sequence[int]) -> None:
         """A plan was due; `report` [REPORT] says whether it was ready here, and how long the device waited.
@@ -42,6 +43,8 @@ class PlanNotes:
             self._probe.stalled(update.layer, waited / 1e9)
         if report[Report.READY_HERE] == 1 and update.plan and update.staged:
             self._probe.planned(update.layer, update.taken, update.due, update.plan, update.staged.bytes)
+        elif not self._log.tells:
+            return
         elif update.error is not None:
             _LOG.error("layer %d: the update taken in iteration %d failed: %r", *update.where, update.error)
         else:
@@ -54,6 +57,7 @@ class PlanNotes:
 
     def committed(self, update: ResidentUpdate, iteration: int) -> None:
         """The device has committed it; raises BalancerError E176 where the host knows of no plan."""
+        self._log.committed()
         plan, staged = update.plan, update.staged
         if plan is None or staged is None:
             raise BalancerError(
@@ -69,10 +73,7 @@ class PlanNotes:
     def dropped(self, due: int, ready: int, differ: bool, reason: str) -> None:
         """The plan for iteration `due` was given up; `ready` ranks had it, whose digests may `differ`."""
         layer, device = self._layer, self._layer.device
-        _LOG.error(
-            "layer %d: plan for iteration %d dropped in iteration %d: %s (ready on %d of %d ranks%s)",
-            layer.layer_idx, due, device.iteration, reason, ready, layer.ep_size, ", digests differ" if differ else "",
-        )  # fmt: skip
+        self._log.dropped(due, device.iteration, reason, ready=ready, ranks=layer.ep_size, differ=differ)
         device.sink.mark(Kind.PLAN_DROPPED, layer.layer_idx, device.iteration, HOST, ready, int(differ))
         self._probe.dropped(layer.layer_idx, due, ready, differ, reason)
 

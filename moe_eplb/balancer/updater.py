@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_eplb.balancer.drop_log import is_told, which
 from moe_eplb.balancer.migrate import StagedWeights
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.core.events import UPDATER, EventSink, Kind
@@ -74,6 +75,8 @@ class Updater:
         self._sink, self._timeout_s = sink, timeout_s
         self._planning = planning or Planning()
         self._generations: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
+        """By layer, how many updates were not ready since one was."""
         self._planners: dict[int, tuple[int, Planner]] = {}
         self._tasks: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moe_eplb-updater", daemon=True)
@@ -100,24 +103,27 @@ class Updater:
         self._generations[layer] += 1
 
     def wait(self, update: Update) -> bool:
-        """Whether the update is ready, waiting at most the timeout. A dead or slow updater is a no, and is logged.
+        """Whether the update is ready, waiting at most the timeout. A dead or slow updater is a no, and is logged, of
+        many in a row of a layer some (`is_told`).
 
         An updater that is dead, or still held by an update that was waited for in vain, is not waited for again.
         """
         patience = self._patience()
-        if not update.done.wait(patience):
-            if self._overdue is None:
-                self._overdue = update
+        ready = update.done.wait(patience)
+        if ready and update.error is None:
+            del self._failures[update.layer]
+            return True
+        if not ready and self._overdue is None:
+            self._overdue = update
+        self._failures[update.layer] += 1
+        if is_told(number := self._failures[update.layer]):
+            alive = "alive" if self._thread.is_alive() else "dead"
             _LOG.error(
-                "layer %d: the update taken in iteration %d is not ready after %g s (updater %s)",
-                update.layer, update.taken, patience, "alive" if self._thread.is_alive() else "dead",
+                "layer %d: the update taken in iteration %d %s%s", update.layer, update.taken,
+                f"failed: {update.error!r}" if ready else f"is not ready after {patience:g} s (updater {alive})",
+                which(number),
             )  # fmt: skip
-            return False
-        if update.error is not None:
-            _LOG.error(
-                "layer %d: the update taken in iteration %d failed: %r", update.layer, update.taken, update.error
-            )
-        return update.error is None
+        return False
 
     def _patience(self) -> float:
         if self._overdue is not None and self._overdue.done.is_set():

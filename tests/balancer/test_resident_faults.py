@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moe_eplb.balancer import AllReduce, MoeLoadBalancerIterContext
+from moe_eplb.balancer.drop_log import is_told
 from moe_eplb.balancer.updater import Update, Updater
 from moe_eplb.core.errors import BalancerError
 from moe_eplb.device import control
@@ -129,6 +130,25 @@ def test_a_plan_that_is_late_is_told_with_what_it_lacks(
     told = [record.getMessage() for record in caplog.records if "is not ready after" in record.getMessage()]
     assert told
     assert all(message.endswith(lacks) for message in told)
+
+
+def test_plans_that_are_never_ready_do_not_fill_the_log(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = rig(layers=2, updates=2, commit_delay=2)
+    enqueue = CopierAtOnce.enqueue
+    monkeypatch.setattr(CopierAtOnce, "enqueue", lambda *given: None)
+    made.iterate(40)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("layer 0")]
+    drops = sum(layer == 0 for layer, *_ in made.journal.drops)
+    assert drops >= 16
+    # Each that is told has its cause before it.
+    assert len(told) == 2 * sum(is_told(number) for number in range(1, drops + 1))
+    assert ["dropped" in message for message in told] == [False, True] * (len(told) // 2)
+    monkeypatch.setattr(CopierAtOnce, "enqueue", enqueue)
+    made.iterate(8)
+    made.assert_weights_match()
+    assert made.journal.commits
 
 
 def test_an_abort_tells_no_counts_of_layers_that_did_not_run(rig: Callable[..., Rig]) -> None:

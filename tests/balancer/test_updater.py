@@ -133,6 +133,20 @@ def test_a_dead_thread_is_noticed_at_once_and_later_updates_do_not_wait(
     updater.stop()
 
 
+def test_failures_of_a_layer_in_a_row_are_told_ever_more_rarely(caplog: pytest.LogCaptureFixture) -> None:
+    with running() as updater:
+        for number in range(1, 21):
+            for layer in (0, 1):
+                task = update(layer)
+                if layer == 0 or number == 1:
+                    task.stage = lambda _: 1 / 0  # type: ignore[assignment, return-value]
+                updater.submit(task)
+                assert updater.wait(task) is (layer == 1 and number > 1)
+    told = [record.getMessage() for record in caplog.records]
+    assert [message.startswith("layer 0") for message in told] == [True, False, *[True] * 5]
+    assert [message.partition("; the ")[2] for message in told[-2:]] == ["8th in a row", "16th in a row"]
+
+
 def test_a_stalled_updater_is_waited_for_once_until_it_comes_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
