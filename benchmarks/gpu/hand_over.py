@@ -195,17 +195,15 @@ class Busy:
         self._target = torch.zeros(8 << 20, dtype=torch.uint8, device=stack.x.device)
         self._copiers = deque(self._device.new_copier() for _ in range(2))
         self.done = 0
-        self._pause = 0.0
         self._latest: Update | None = None
         self._stopped = torch.zeros(1, dtype=torch.int32)
-        self._rests: dict[float, WatchingBell] = {}
+        self._rest: Callable[[], bool] = lambda: True
         self._plan(self._load, self._placement)  # compiled by now
 
     def switch(self, pause_s: float | None) -> None:
         """Begin with so long a rest before each update, or stop after the update under way."""
         if pause_s is not None:
-            self._pause = pause_s
-            self._rests.setdefault(pause_s, WatchingBell(self._stopped, longest_s=pause_s))
+            self._rest = partial(WatchingBell(self._stopped, longest_s=pause_s).wait, 1, 0.0)
             self._stopped.zero_()
             self._submit()
         elif self._latest is not None:
@@ -217,8 +215,7 @@ class Busy:
                     raise RuntimeError("the updater is still busy 10 s after it was stopped")
 
     def _submit(self) -> None:
-        rest = partial(self._rests[self._pause].wait, 1, 0.0)
-        update = _Rested(0, self.done, self.done + 1, self._load, self._placement, self._stage, rest=rest)
+        update = _Rested(0, self.done, self.done + 1, self._load, self._placement, self._stage, rest=self._rest)
         self._latest = update
         self._updater.submit(update)
 

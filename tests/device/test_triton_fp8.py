@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
 from moe_eplb.device.ops import plain
+from tests.support.kernel_inputs import randn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -19,8 +21,7 @@ from moe_eplb.device.ops import triton_fp8, triton_group, triton_ops  # noqa: E4
 INF, NAN = float("inf"), float("nan")
 
 
-def _randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+_randn = partial(randn, dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

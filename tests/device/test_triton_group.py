@@ -93,7 +93,7 @@ def test_permute_rows(
     small: int,
 ) -> None:
     monkeypatch.setattr(triton_group, "_SMALL", small)
-    monkeypatch.setattr(triton_group_few, "_CHUNK", 64)  # so that few entries are several tiles
+    monkeypatch.setattr(triton_group_few, "_CHUNK", 64)  # so that few entries are several chunks
     local, groups = skewed_ids(rows, slots, top_k=top_k), slots + (spare or 0)
     cells = None if spare is None else _cells(slots, groups)
     hidden = randn(rows, width + 5, dtype=dtype)[:, :width]  # rows with a stride, as they come out of a collective
