@@ -20,7 +20,8 @@ def is_told(number: int) -> bool:
 
 def which(number: int) -> str:
     """What is added to a message of which others before were not told."""
-    return f"; the {number}th in a row" if number > _FIRST else ""
+    ending = "nd" if number % 10 == 2 and number % 100 != 12 else "th"  # no power of two above ends otherwise
+    return f"; the {number}{ending} in a row" if number > _FIRST else ""
 
 
 class DropLog:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_eplb.balancer.drop_log import DropLog, is_told
+from moe_eplb.balancer.drop_log import DropLog, is_told, which
 
 TOLD = [1, 2, 3, 4, 8, 16, 32, 64]
 
@@ -23,7 +23,9 @@ def test_the_first_are_told_and_then_ever_fewer(caplog: pytest.LogCaptureFixture
     assert len(told) == len(TOLD)
     assert told[0] == "layer 3: plan for iteration 1 dropped in iteration 2: too late (ready on 1 of 2 ranks)"
     assert told[1].endswith("(ready on 1 of 2 ranks, digests differ)")
+    assert told[-2].endswith("; the 32nd in a row")
     assert told[-1].endswith("; the 64th in a row")
+    assert which(512) == "; the 512th in a row"
 
 
 def test_a_commit_begins_a_new_row(caplog: pytest.LogCaptureFixture) -> None:
