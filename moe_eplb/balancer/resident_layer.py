@@ -9,9 +9,9 @@ from functools import partial
 from torch import Tensor
 
 from moe_eplb.balancer.cells import CellWeights, require_in_order
-from moe_eplb.balancer.early_take_over import EarlyTakeOver
 from moe_eplb.balancer.plan_notes import PlanNotes
 from moe_eplb.balancer.resident import Resident
+from moe_eplb.balancer.resident_stages import ResidentStages
 from moe_eplb.balancer.resident_update import Publisher
 from moe_eplb.balancer.statistics import AllReduce
 from moe_eplb.balancer.weight_sources import WeightSource
@@ -38,7 +38,7 @@ class _LateCount:
     reduce: Callable[[], None] | None = None
 
 
-class ResidentLayer(EarlyTakeOver):
+class ResidentLayer(ResidentStages):
     """See `SingleLayerMoeLoadBalancer`, which is its slow twin; made by `MoeLoadBalancer.add_layer`.
 
     Attributes:

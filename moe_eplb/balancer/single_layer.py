@@ -184,18 +184,21 @@ class SingleLayerMoeLoadBalancer(LayerWeights):
         """Begin to hand the layer over: the experts have been computed, weights are no longer read."""
         with self._call(Call.START_SET_CPU_STAGE):
             if self.updates_enabled:
-                self._submit_hand_over()
-                self._stream.mark()
+                self._begin_hand_over()
 
-    def _submit_hand_over(self) -> None:
+    def _begin_hand_over(self) -> None:
         self._stream.end_reading()
         self._stream.submit(Kind.START_SET_CPU_STAGE, self._hand_over)
+        self._stream.mark()
 
     def done_set_cpu_stage(self) -> None:
         """The layer's iteration is over; all call counts are zero again."""
         with self._call(Call.DONE_SET_CPU_STAGE):
             if self.updates_enabled:
-                self._stream.join()
+                self._end_hand_over()
+
+    def _end_hand_over(self) -> None:
+        self._stream.join()
 
     # -- agreement for paths whose sum over ranks the dispatch makes -----------------------------------------------
 

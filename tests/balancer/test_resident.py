@@ -25,6 +25,7 @@ from moe_eplb.core.events import HOST, Kind, NullSink
 from moe_eplb.core.planner import Plan
 from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.control import Stage
+from moe_eplb.device.order import StreamOrder
 from tests.balancer.test_iter_context import STEPS, Fault, fail_at, raise_in
 from tests.support.balanced import Rig, ids_of
 from tests.support.ranks import run_ranks
@@ -168,13 +169,25 @@ def test_few_ids_are_counted_where_they_are_routed(few: bool, monkeypatch: pytes
         rig.balancer.shutdown()
 
 
+def leave_routes_unfollowed(patch: pytest.MonkeyPatch) -> None:
+    """The balancer stream does not wait for the kernels that route and count."""
+    route = ResidentLayer._route
+
+    def unfollowed(layer: ResidentLayer, *arguments: Any) -> Tensor:
+        with patch.context() as meanwhile:
+            meanwhile.setattr(LayerStream, "follow", lambda stream: None)
+            return route(layer, *arguments)
+
+    patch.setattr(ResidentLayer, "_route", unfollowed)
+
+
 @pytest.mark.parametrize(("ranks", "vote"), [(1, Kind.LOAD_UPDATE), (2, Kind.VOTE)])
 def test_a_vote_that_does_not_wait_for_the_route_is_seen(
     ranks: int, vote: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marks = Marks()
     rig = resident(layers=2, ranks=ranks, seed=1, sink=marks, check_order=True)
-    monkeypatch.setattr("moe_eplb.balancer.layer_stream.LayerStream.follow", lambda self: None)
+    leave_routes_unfollowed(monkeypatch)
     try:
         rig.iterate()
         assert marks.unordered == [vote, vote]
@@ -357,6 +370,41 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
         rig.assert_weights_match()
         assert rig.journal.commits
     finally:
+        rig.balancer.shutdown()
+
+
+def test_the_models_next_work_is_enqueued_before_a_stage_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's node that waits for the same as another goes on in the same queue if it is captured first."""
+    rig = with_one_queue(updates=1, commit_delay=2, check_order=True, sink=(marks := Marks()))
+    device, waits = rig.balancer.device, list[tuple[Kind, int]]()
+    work = StreamOrder.work
+
+    def watch(order: StreamOrder, stream: Stream, kind: Kind, layer: int, a: int = 0) -> Any:
+        found = work(order, stream, kind, layer, a)
+        if kind in (Kind.START_WAIT_GPU_STAGE, Kind.START_SET_CPU_STAGE):
+            waits.append((kind, order.mark(stream).get(device.main, 0)))
+        return found
+
+    monkeypatch.setattr(StreamOrder, "work", watch)
+    try:
+        rig.balancer.start_iter()
+        layer, ids = rig.layers[0], rig.ids(0, 0)
+        layer.start_wait_gpu_stage()
+        device.run(Kind.TOPK, 0, lambda: None)
+        assert not waits, "enqueued behind the top-k"
+        layer.done_wait_gpu_stage()
+        layer.update_statistic_with_local_ids(ids, True, True)
+        layer.route(ids)
+        device.run(Kind.EXPERTS, 0, lambda: None)
+        layer.start_set_cpu_stage()
+        device.run(Kind.COMBINE, 0, lambda: None)
+        assert len(waits) == 1, "enqueued behind the combine"
+        layer.done_set_cpu_stage()
+        # Of the main stream's work the take-over waits for none, the hand-over for top-k, route and experts.
+        assert waits == [(Kind.START_WAIT_GPU_STAGE, 0), (Kind.START_SET_CPU_STAGE, 3)]
+        assert marks.unordered == []
+    finally:
+        rig.balancer.abort_iter()
         rig.balancer.shutdown()
 
 

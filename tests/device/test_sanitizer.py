@@ -357,7 +357,10 @@ def test_a_vote_of_all_layers_beside_one_that_counts_is_a_race(
 def test_a_missing_join_is_a_race(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(LayerStream, "begin_reading", lambda stream: setattr(stream, "_readers", [stream._device.main]))
+    def no_join(stream: LayerStream, *, joined: bool) -> None:
+        stream._readers = [stream._device.main]
+
+    monkeypatch.setattr(LayerStream, "begin_reading", no_join)
     told = told_of_a_race(world, capsys)
     assert re.search(r"Access by stream 0 during kernel:\n_route\nreading from argument\(s\) count", told), told
     assert re.search(r"Previous access by stream 4 during kernel:\n_take_over\nwriting to argument", told), told

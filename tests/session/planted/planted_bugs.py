@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -86,7 +85,7 @@ def statistics_never_reduced(module: ModuleType) -> None:
 def missing_stream_join(module: ModuleType) -> None:
     """done_wait_gpu_stage does not make the main stream wait."""
 
-    def no_join(self: Any) -> None:
+    def no_join(self: Any, *, joined: bool = False) -> None:
         self._readers = [self._device.current]
 
     module.LayerStream.begin_reading = no_join
@@ -372,8 +371,16 @@ def older_statistics_not_joined(module: ModuleType) -> None:
 
 def vote_without_the_route_that_counts(module: ModuleType) -> None:
     """The balancer stream does not wait for the kernel that routes and counts, where statistics are not held."""
+    route = module.ResidentLayer._route
+
+    def unfollowed(self: Any, *arguments: Any) -> Any:
+        self._stream.follow = lambda: None
+        slots = route(self, *arguments)
+        del self._stream.follow
+        return slots
+
     module.ResidentLayer.hold_statistics = lambda self: None
-    sys.modules["moe_eplb.balancer.layer_stream"].LayerStream.follow = lambda self: None  # type: ignore[attr-defined]
+    module.ResidentLayer._route = unfollowed
 
 
 def held_vote_without_the_route_that_counts(module: ModuleType) -> None:

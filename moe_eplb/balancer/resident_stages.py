@@ -1,4 +1,9 @@
-"""When a layer whose state lives on the device is taken over: by the layer before it, which has time for that."""
+"""When a layer whose state lives on the device is taken over and handed over.
+
+Either is enqueued behind the model's next piece of work, though it waits only for what came before that: of the nodes
+of a graph that wait for the same one, the first to be captured goes on in its queue, and others begin in another up to
+some microseconds later. That shall not be the model's.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,11 @@ from moe_eplb.balancer.resident_plans import ResidentPlans
 from moe_eplb.core.events import Kind
 from moe_eplb.device import control
 
-__all__ = ["EarlyTakeOver"]
+__all__ = ["ResidentStages"]
 
 
-class EarlyTakeOver(ResidentPlans):
-    """The part of `ResidentLayer` that takes layers over.
+class ResidentStages(ResidentPlans):
+    """The part of `ResidentLayer` that takes layers over and hands them over, the latter beside the combine.
 
     The first layer of an iteration is taken over beside its top-k. Another one beside the experts of the layer before,
     where both have one queue, and where no exception discards what is enqueued: else one rank might have committed
@@ -19,35 +24,45 @@ class EarlyTakeOver(ResidentPlans):
     has ended before the layer's own hand-over then.
     """
 
-    _following: EarlyTakeOver
+    _following: ResidentStages
     """The layer that runs next, the first behind the last."""
     _taken: LayerStream | None = None
     """The queue of the layer before, from when that has taken this one over until this one is read."""
 
     def _begin_wait(self) -> None:
         ours = self._our_stream
-        if ours is None or self._taken is None:
+        if ours is None:
             super()._begin_wait()
         else:
-            ours.follow()  # as it must where a capture begins here
-            ours.mark()
+            ours.follow()  # no later work of this stream is waited for; and a capture may begin here
 
     def _end_wait(self) -> None:
         """Where the current stream has joined the end of the layer before, it has joined this one's take-over too."""
-        taken, self._taken = self._taken, None
-        ours = self._our_stream
-        if ours is not None and taken is not None and taken.joined_by is self._device.current:
-            ours.begin_reading(joined=True)
-        else:
-            super()._end_wait()
+        ours, taken, self._taken = self._our_stream, self._taken, None
+        if ours is None:
+            return super()._end_wait()
+        if taken is None:
+            ours.submit_next(Kind.START_WAIT_GPU_STAGE, self._take_over)
+        ours.mark()
+        ours.begin_reading(joined=taken is not None and taken.joined_by is self._device.current)
 
-    def _submit_hand_over(self) -> None:
+    def _begin_hand_over(self) -> None:
         """Behind the take-over of the layer that runs next, unless that has begun: repeats of layers may take turns."""
-        following, stream = self._following, self._our_stream
+        following, ours = self._following, self._our_stream
+        if ours is None:
+            return super()._begin_hand_over()
         comes = self._owner.layers_begun <= following.layer_idx  # not so behind the last layer
-        if stream is not None and comes and not self._device.immediate:
-            following._take_over_behind(stream)
-        super()._submit_hand_over()
+        if comes and not self._device.immediate:
+            following._take_over_behind(ours)
+        ours.end_reading()
+        ours.follow()
+
+    def _end_hand_over(self) -> None:
+        ours = self._our_stream
+        if ours is not None:
+            ours.submit_next(Kind.START_SET_CPU_STAGE, self._hand_over)
+            ours.mark()
+        super()._end_hand_over()
 
     def _take_over_behind(self, before: LayerStream) -> None:
         ours = self._our_stream
