@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.moving --out FILE.json
     torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --tokens 4096 --slots 52 --out FILE.json
-    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --model deepseek-v3 --tokens 2048 --slots 12 --out FILE.json
+    torchrun --nproc-per-node 2 -m benchmarks.gpu.moving --model deepseek-v3 --tokens 2048 --slots 22 --out FILE.json
 
 On one GPU weights come from host memory, on several each expert comes from the GPU before. Four variants in turns, in
 blocks and in the order A B C D D C B A: static routing; static routing beside a plain copy of as many bytes a step; a
