@@ -23,7 +23,10 @@ from moe_eplb.core.verdict import CheckResult
 
 __all__ = ["graph_order", "has_graphs", "own_graph_order"]
 
-_STAGES = (Kind.START_WAIT_GPU_STAGE, Kind.START_SET_CPU_STAGE)
+_STAGES = {
+    Kind.DONE_WAIT_GPU_STAGE: Kind.START_WAIT_GPU_STAGE, Kind.DONE_SET_CPU_STAGE: Kind.START_SET_CPU_STAGE,
+}  # fmt: skip
+"""A stage's work may be captured when it begins or when it is joined."""
 
 
 def has_graphs(capture: Capture) -> bool:
@@ -85,6 +88,8 @@ def _captured_kinds(capture: Capture, found: Found) -> NDArray[np.int64]:
     made = capture.nodes[node[rows]]
     around = RangeIndex(capture.ranges[found.work["row"]]).around(made["process"], made["start"], made["thread"])
     kinds[rows] = np.where(around >= 0, found.work["kind"][around], c.UNKNOWN)
+    for joined, begun in _STAGES.items():
+        kinds[kinds == joined] = begun
     return kinds
 
 
@@ -109,7 +114,7 @@ class _Replays:
     def judge_stages(self, findings: Findings) -> None:
         """Every replay has the balancer's wait and its hand-over as often as the others of its graph."""
         _, graph = distinct_rows([self._rank, self._graph])
-        for kind in _STAGES:
+        for kind in _STAGES.values():
             counts = np.bincount(self._group[self._kinds[self._rows] == kind], minlength=len(self.launches))
             most = np.zeros(int(graph.max()) + 1, np.int64)
             np.maximum.at(most, graph, counts)

@@ -34,7 +34,8 @@ class LayerStream:
         aux_stream: The balancer stream; a new one if None.
 
     Attributes:
-        joined_by: The last stream that has joined since the last mark, None for none.
+        joined_by: The last stream that has joined since the last mark, None for none and where other layers' work that
+            must be joined was put behind it.
     """
 
     joined_by: Stream | None = None

@@ -1,8 +1,8 @@
 """When a layer whose state lives on the device is taken over and handed over.
 
-Either is enqueued behind the model's next piece of work, though it waits only for what came before that: of the nodes
-of a graph that wait for the same one, the first to be captured goes on in its queue, and others begin in another up to
-some microseconds later. That shall not be the model's.
+Its own stages are enqueued when they are joined, behind what the model does beside them, though they wait only for what
+came before their begin: of the nodes of a graph that wait for the same one, the first to be captured goes on in its
+queue, and others begin in another up to some microseconds later. That shall not be the model's.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class ResidentStages(ResidentPlans):
         ours = self._our_stream
         if ours is not None and ours.shares(before):
             ours.submit_next(Kind.START_WAIT_GPU_STAGE, self._take_over)
+            before.joined_by = None  # who has joined before has not joined this
             self._taken = before
 
     def _take_over(self) -> None:

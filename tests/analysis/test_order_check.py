@@ -488,6 +488,33 @@ def test_what_the_device_wrote_down_in_an_export_is_evidence_too() -> None:
     assert found.status is Status.INVALID
 
 
+@pytest.mark.parametrize("captured", ["begins", "is joined"])
+@pytest.mark.parametrize("stage", ["wait_gpu_stage", "set_cpu_stage"])
+def test_a_replay_without_a_stages_work_is_seen_wherever_that_was_captured(stage: str, captured: str) -> None:
+    capture = _read("path_b_graph.nsys.sqlite.gz")
+    nodes, gpu = capture.nodes.copy(), capture.gpu
+    begun, joined = (_first_calls(capture, f"{begin}_{stage}/1") for begin in ("start", "done"))
+    of_stage = [(nodes["thread"] == at[0]) & (nodes["start"] > at[1]) & (nodes["start"] < at[2]) for at in begun]
+    assert [int(rows.sum()) for rows in of_stage] == [1, 1], "a node for each rank"
+    for rows, (_, start, end) in zip(of_stage, joined, strict=True):
+        if captured == "is joined":
+            nodes["start"][rows] = (start + end) // 2
+    kept = np.ones(len(gpu), np.bool_)
+    kept[np.flatnonzero(gpu["graph_node"] == nodes["node"][of_stage[0]][0])[-1]] = False
+    whole = check_order(replace(capture, nodes=nodes)).check("graph_order")
+    found = check_order(replace(capture, nodes=nodes, gpu=gpu[kept])).check("graph_order")
+    assert "a replay lacks" not in whole.detail
+    assert f"a replay lacks start_{stage}" in found.detail
+    assert found.status is Status.INVALID
+
+
+def _first_calls(capture: Capture, name: str) -> list[tuple[int, int, int]]:
+    """Thread, begin and end of each rank's first call of a name, which may have a range of its work inside."""
+    mine = capture.ranges[capture.ranges["text"] == capture.names.index(name)]
+    rows = [mine[mine["thread"] == thread] for thread in np.unique(mine["thread"])]
+    return [(int(of["thread"][0]), int(of["start"].min()), int(of["end"][of["start"].argmin()])) for of in rows]
+
+
 def test_iterations_that_replay_a_graph_need_no_calls() -> None:
     report = check_order(_read("path_b_graph.nsys.sqlite.gz"))
     assert report.check("call_order").status is Status.VALID

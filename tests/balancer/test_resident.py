@@ -21,7 +21,7 @@ from moe_eplb.balancer.layer_stream import LayerStream
 from moe_eplb.balancer.resident_layer import ResidentLayer
 from moe_eplb.core import planner as planner_module
 from moe_eplb.core.errors import BalancerError
-from moe_eplb.core.events import HOST, Kind, NullSink
+from moe_eplb.core.events import HOST, KINDS, Kind, NullSink
 from moe_eplb.core.planner import Plan
 from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.control import Stage
@@ -373,38 +373,76 @@ def test_layers_behind_the_first_are_taken_over_beside_the_experts_of_the_one_be
         rig.balancer.shutdown()
 
 
-def test_the_models_next_work_is_enqueued_before_a_stage_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_the_models_next_work_is_enqueued_before_a_stage_and_not_waited_for(
+    later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A graph's node that waits for the same as another goes on in the same queue if it is captured first."""
-    rig = with_one_queue(updates=1, commit_delay=2, check_order=True, sink=(marks := Marks()))
-    device, waits = rig.balancer.device, list[tuple[Kind, int]]()
+    rig = with_one_queue(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks()))
+    device, seen = rig.balancer.device, list[tuple[Any, ...]]()
+    monkeypatch.setattr(device, "immediate", not later)
     work = StreamOrder.work
 
     def watch(order: StreamOrder, stream: Stream, kind: Kind, layer: int, a: int = 0) -> Any:
         found = work(order, stream, kind, layer, a)
         if kind in (Kind.START_WAIT_GPU_STAGE, Kind.START_SET_CPU_STAGE):
-            waits.append((kind, order.mark(stream).get(device.main, 0)))
+            seen.append((KINDS[kind].name, layer, order.mark(stream).get(device.main, 0)))
+        elif kind in (Kind.TOPK, Kind.COMBINE):
+            seen.append((KINDS[kind].name, layer))
         return found
 
     monkeypatch.setattr(StreamOrder, "work", watch)
     try:
         rig.balancer.start_iter()
-        layer, ids = rig.layers[0], rig.ids(0, 0)
-        layer.start_wait_gpu_stage()
-        device.run(Kind.TOPK, 0, lambda: None)
-        assert not waits, "enqueued behind the top-k"
-        layer.done_wait_gpu_stage()
-        layer.update_statistic_with_local_ids(ids, True, True)
-        layer.route(ids)
-        device.run(Kind.EXPERTS, 0, lambda: None)
-        layer.start_set_cpu_stage()
-        device.run(Kind.COMBINE, 0, lambda: None)
-        assert len(waits) == 1, "enqueued behind the combine"
-        layer.done_set_cpu_stage()
-        # Of the main stream's work the take-over waits for none, the hand-over for top-k, route and experts.
-        assert waits == [(Kind.START_WAIT_GPU_STAGE, 0), (Kind.START_SET_CPU_STAGE, 3)]
+        for index, layer in enumerate(rig.layers):
+            layer.start_wait_gpu_stage()
+            device.run(Kind.TOPK, index, lambda: None)
+            layer.done_wait_gpu_stage()
+            ids = rig.ids(index, 0)
+            layer.update_statistic_with_local_ids(ids, True, True)
+            layer.route(ids)
+            device.run(Kind.EXPERTS, index, lambda: None)
+            layer.start_set_cpu_stage()
+            device.run(Kind.COMBINE, index, lambda: None)
+            layer.done_set_cpu_stage()
+        # With each stage, how many pieces of the model's work it waits for: four a layer.
+        begin, end = "start_wait_gpu_stage", "start_set_cpu_stage"
+        of_second = [("topk", 1)] if later else [("topk", 1), (begin, 1, 4)]
+        early = [(begin, 1, 2)] if later else []
+        assert seen == [
+            ("topk", 0), (begin, 0, 0), *early, ("combine", 0), (end, 0, 3), *of_second, ("combine", 1), (end, 1, 7)
+        ]  # fmt: skip
         assert marks.unordered == []
     finally:
         rig.balancer.abort_iter()
+        rig.balancer.shutdown()
+
+
+def test_a_layer_that_is_read_before_the_end_of_the_one_that_took_it_over_joins_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = with_one_queue(updates=2, commit_delay=2, check_order=True, sink=(marks := Marks()))
+    monkeypatch.setattr(rig.balancer.device, "immediate", False)
+
+    def compute(index: int) -> None:
+        layer, ids = rig.layers[index], rig.ids(index, 0)
+        layer.start_wait_gpu_stage()
+        layer.done_wait_gpu_stage()
+        layer.update_statistic_with_local_ids(ids, True, True)
+        layer.route(ids)
+        rig.balancer.device.run(Kind.EXPERTS, index, lambda: None)
+        layer.start_set_cpu_stage()
+
+    try:
+        for _ in range(4):
+            rig.balancer.start_iter()
+            compute(0)
+            compute(1)
+            for layer in rig.layers:
+                layer.done_set_cpu_stage()
+            rig.balancer.end_iter()
+        assert marks.unordered == []
+    finally:
         rig.balancer.shutdown()
 
 
