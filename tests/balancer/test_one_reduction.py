@@ -22,7 +22,8 @@ from moe_eplb.core.planner import Plan
 from moe_eplb.device.base import Stream
 from moe_eplb.device.control import Stage
 from moe_eplb.device.order import StreamOrder
-from tests.balancer.test_resident import Marks, leave_routes_unfollowed
+from tests.balancer.test_resident import Marks
+from tests.session.planted.planted_bugs import unfollowed
 from tests.support.balanced import Rig, StandIn
 from tests.support.ranks import run_ranks
 
@@ -272,7 +273,7 @@ def test_a_vote_that_does_not_wait_for_the_last_route_is_seen(
 ) -> None:
     marks = Marks()
     rig = one_reduction(layers=2, ranks=ranks, seed=1, sink=marks, check_order=True)
-    leave_routes_unfollowed(monkeypatch)
+    monkeypatch.setattr(OneReductionLayer, "_route", unfollowed(OneReductionLayer._route))
     try:
         rig.iterate()
         assert marks.unordered == [vote], "all others are joined before the last layer begins"

@@ -27,6 +27,7 @@ from moe_eplb.device import AuxStreamType, CpuDevice, Stream
 from moe_eplb.device.control import Stage
 from moe_eplb.device.order import StreamOrder
 from tests.balancer.test_iter_context import STEPS, Fault, fail_at, raise_in
+from tests.session.planted.planted_bugs import unfollowed
 from tests.support.balanced import Rig, ids_of
 from tests.support.ranks import run_ranks
 
@@ -169,25 +170,13 @@ def test_few_ids_are_counted_where_they_are_routed(few: bool, monkeypatch: pytes
         rig.balancer.shutdown()
 
 
-def leave_routes_unfollowed(patch: pytest.MonkeyPatch) -> None:
-    """The balancer stream does not wait for the kernels that route and count."""
-    route = ResidentLayer._route
-
-    def unfollowed(layer: ResidentLayer, *arguments: Any) -> Tensor:
-        with patch.context() as meanwhile:
-            meanwhile.setattr(LayerStream, "follow", lambda stream: None)
-            return route(layer, *arguments)
-
-    patch.setattr(ResidentLayer, "_route", unfollowed)
-
-
 @pytest.mark.parametrize(("ranks", "vote"), [(1, Kind.LOAD_UPDATE), (2, Kind.VOTE)])
 def test_a_vote_that_does_not_wait_for_the_route_is_seen(
     ranks: int, vote: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marks = Marks()
     rig = resident(layers=2, ranks=ranks, seed=1, sink=marks, check_order=True)
-    leave_routes_unfollowed(monkeypatch)
+    monkeypatch.setattr(ResidentLayer, "_route", unfollowed(ResidentLayer._route))
     try:
         rig.iterate()
         assert marks.unordered == [vote, vote]

@@ -369,18 +369,22 @@ def older_statistics_not_joined(module: ModuleType) -> None:
     module.OlderChoreography._join_statistics = lambda self, hand_over: None
 
 
-def vote_without_the_route_that_counts(module: ModuleType) -> None:
-    """The balancer stream does not wait for the kernel that routes and counts, where statistics are not held."""
-    route = module.ResidentLayer._route
+def unfollowed(route: Callable[..., Any]) -> Callable[..., Any]:
+    """A `ResidentLayer._route` whose kernel the balancer stream does not wait for."""
 
-    def unfollowed(self: Any, *arguments: Any) -> Any:
-        self._stream.follow = lambda: None
-        slots = route(self, *arguments)
-        del self._stream.follow
+    def alone(layer: Any, *arguments: Any) -> Any:
+        layer._stream.follow = lambda: None
+        slots = route(layer, *arguments)
+        del layer._stream.follow
         return slots
 
+    return alone
+
+
+def vote_without_the_route_that_counts(module: ModuleType) -> None:
+    """The balancer stream does not wait for the kernel that routes and counts, where statistics are not held."""
     module.ResidentLayer.hold_statistics = lambda self: None
-    module.ResidentLayer._route = unfollowed
+    module.ResidentLayer._route = unfollowed(module.ResidentLayer._route)
 
 
 def held_vote_without_the_route_that_counts(module: ModuleType) -> None:
